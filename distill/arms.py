@@ -1,0 +1,110 @@
+"""The training stages: the student on the dataset, and the control arm on answers only, in equal shares.
+
+    distill train RECIPE        (or under `accelerate launch`; see distill/train.py)
+
+Both arms start from the same weights, with the same adapter, prompts, optimizer steps and seed; they differ in
+their targets alone. Without the control a gain could be more training rather than the teacher.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from distill.cards import student_card
+from distill.config import Objective, Recipe
+from distill.data import TokenRows
+from distill.describe import describe_model
+from distill.devices import describe_device, pick_device
+from distill.precision import resolve_precision
+from distill.stages import Stage, input_fingerprint
+from distill.students import BuiltStudent, build_student, save_student, student_tokenizer
+from distill.teachers import LiveTeacher, load_live_teacher
+from distill.train import make_accelerator, train_student
+
+
+def train_arms(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
+    """Train what is not finished: `student/`, and `control/` where enabled. Returns manifests by arm."""
+    pick_device(recipe.device, recipe.threads)
+    arms = {"student": recipe}
+    if recipe.control.enabled:
+        # Answers only: there is no teacher, so every objective on its logits falls away.
+        plain = recipe.train.model_copy(update={"objectives": [Objective(name="cross_entropy")]})
+        arms["control"] = recipe.model_copy(update={"train": plain})
+    return {arm: train_arm(arm_recipe, arm, redo) for arm, arm_recipe in arms.items()}
+
+
+def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
+    """Train one arm into its folder; returns its manifest. On several processes, rank 0 keeps the folder."""
+    device = pick_device(recipe.device, recipe.threads)
+    precision = resolve_precision(recipe.train.precision, device)
+    needs_teacher = any(o.signal == "dense" for o in recipe.train.objectives)
+    config = {
+        "student": recipe.student.model_dump(mode="json"),
+        "train": recipe.train.model_dump(
+            mode="json", exclude={"checkpoint_every", "trackers", "micro_batch_size"}
+        ),
+        "teacher": recipe.teacher.model_dump(mode="json") if needs_teacher and recipe.teacher else None,
+        "seed": recipe.seed,
+    }
+    data = recipe.path / "dataset" / ("control" if arm == "control" else "")
+    inputs = {"dataset": input_fingerprint(recipe.path / "dataset", "filter RECIPE")}
+    stage = Stage(recipe.path, arm, config, inputs)
+    accelerator = make_accelerator(recipe, precision, stage.folder)
+
+    # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
+    done = [accelerator.is_main_process and stage.done(redo)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(done)
+    if done[0]:
+        return stage.manifest
+    teacher = None
+    if needs_teacher:
+        teacher = load_live_teacher(
+            recipe.teacher.model, recipe.teacher.dtype, accelerator.device, student_tokenizer(recipe.student)
+        )
+    student = build_student(recipe.student, recipe.train.precision, accelerator.device, recipe.seed)
+    rows = TokenRows.from_folder(data)
+    if accelerator.is_main_process:
+        stage.begin(redo)
+    accelerator.wait_for_everyone()
+
+    # ---- train, save -----------------------------------------------------------------------------------
+    counts = train_student(recipe, accelerator, student, teacher, rows, stage.folder, title=f"train {arm}")
+    counts |= {
+        "errors": 0,
+        "parameters_trainable": sum(p.numel() for p in student.trainable.values()),
+        "parameters_total": sum(p.numel() for p in student.model.parameters()),
+    }
+    if not accelerator.is_main_process:
+        return {}
+    save_student(student.model, student.tokenizer, stage.folder, student_card(recipe, arm, counts))
+    return stage.finish(
+        counts,
+        device=describe_device(accelerator.device, accelerator.num_processes),
+        precision={"name": precision.name, "reason": precision.reason},
+        flops=training_flops(student, teacher, counts),
+        final_loss=_final_loss(stage.folder),
+    )
+
+
+def training_flops(student: BuiltStudent, teacher: LiveTeacher | None, counts: dict[str, Any]) -> int:
+    """FLOPs of the whole arm: 3 forward passes a token for full training (Kaplan et al. 2020, section 2.1).
+
+    With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
+    share; a live teacher adds one forward pass of its own.
+    """
+    tokens, context = counts["tokens_read"], max(1, counts["tokens_read"] // (2 * counts["rows"]))
+    passes = 3 if counts["parameters_trainable"] == counts["parameters_total"] else 2
+    flops = passes * describe_model(student.model, context)["flops_per_token"]
+    if passes == 2:
+        flops += 6 * counts["parameters_trainable"]
+    if teacher:
+        flops += describe_model(teacher.kept.model, context)["flops_per_token"]
+    return int(flops * tokens)
+
+
+def _final_loss(folder: Path) -> float:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[-20:]
+    return round(sum(json.loads(line)["loss"] for line in lines) / len(lines), 5)

@@ -1,0 +1,77 @@
+"""The whole story in order: prompts -> generations -> dataset -> student, control -> eval -> report.html.
+
+Every stage reads finished folders of the run and writes one, and is skipped where its folder already matches
+its inputs, so `run` after an interruption continues, and `run` after a change says what changed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from distill.config import Recipe
+from distill.shards import read_json
+
+
+def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]:
+    """(folder or file it leaves, function) in order. Imported here: each pulls in torch."""
+    from distill.arms import train_arms
+    from distill.evaluate import evaluate_recipe
+    from distill.filter import make_dataset
+    from distill.generate import generate
+    from distill.prompts import make_prompts
+
+    asked = [("generations", generate)] if recipe.teacher else []
+    return [
+        ("prompts", make_prompts),
+        *asked,
+        ("dataset", make_dataset),
+        ("student", train_arms),
+        ("eval", evaluate_recipe),
+    ]
+
+
+# What each command of the CLI runs: the stage itself and, for `generate`, the prompts it needs.
+COMMANDS = {
+    "generate": ("prompts", "generations"),
+    "filter": ("dataset",),
+    "train": ("student",),
+    "evaluate": ("eval",),
+    "run": ("prompts", "generations", "dataset", "student", "eval"),
+}
+
+
+def run(recipe: Recipe, command: str, redo: bool, say: Callable[[str], None]) -> None:
+    """Run the stages of one command. `say` prints a line; errors are UserError and RunError."""
+    for folder, function in stages(recipe):
+        if folder not in COMMANDS[command]:
+            continue
+        was_done = (recipe.path / folder / "manifest.json").is_file()
+        function(recipe, redo)
+        names = ["student", "control"] if folder == "student" and recipe.control.enabled else [folder]
+        for name in names:
+            say(stage_line(recipe.path / name, "done before" if was_done else "done"))
+
+
+def stage_line(folder: Path, state: str) -> str:
+    """One finished stage in one line: what it holds and how long it took."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return f"{folder.name}: {state}"
+    manifest = read_json(path)
+    counts = manifest["counts"]
+    shown = [f"{counts['rows']:,} rows", f"{counts['tokens']:,} tokens" if counts.get("tokens") else ""]
+    if counts.get("dropped"):
+        rules = ", ".join(f"{v:,} {k}" for k, v in counts["dropped_by_rule"].items())
+        shown.append(f"dropped {counts['dropped']:,} ({rules})")
+    if counts.get("errors"):
+        shown.append(f"{counts['errors']:,} errors")
+    return f"{folder.name}: {state}, {', '.join(filter(None, shown))}, {manifest['seconds']:.0f} s"
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML, objectives with their options."""
+    import yaml
+
+    data = recipe.model_dump(mode="json")
+    for entry, objective in zip(data["train"]["objectives"], recipe.train.objectives):
+        entry.update(objective.options)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

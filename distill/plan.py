@@ -1,0 +1,64 @@
+"""What a recipe will cost before it starts: derived values for `--dry-run`, from configs alone.
+
+distill train RECIPE --dry-run
+"""
+
+from typing import Any
+
+from distill.config import Recipe, Student
+from distill.describe import describe_config
+from distill.models import load_config
+
+
+def derived(recipe: Recipe) -> dict[str, Any]:
+    """Rows, steps, parameters, bytes and FLOPs that follow from the recipe; no weights are loaded.
+
+    Memory is what must be held for training: weights, and for trained parameters a float32 gradient and two
+    Adam moments. Activations come on top and grow with micro_batch_size x length.
+    """
+    train = recipe.train
+    student = describe_config(_config(recipe.student))
+    total = student["parameters_total"]
+    trained = total if recipe.student.adapter == "full" else None
+    values: dict[str, Any] = {
+        "optimizer_steps": train.steps,
+        "rows_per_step": train.batch_size,
+        "micro_batches_per_step": -(-train.batch_size // train.micro_batch_size),
+        "rows_trained": train.steps * train.batch_size,
+        "student_parameters": total,
+        "student_flops_per_token_forward": student["flops_per_token"],
+        "student_weight_bytes_fp32": 4 * total,
+    }
+    if trained:
+        moments = 2 if train.optimizer == "adamw" else 0
+        values["training_bytes_without_activations"] = 4 * trained * (2 + moments)
+    if recipe.prompts.source == "tasks":
+        values["prompts"] = sum(recipe.prompts.levels.values())
+    if recipe.teacher:
+        teacher = describe_config(load_config(recipe.teacher.model))
+        values["teacher_parameters"] = teacher["parameters_total"]
+        values["teacher_parameters_active"] = teacher["parameters_active"]
+        if "prompts" in values:
+            answers = values["prompts"] * recipe.generate.samples
+            values["answers"] = answers
+            values["answer_tokens_at_most"] = answers * recipe.generate.max_new_tokens
+            values["generation_flops_at_most"] = teacher["flops_per_token"] * values["answer_tokens_at_most"]
+    manifest = recipe.path / "dataset" / "manifest.json"
+    if manifest.is_file():
+        from distill.shards import read_json
+
+        counts = read_json(manifest)["counts"]
+        values["dataset_rows"] = counts["rows"]
+        values["epochs"] = round(values["rows_trained"] / counts["rows"], 2)
+        values["trained_tokens_per_step"] = round(counts["tokens"] / counts["rows"] * train.batch_size)
+    return values
+
+
+def _config(student: Student):
+    if student.model:
+        return load_config(student.model)
+    from transformers import AutoConfig
+
+    from distill.students import student_tokenizer
+
+    return AutoConfig.for_model(**{**student.config, "vocab_size": len(student_tokenizer(student))})

@@ -1,0 +1,102 @@
+"""Objectives on stored teacher signals: K tokens and their log-probabilities instead of V logits.
+
+Storing the whole distribution costs V numbers per token (600 KB at V = 151,936); K = 50 of them cost a few
+hundred bytes. What is lost is the tail, and a loss has to say what it does about it: see `tail` below. Units,
+dtypes and gradients are those of `distill.losses`, from where this function is meant to be imported.
+
+    loss = sparse_forward_kl(student_logits, ids, logprobs, tail="tail_bucket").sum() / tokens_in_step
+
+Shapes: N kept tokens, V vocabulary, K stored tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.rowwise import check_option, kl, log_probs, per_row
+
+
+def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None:
+    """Refuse what would give a wrong number silently. One transfer of three flags from the device."""
+    if student_logits.dim() != 2 or ids.dim() != 2 or ids.shape != logprobs.shape:
+        raise UserError(
+            "stored signals need logits [N, V], ids [N, K] and logprobs [N, K], not "
+            f"{list(student_logits.shape)}, {list(ids.shape)} and {list(logprobs.shape)}"
+        )
+    if ids.shape[0] != student_logits.shape[0]:
+        raise UserError(
+            f"{student_logits.shape[0]} student rows against {ids.shape[0]} stored: select the same tokens"
+        )
+    if ids.numel() == 0:
+        return
+    absent = logprobs == -torch.inf
+    position = torch.arange(ids.shape[1], device=ids.device)
+    ordered = torch.where(absent, -1 - position, ids).sort(-1).values
+    outside = (ids < 0).any() | (ids >= student_logits.shape[1]).any()
+    repeated = (ordered.diff(dim=-1) == 0).any()
+    too_much = (logprobs.float().exp().sum(-1) > 1.02).any()
+    outside, repeated, too_much = torch.stack([outside, repeated, too_much]).tolist()
+    found = []
+    if outside:
+        found.append(
+            f"stored ids run from {ids.min().item()} to {ids.max().item()} but the student has "
+            f"{student_logits.shape[1]} logits: the signals come from another tokenizer; store them again"
+        )
+    if repeated:
+        found.append("a stored row names one id twice: add the probabilities up and store each id once")
+    if too_much:
+        found.append(
+            "stored probabilities of one token sum above 1: store natural log-probabilities, not logits"
+        )
+    if found:
+        raise UserError(*found)
+
+
+def sparse_forward_kl(
+    student_logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    *,
+    tail: str = "renormalise",
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+) -> Tensor:
+    """forward_kl from K stored teacher tokens. student_logits [N, V], ids and logprobs [N, K] -> [N].
+
+    `logprobs` are natural logs of the teacher's probabilities at temperature 1. An entry of -inf is absent
+    (padding of a shorter row; any valid id); otherwise no id may occur twice in a row. Of the rest of the
+    vocabulary only the total probability is known, and `tail` says what becomes of it:
+
+    - "renormalise": p is softmax(logprobs / T) over the stored tokens, q the student's full softmax. Never
+      negative, but 0 only for a student that puts nothing outside the stored set: it learns a sharper
+      distribution than the teacher's unless the tokens were sampled (arXiv 2503.16870).
+    - "tail_bucket": both distributions are reduced to K + 1 outcomes, the last being "any other token", then
+      tempered and compared by KL. Never negative, 0 at agreement; at T = 1 a lower bound of the dense KL.
+    - "zero": the stored terms of the dense sum alone, sum over K of p (log p - log q), the rest dropped. It
+      can be negative. At T != 1 the stored probabilities are tempered among themselves and keep their total.
+
+    With every token stored (K = V) all three are forward_kl.
+    """
+    check_option("sparse_forward_kl", "temperature", temperature)
+    check_option("sparse_forward_kl", "tail", tail)
+    _check_stored(student_logits, ids, logprobs)
+
+    def formula(student: Tensor, ids: Tensor, stored: Tensor) -> Tensor:
+        stored = stored.to(student.dtype)
+        if tail != "tail_bucket" or ids.shape[1] == student.shape[1]:
+            p = log_probs(stored, temperature)
+            if tail == "zero":
+                p = p + torch.logsumexp(stored, dim=-1, keepdim=True)
+            return kl(p, log_probs(student, temperature).gather(1, ids))
+        q = F.log_softmax(student, dim=-1)
+        absent = stored == -torch.inf
+        # Adding 0 or -inf, not assigning it: an absent entry may carry the id of one that is present.
+        other_q = q.scatter_add(1, ids, torch.zeros_like(stored).masked_fill(~absent, -torch.inf))
+        other_p = (1 - stored.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        p = torch.cat([stored, other_p], dim=-1)
+        q = torch.cat([q.gather(1, ids).masked_fill(absent, -torch.inf), other_q.logsumexp(-1, True)], dim=-1)
+        return kl(log_probs(p, temperature), log_probs(q, temperature))
+
+    loss = per_row(formula, student_logits, ids, logprobs)
+    return loss * temperature**2 if temperature_squared else loss

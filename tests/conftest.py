@@ -1,0 +1,131 @@
+"""Shared fixtures: tiny models of other families on disk, with tokenizers of their own; everything offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: any text, few tokens. `extra` makes two vocabularies differ in content."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>", *extra]
+    trainer = trainers.BpeTrainer(
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([], trainer)
+    # No pad token on purpose: many hub tokenizers have none.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+
+
+def save_model(folder: Path, config: dict, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> str:
+    torch.manual_seed(seed)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 512,
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**sizes, **config}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "head_dim": 8,
+    "moe_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory) -> dict[str, str]:
+    """A tiny 'hub': folders of other families, each with its own tokenizer."""
+    root = tmp_path_factory.mktemp("hub")
+    return {
+        "llama": save_model(root / "llama", {"model_type": "llama"}, byte_tokenizer(CHATML)),
+        "qwen3_moe": save_model(root / "qwen3-moe", QWEN3_MOE, byte_tokenizer(CHATML), seed=1),
+        "plain": save_model(root / "plain", {"model_type": "llama"}, byte_tokenizer(None), seed=2),
+        "other_vocabulary": save_model(
+            root / "other", {"model_type": "llama"}, byte_tokenizer(CHATML, ("<|extra|>",)), seed=3
+        ),
+    }
+
+
+RECIPE = """
+run_dir: {run_dir}
+seed: 0
+device: cpu
+threads: 1
+prompts: {{source: tasks, levels: {{easy: 12, medium: 6, hard: 6}}}}
+teacher: {{model: {teacher}}}
+generate: {{samples: 2, temperature: 1.0, max_new_tokens: 12, batch_size: 16, part_size: 8}}
+filter: {{correct_only: false}}
+student: {{model: {student}, adapter: lora, lora: {{rank: 2, alpha: 4}}}}
+train: {{steps: 4, batch_size: 6, micro_batch_size: 3, learning_rate: 1.0e-3, warmup_steps: 1, precision: fp32,
+        checkpoint_every: 1}}
+evaluate: {{levels: {{easy: 7, hard: 7}}, max_new_tokens: 8, batch_size: 16}}
+"""
+
+
+@pytest.fixture
+def make_recipe(tmp_path, hub):
+    """Writes a small recipe: make_recipe(teacher="qwen3_moe", student="llama") -> (path, run_dir)."""
+
+    def write(teacher: str = "qwen3_moe", student: str = "llama", name: str = "run") -> tuple[str, Path]:
+        run_dir = tmp_path / name
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            RECIPE.format(
+                run_dir=run_dir, teacher=hub.get(teacher, teacher), student=hub.get(student, student)
+            )
+        )
+        return str(path), run_dir
+
+    return write
+
+
+@pytest.fixture
+def run_cli(capsys):
+    """Run the command in this process: run_cli("train", recipe) -> (exit code, stdout, stderr)."""
+    from distill.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

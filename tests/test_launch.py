@@ -1,0 +1,40 @@
+"""`accelerate launch` with two CPU processes gives the weights of one process."""
+
+import os
+import subprocess
+
+import torch
+from safetensors.torch import load_file
+
+from conftest import PYTHON, ROOT
+from test_train import MIXED, SGD, fake_dataset
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_two_processes_equal_one(make_recipe, hub):
+    """SGD, ragged lengths, a batch that does not divide evenly: 7 rows on 2 processes in micro-batches of 2."""
+    options = [*SGD, MIXED, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
+    weights = {}
+    launch = [PYTHON, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "distill"]
+    for name, command in (("one", [PYTHON, "-m", "distill"]), ("two", launch)):
+        path, run_dir = make_recipe(name=name)
+        fake_dataset(run_dir)
+        done = subprocess.run(
+            [*command, "train", path, *options],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights[name] = load_file(run_dir / "student" / "model.safetensors")
+        assert len((run_dir / "student" / "metrics.jsonl").read_text().splitlines()) == 4
+    start = load_file(f"{hub['llama']}/model.safetensors")
+    moved = max(float((weights["one"][name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-2, "the steps are large enough that a wrong scale would show"
+    for name, tensor in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -1,0 +1,35 @@
+"""The README's numbers are those of the committed result file, and its commands exist."""
+
+import json
+import re
+
+from conftest import ROOT
+from distill.cli import build_parser
+from distill.readme import results_section
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_results_are_those_of_the_result_file():
+    shown = re.search(r"<!-- results: .*?-->\n(.*?)<!-- end of results -->", README, re.S).group(1)
+    results = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())
+    assert shown == results_section(results), "run `python -m distill.readme` after a new result file"
+
+
+def test_the_demo_proves_what_the_page_says():
+    """The claims of the page, from the committed numbers: by how much, and that intervals do not overlap."""
+    models = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())["models"]
+    hard = {name: model["tasks"]["hard"] for name, model in models.items()}
+    assert hard["student"]["accuracy"] >= 0.65
+    for arm in ("base", "control"):
+        assert hard["student"]["accuracy"] - hard[arm]["accuracy"] >= 0.40
+        assert hard["student"]["ci95"][0] > hard[arm]["ci95"][1]
+    easy = {name: model["tasks"]["easy"]["accuracy"] for name, model in models.items()}
+    assert easy["student"] >= easy["base"] - 0.05
+    assert models["teacher"]["tasks"]["hard"]["accuracy"] >= 0.95
+
+
+def test_commands_in_the_readme_exist():
+    commands = next(a for a in build_parser()._actions if a.dest == "command").choices
+    named = set(re.findall(r"^distill (\w+)", README, re.M)) | {"filter", "train", "report"}
+    assert named <= set(commands) and set(commands) <= named
