@@ -20,7 +20,7 @@ from distill.devices import describe_device, pick_device
 from distill.precision import resolve_precision
 from distill.stages import Stage, input_fingerprint
 from distill.students import BuiltStudent, build_student, save_student, student_tokenizer
-from distill.teachers import LiveTeacher, load_live_teacher
+from distill.live import LiveTeacher, load_live_teacher
 from distill.train import make_accelerator, train_student
 
 

@@ -7,14 +7,14 @@ sliding-window and PEFT models take the same path on CPU and CUDA:
     rows = decode(model, prompts, Sampling(temperature=0.6, top_p=0.95, max_new_tokens=512),
                   eos_ids={2}, pad_id=0, keys=[(seed, i, 0) for i in range(len(prompts))], batch_size=256)
 
-Prompts are sorted by length and decoded left-padded, `batch_size` at a time (256 is a good start). Finished
-rows leave the key-value cache once they are a quarter of the batch. On an accelerator waiting prompts take
-their place (continuous batching: Yu et al., "Orca", OSDI 2022, section 3); on a CPU the batch shrinks, because
-there a step costs rows times columns and old rows make new ones wide.
+Prompts are sorted by length and decoded left-padded, `batch_size` at a time. Finished rows leave the cache in
+groups. On an accelerator waiting prompts then take their place (continuous batching: Yu et al., "Orca", OSDI
+2022, section 3); on a CPU the batch shrinks, as old rows would make new ones wide and width is what costs.
 
-A row's random numbers come from its key and the step alone: batch size, order and neighbours never change what
-is drawn. The logits do carry the rounding of the batch they were computed in, padded or not, so a near-tie can
-fall the other way. A tiny MoE is fastest with `model.set_experts_implementation("eager")`, the caller's choice.
+A row's random numbers come from its key and the step alone: batch size, order and neighbours never change
+what is drawn. The logits do carry the rounding of the batch they were computed in (1e-5 of their spread in
+float32 with or without padding; 0.1 and more in padded bfloat16), so a near-tie can fall the other way. A
+tiny MoE is fastest with `model.set_experts_implementation("eager")`, which is the caller's to choose.
 
 Shapes: B rows in the batch, T cached columns (left-padding included), V vocabulary.
 """
@@ -31,27 +31,22 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from distill.errors import UserError
 
-# Finished rows are dropped once they are this share of the batch.
-_DROP_AT = 0.25
-# Waiting prompts join a running batch once this share of its slots is free; 1 is never (see the text above).
-_REFILL_AT = {"cpu": 1.0, "cuda": 0.25}
-# Columns by which a cache buffer grows: copies are rare, and the spare room is small against a real context.
-_BLOCK = 64
+_DROP_AT = 0.25  # finished rows leave once they are this share of the batch
+_REFILL_AT = {"cpu": 1.0, "cuda": 0.25}  # waiting prompts join when this share of slots is free; 1: never
+_BLOCK = 64  # columns by which a cache buffer grows: copies are rare, the spare room is small
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. Filters act in the order temperature, top-k, top-p, min-p, as in transformers.
 
-    temperature: 0 is greedy (the filters then change nothing); top_p in (0, 1]; top_k 0 is off; min_p keeps
-    the tokens with at least `min_p` times the likeliest one's probability, 0 is off (Nguyen et al., arXiv
-    2407.01082, section 3). Tokens that tie with the last one kept are kept. UserError names every bad value.
+    Tokens that tie with the last one kept are kept. Raises UserError naming every value out of bounds.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float = 0.0  # 0 is greedy: the filters change nothing
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0  # least share of the likeliest token's probability (arXiv 2407.01082, section 3)
     max_new_tokens: int = 256
 
     def __post_init__(self):
@@ -68,17 +63,11 @@ class Sampling:
 
 @dataclass
 class Completion:
-    """What one prompt produced.
+    """What one prompt produced. Tokens made before an error are kept."""
 
-    ids: the produced tokens, the end-of-sequence token included when `finish_reason` is "stop".
-    finish_reason: "stop" (an end-of-sequence token), "length" (`max_new_tokens`) or "error".
-    logprobs: float32 natural-log probabilities of the ids under the model itself (temperature 1, no filter).
-    error: why the row ended early, or None. Tokens made before the error are kept.
-    """
-
-    ids: list[int]
-    finish_reason: str
-    logprobs: list[float]
+    ids: list[int]  # the end-of-sequence token included
+    finish_reason: str  # "stop" (an end-of-sequence token), "length" (max_new_tokens) or "error"
+    logprobs: list[float]  # natural log, float32, under the model itself: temperature 1, no filter
     error: str | None = None
 
 
@@ -101,10 +90,9 @@ def decode(
     on_finish: called as on_finish(index_of_prompt, completion) when a row leaves the batch, in any order.
     vocab_limit: ids at or above it are never produced (embeddings are often padded beyond the tokenizer).
 
-    A row ends with `error` set when its logits are not finite (NaN, +inf, or -inf everywhere), its prompt is
-    empty or does not fit the model's context; the other rows go on. The model runs in its own dtype, in eval
-    mode, and every module is left in the mode it came in. Raises UserError for sampling without keys, a count
-    of keys unlike that of prompts, a batch size below 1 and a model without a key-value cache.
+    A row ends with `error` set when its logits are not finite (NaN, +inf, or -inf everywhere) or its prompt
+    is empty or does not fit the model's context; the others go on. Every module keeps its train or eval mode.
+    Raises UserError for missing or miscounted keys, a batch size below 1, a model without a key-value cache.
     """
     problems = []
     if sampling.temperature > 0 and keys is None:
@@ -138,8 +126,8 @@ def row_seed(key: tuple[Hashable, ...]) -> int:
 def uniforms(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Uniform numbers in [0, 1), float64 [B]: output `steps` [B] of SplitMix64 started at `seeds` [B].
 
-    Stateless, so a row's numbers owe nothing to the rows beside it (Steele, Lea, Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014). The published constants as signed integers; products wrap.
+    Stateless, so a row owes nothing to the rows beside it (Steele, Lea, Flood, "Fast splittable pseudorandom
+    number generators", OOPSLA 2014). The published constants, as signed integers whose products wrap.
     """
     z = seeds + (steps + 1) * -7046029254386353131
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -4658895280553007687
@@ -148,7 +136,7 @@ def uniforms(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return ((z >> 12) & (2**52 - 1)).double() * 2.0**-52
 
 
-def choose(scores: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> torch.Tensor:
+def choose(scores: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.Tensor:
     """Token ids [B] from float32 scores [B, V]: argmax, or the filtered distribution's inverse CDF at u."""
     if sampling.temperature == 0:
         return scores.argmax(-1)
@@ -165,14 +153,13 @@ def choose(scores: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> 
 def _cutoff(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The score [B, 1] below which a token is filtered out; rows of scores [B, V] have their maximum at 0."""
     size = scores.shape[1]
-    top_k = 0 < sampling.top_k < size
+    k = min(sampling.top_k or size, size)
     cutoff = scores.new_full((len(scores), 1), -math.inf)
-    if top_k or sampling.top_p < 1:
+    if k < size or sampling.top_p < 1:
         # numpy's vectorised sort took 0.12 ms for 256 x 512 and 9 ms for 16 x 151,936, torch's 4.2 and 160.
         on_cpu = scores.device.type == "cpu"
         ordered = torch.from_numpy(np.sort(scores.numpy())) if on_cpu else scores.sort(-1).values
-        if top_k:
-            cutoff = ordered[:, size - sampling.top_k, None]
+        cutoff = ordered[:, size - k, None]
         if sampling.top_p < 1:
             mass = (ordered.exp() * (ordered >= cutoff)).cumsum(-1)
             outside = (mass <= (1 - sampling.top_p) * mass[:, -1:]).sum(-1, keepdim=True)
@@ -189,7 +176,6 @@ class _GrowingLayer(DynamicLayer):
     """
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Make `keys` and `values` the whole content, without spare columns."""
         self.is_initialized = True
         self.keys, self.values = self.buffers = [keys, values]
 
@@ -212,13 +198,13 @@ class _GrowingLayer(DynamicLayer):
 def _align(sources: list[torch.Tensor], picks: list[torch.Tensor], width: int) -> torch.Tensor:
     """Rows `picks[i]` of every `sources[i]` [B, heads, T, dim], right-aligned in `width` columns.
 
-    Columns are cut or zero-filled on the left: they are padding, and zeros stay finite under a mask.
+    Padding on the left is cut or filled with zeros, which stay finite under a mask.
     """
     _, heads, _, dim = sources[0].shape
     out = sources[0].new_zeros(sum(map(len, picks)), heads, width, dim)
     for source, pick, rows in zip(sources, picks, out.split([len(pick) for pick in picks])):
         columns = min(width, source.shape[2])
-        rows[:, :, width - columns :] = source[:, :, source.shape[2] - columns :].index_select(0, pick)
+        rows[:, :, -columns:] = source[:, :, -columns:].index_select(0, pick)
     return out
 
 
@@ -236,9 +222,6 @@ class _Batch:
     logprobs: torch.Tensor  # [B, max_new_tokens + 1]
 
 
-_PER_ROW = ("seeds", "prompt", "made", "done", "ids", "logprobs")
-
-
 class _Decoder:
     """The operations on a batch: prefill, step, and the exchange of finished rows for waiting ones."""
 
@@ -250,27 +233,25 @@ class _Decoder:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.accepted = inspect.signature(inner.forward).parameters
         if "past_key_values" not in self.accepted:
-            name = type(inner).__name__
-            raise UserError(f"{name} takes no past_key_values: decoding here needs a key-value cache")
+            raise UserError(f"{type(inner).__name__} takes no past_key_values; decode needs that cache")
         self.config = model.config.get_text_config(decoder=True)
         # Rows of plain attention caches can be padded, dropped and joined. Recurrent states, sparse-attention
-        # indexers and the like keep transformers' layers and run in whole batches of one prompt length: slower,
-        # and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
+        # indexers and the like keep transformers' layers and run in whole batches of one prompt length:
+        # slower, and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
         attention = (DynamicLayer, DynamicSlidingWindowLayer)
         self.elastic = all(type(layer) in attention for layer in DynamicCache(config=self.config).layers)
-        self.refill_at = _REFILL_AT.get(self.device.type, 1.0) if self.elastic else 1.0
+        self.refill_at = _REFILL_AT.get(self.device.type, 1.0)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
         """(prompt index, completion) of every prompt, as rows end."""
-        new_tokens = self.sampling.max_new_tokens
-        context = getattr(self.config, "max_position_embeddings", None) or math.inf
+        limit, context = self.sampling.max_new_tokens, getattr(self.config, "max_position_embeddings", None)
         waiting = []
         for row, prompt in enumerate(self.prompts):
             if not prompt:
                 yield row, Completion([], "error", [], "empty prompt: there is no token to continue from")
-            elif len(prompt) + new_tokens > context:
-                text = f"prompt of {len(prompt)} tokens + max_new_tokens {new_tokens} exceeds the model's context"
-                yield row, Completion([], "error", [], f"{text} of {context} (max_position_embeddings)")
+            elif context is not None and len(prompt) + limit > context:
+                error = f"prompt of {len(prompt)} tokens + max_new_tokens {limit} exceeds the model's context"
+                yield row, Completion([], "error", [], f"{error} of {context} (max_position_embeddings)")
             else:
                 waiting.append(row)
         # Longest first: neighbours pad each other least, and a batch too large for memory fails at once.
@@ -286,10 +267,8 @@ class _Decoder:
     def is_due(self, batch: _Batch, waiting: list[int]) -> bool:
         """Whether enough rows have finished to drop them or to let others in."""
         done, size = int(batch.done.sum()), len(batch.rows)
-        if done == size:
-            return True
-        refill = bool(waiting) and self.batch_size - size + done >= self.refill_at * self.batch_size
-        return self.elastic and done > 0 and (refill or done >= _DROP_AT * size)
+        refill = waiting and self.batch_size - size + done >= self.refill_at * self.batch_size
+        return done == size or bool(self.elastic and done and (refill or done >= _DROP_AT * size))
 
     def finished(self, batch: _Batch) -> Iterator[tuple[int, Completion]]:
         slots = batch.done.nonzero().squeeze(1)
@@ -321,7 +300,7 @@ class _Decoder:
     def _choose(self, batch: _Batch, logits: torch.Tensor) -> None:
         logits, limit = logits.float(), self.sampling.max_new_tokens
         normaliser = logits.logsumexp(-1)
-        u = None if self.sampling.temperature == 0 else uniforms(batch.seeds, batch.made)
+        u = uniforms(batch.seeds, batch.made)
         token = choose(logits[:, : self.vocab_limit], self.sampling, u).unsqueeze(1)
         batch.done |= ~normaliser.isfinite()
         column = torch.where(batch.done, limit, batch.made).unsqueeze(1)
@@ -338,14 +317,13 @@ class _Decoder:
         new = self.admit(waiting, room) if room >= self.refill_at * self.batch_size else None
         if len(keep) == 0:
             return new
-        parts, picks = [batch], [keep]
-        if new:
-            parts, picks = [batch, new], [keep, torch.arange(len(new.rows), device=self.device)]
+        parts = [batch, new] if new else [batch]
+        picks = [keep] + [torch.arange(len(part.rows), device=self.device) for part in parts[1:]]
         width = max(int((part.prompt + part.made - 1)[pick].max()) for part, pick in zip(parts, picks))
         for layers in zip(*(part.cache.layers for part in parts)):
             both = [[layer.keys for layer in layers], [layer.values for layer in layers]]
             layers[0].hold(*(_align(states, picks, width) for states in both))
-        for name in _PER_ROW:
+        for name in [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]:
             setattr(batch, name, torch.cat([getattr(part, name)[pick] for part, pick in zip(parts, picks)]))
         batch.rows = [part.rows[slot] for part, pick in zip(parts, picks) for slot in pick.tolist()]
         return batch
@@ -353,15 +331,13 @@ class _Decoder:
     @torch.inference_mode()
     def admit(self, waiting: list[int], room: int) -> _Batch | None:
         """A batch of the first `room` waiting rows with their first token chosen; None if none waits."""
-        rows = waiting[:room]
-        if not self.elastic:
-            rows = [row for row in rows if len(self.prompts[row]) == len(self.prompts[rows[0]])]
-        del waiting[: len(rows)]
-        if not rows:
+        if not waiting:
             return None
-        prompts = [self.prompts[row] for row in rows]
-        lengths = [len(prompt) for prompt in prompts]
-        padded = [[self.pad_id] * (lengths[0] - len(prompt)) + list(prompt) for prompt in prompts]
+        width = len(self.prompts[waiting[0]])
+        rows = [row for row in waiting[:room] if self.elastic or len(self.prompts[row]) == width]
+        del waiting[: len(rows)]
+        lengths = [len(self.prompts[row]) for row in rows]
+        padded = [[self.pad_id] * (width - len(self.prompts[row])) + list(self.prompts[row]) for row in rows]
         seeds = [row_seed(self.keys[row]) if self.keys is not None else 0 for row in rows]
         ids, prompt, seeds = (torch.tensor(data, device=self.device) for data in (padded, lengths, seeds))
         produced = ids.new_zeros(len(rows), self.sampling.max_new_tokens + 1)
@@ -370,6 +346,6 @@ class _Decoder:
             cache.layers = [_GrowingLayer() for _ in cache.layers]
         done, made = torch.zeros_like(prompt, dtype=torch.bool), torch.zeros_like(prompt)
         batch = _Batch(rows, cache, seeds, prompt, made, done, produced, produced.float())
-        positions = torch.arange(lengths[0], device=self.device) - (lengths[0] - prompt).unsqueeze(1)
+        positions = torch.arange(width, device=self.device) - (width - prompt).unsqueeze(1)
         self._choose(batch, self._forward(ids, positions >= 0, positions.clamp(min=0), cache))
         return batch

@@ -17,7 +17,7 @@ from distill.data import TokenRows
 from distill.kept import KeptLogits
 from distill.losses import forward_kl, reverse_kl
 from distill.stats import binomial_stderr
-from distill.teachers import match_vocabulary
+from distill.live import match_vocabulary
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ folders. Weights are safetensors only (pickle can execute code), and no code fro
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own warnings and bars out of ours, and the CPU allocator from thrashing."""
+    """Keep the libraries' own warnings and bars out of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # Notices about the libraries' own future; a user of this one can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,49 +1,113 @@
-"""Teachers: a live one that gives its logits at the kept tokens of a training batch.
+"""Who answers the training prompts: one small protocol, whoever the teacher is.
 
-teacher = LiveTeacher(model); teacher_logits = teacher(batch, vocabulary)     # [N, V], no gradient
+    teacher = open_teacher(recipe.teacher, device)
+    answers = teacher.answer(questions, sampling, on_finish)     # list[Answer], in the order of questions
+
+A local model gives token ids and log-probabilities; an endpoint may give text alone. Every question gets an
+`Answer`; one that failed has `error` set and is never dropped in silence.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
 import torch
-from torch import nn
 
-from distill.data import Batch
-from distill.errors import UserError
-from distill.kept import KeptLogits
-from distill.models import load_model, load_tokenizer, same_vocabulary
-
-
-def match_vocabulary(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Teacher logits [N, V'] cut, or padded with -inf, to the student's V.
-
-    For two tokenizers that are equal by content: rows beyond them are padding of the embedding (151,936
-    against 152,064 in the Qwen family) and stand for no token.
-    """
-    missing = vocabulary - logits.shape[-1]
-    if missing > 0:
-        return nn.functional.pad(logits, (0, missing), value=float("-inf"))
-    return logits[:, :vocabulary]
+from distill.config import Teacher as TeacherSection
+from distill.decode import Sampling, decode
+from distill.describe import describe_model
+from distill.models import eos_ids, load_model, load_tokenizer, prompt_ids, tokenizer_fingerprint
 
 
-class LiveTeacher:
-    """A frozen causal LM asked for its next-token logits on the student's own batch."""
+@dataclass(frozen=True)
+class Question:
+    """One sample to draw: `key` (seed, prompt_id, sample_idx) fixes its randomness."""
 
-    def __init__(self, model: nn.Module):
-        self.kept = KeptLogits(model.eval().requires_grad_(False))
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, vocabulary: int) -> torch.Tensor:
-        """Teacher logits [N, V] at the batch's kept tokens, without gradient."""
-        return match_vocabulary(self.kept(batch.input_ids, batch.attention_mask, batch.keep), vocabulary)
+    messages: list[dict]
+    key: tuple
 
 
-def load_live_teacher(name: str, dtype: str, device: torch.device, student_tokenizer) -> LiveTeacher:
-    """Load a teacher for a divergence on logits.
+@dataclass
+class Answer:
+    """prompt_ids and completion_ids are the teacher's own token ids, empty where it gives text alone."""
 
-    Raises UserError where the vocabularies differ by content: then only text can be distilled.
-    """
-    if not same_vocabulary(load_tokenizer(name), student_tokenizer):
-        raise UserError(
-            f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; "
-            "use train.objectives=[{name: cross_entropy}] (distil its text), or a student with its tokenizer"
+    text: str
+    finish_reason: str  # "stop", "length" or "error"
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Teacher(Protocol):
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on besides the recipe: tokenizer and template fingerprints, weights' hash."""
+        ...
+
+    def answer(
+        self, questions: list[Question], sampling: Sampling, on_finish: Callable[[Answer], None]
+    ) -> list[Answer]: ...
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int | None:
+        """Forward FLOPs of that many tokens; None where they cannot be known."""
+        ...
+
+
+class LocalTeacher:
+    """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
+
+    def __init__(self, section: TeacherSection, device: torch.device, batch_size: int):
+        self.name = section.model
+        self.batch_size = batch_size
+        self.tokenizer = load_tokenizer(section.model)
+        self._section, self._device, self._model = section, device, None
+
+    @property
+    def model(self):
+        """Loaded on first use: a finished stage is recognised without touching the weights."""
+        if self._model is None:
+            self._model = load_model(self._section.model, self._section.dtype, self._device)
+        return self._model
+
+    def identity(self) -> dict[str, Any]:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def answer(self, questions, sampling, on_finish) -> list[Answer]:
+        ids = [prompt_ids(self.tokenizer, q.messages) for q in questions]
+        answers: list[Answer | None] = [None] * len(questions)
+
+        def finish(row: int, completion) -> None:
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            answers[row] = Answer(
+                text, completion.finish_reason, ids[row], completion.ids, completion.logprobs, completion.error,
+                len(ids[row]), len(completion.ids),
+            )  # fmt: skip
+            on_finish(answers[row])
+
+        decode(
+            self.model,
+            ids,
+            sampling,
+            eos_ids=eos_ids(self.model, self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            keys=[q.key for q in questions],
+            batch_size=self.batch_size,
+            on_finish=finish,
+            vocab_limit=len(self.tokenizer),
         )
-    return LiveTeacher(load_model(name, dtype, device))
+        return answers
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int:
+        # Each token attends to half of an average row.
+        tokens = prompt_tokens + completion_tokens
+        context = max(1, tokens // (2 * max(rows, 1)))
+        return int(describe_model(self.model, context)["flops_per_token"] * tokens)
+
+
+def open_teacher(section: TeacherSection, device: torch.device, batch_size: int) -> Teacher:
+    """The teacher a recipe names. Raises UserError where it cannot be reached or loaded."""
+    return LocalTeacher(section, device, batch_size)

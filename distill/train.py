@@ -34,7 +34,7 @@ from distill.errors import RunError, UserError
 from distill.kept import KeptLogits
 from distill.precision import Precision
 from distill.students import BuiltStudent
-from distill.teachers import LiveTeacher
+from distill.live import LiveTeacher
 
 
 def learning_rate(train: Train, step: int) -> float:
