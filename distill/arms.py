@@ -10,17 +10,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from distill.cards import student_card
+from distill.checkpoint import drop_states
 from distill.config import Objective, Recipe
 from distill.data import TokenRows
 from distill.describe import describe_model
-from distill.devices import describe_device, pick_device
+from distill.devices import describe_device, main_decides, pick_device
+from distill.errors import UserError
+from distill.live import LiveTeacher, load_live_teacher
+from distill.models import tokenizer_fingerprint
 from distill.precision import resolve_precision
+from distill.provenance import model_source
+from distill.shards import MANIFEST, read_json
+from distill.signals import STORED, SignalFormat
 from distill.stages import Stage, input_fingerprint
 from distill.students import BuiltStudent, build_student, save_student, student_tokenizer
-from distill.live import LiveTeacher, load_live_teacher
 from distill.train import make_accelerator, train_student
 
 
@@ -45,7 +49,9 @@ def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
         "train": recipe.train.model_dump(
             mode="json", exclude={"checkpoint_every", "trackers", "micro_batch_size"}
         ),
-        "teacher": recipe.teacher.model_dump(mode="json") if needs_teacher and recipe.teacher else None,
+        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms"})
+        if needs_teacher and recipe.teacher
+        else None,
         "seed": recipe.seed,
     }
     data = recipe.path / "dataset" / ("control" if arm == "control" else "")
@@ -54,10 +60,7 @@ def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
     accelerator = make_accelerator(recipe, precision, stage.folder)
 
     # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
-    done = [accelerator.is_main_process and stage.done(redo)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(done)
-    if done[0]:
+    if main_decides(accelerator, lambda: stage.done(redo)):
         return stage.manifest
     teacher = None
     if needs_teacher:
@@ -65,7 +68,7 @@ def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
             recipe.teacher.model, recipe.teacher.dtype, accelerator.device, student_tokenizer(recipe.student)
         )
     student = build_student(recipe.student, recipe.train.precision, accelerator.device, recipe.seed)
-    rows = TokenRows.from_folder(data)
+    rows = TokenRows.from_folder(data, stored_signals(recipe))
     if accelerator.is_main_process:
         stage.begin(redo)
     accelerator.wait_for_everyone()
@@ -79,14 +82,39 @@ def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
     }
     if not accelerator.is_main_process:
         return {}
-    save_student(student.model, student.tokenizer, stage.folder, student_card(recipe, arm, counts))
-    return stage.finish(
+    terms = None if arm == "control" else read_json(recipe.path / "dataset" / MANIFEST).get("terms")
+    save_student(student.model, student.tokenizer, stage.folder, student_card(recipe, arm, counts, terms))
+    manifest = stage.finish(
         counts,
+        terms=terms,
+        base_source=model_source(recipe.student.model) if recipe.student.model else None,
         device=describe_device(accelerator.device, accelerator.num_processes),
         precision={"name": precision.name, "reason": precision.reason},
         flops=training_flops(student, teacher, counts),
         final_loss=_final_loss(stage.folder),
     )
+    drop_states(stage.folder)  # not before the manifest: a kill until then continues from the newest one
+    return manifest
+
+
+def stored_signals(recipe: Recipe) -> SignalFormat | None:
+    """The format of the dataset's teacher signals, where an objective reads them.
+
+    Raises UserError where there are none, or not for this student and these objectives.
+    """
+    if not any(o.signal in STORED for o in recipe.train.objectives):
+        return None
+    folder = recipe.path / "dataset"
+    form = SignalFormat.from_manifest(read_json(folder / MANIFEST).get("signal"))
+    if form is None:
+        raise UserError(
+            f"{folder} has no teacher signals that this student can read; set generate.signal and use a student "
+            "with the teacher's tokenizer and chat template, then run generate and filter with --redo"
+        )
+    reader = tokenizer_fingerprint(student_tokenizer(recipe.student))
+    if problems := form.problems(reader, recipe.train.objectives):
+        raise UserError(*problems)
+    return form
 
 
 def training_flops(student: BuiltStudent, teacher: LiveTeacher | None, counts: dict[str, Any]) -> int:

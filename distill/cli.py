@@ -35,12 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _recipe_arguments(demo, recipe=False)
     for name in ("run", "generate", "filter", "train", "report"):
-        _recipe_arguments(commands.add_parser(name, help=_STAGE_HELP[name]))
+        added = commands.add_parser(name, help=_STAGE_HELP[name])
+        _recipe_arguments(added)
+        if name == "filter":
+            added.add_argument("--explain", action="store_true", help="per rule: its count and examples")
 
     evaluate = commands.add_parser("evaluate", help=_STAGE_HELP["evaluate"])
     evaluate.add_argument("targets", nargs="+", metavar="RECIPE [key=value ...] | CHECKPOINT ...")
     evaluate.add_argument("--tasks", nargs="+", default=["easy", "medium", "hard"], metavar="T",
-                          help="checkpoints: embedded levels, or files of problems (default: easy medium hard)")  # fmt: skip
+                          help="checkpoints: levels, FILE, PRESET[:FILE], hub:org/name; prompts.key=value to read them")  # fmt: skip
     evaluate.add_argument(
         "--problems", type=int, default=210, metavar="N", help="checkpoints: problems per level"
     )
@@ -50,10 +53,34 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     _shared_arguments(evaluate)
 
+    bench = commands.add_parser("bench", help="how fast it is here, against its peers in the same run")
+    bench.add_argument("what", choices=["speed"])
+    bench.add_argument("--only", choices=["generate"], default="generate", help="which benchmark")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+
     cost = commands.add_parser("cost", help="the bill of DeepSeek-V3, or the ledger of a run")
     cost.add_argument("what", nargs="?", default="deepseek-v3", metavar="deepseek-v3 | RUN_DIR | RECIPE")
     cost.add_argument("--usd-per-hour", type=float, metavar="USD", help="price of one device-hour, for a run")
     cost.add_argument("--json", action="store_true", help="print JSON")
+
+    provenance = commands.add_parser(
+        "provenance", help="from a student back to teacher, prompts, terms and hashes, every link checked"
+    )
+    provenance.add_argument("path", metavar="RUN_DIR | STUDENT | CHECKPOINT")
+    provenance.add_argument("--json", action="store_true", help="print JSON")
+
+    export = commands.add_parser("export", help="a run's training set in TRL's formats, or to the hub")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("--format", choices=["prompt_completion", "messages"], default="prompt_completion",
+                        help="prompt and completion apart, or one list of chat messages")  # fmt: skip
+    export.add_argument(
+        "--plain", action="store_true", help="strings through the student's chat template, not messages"
+    )
+    export.add_argument("--out", metavar="FILE", help="a new .jsonl or .parquet file")
+    export.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload card and parts as a private hub dataset"
+    )
+    export.add_argument("--public", action="store_true", help="with --push-to-hub: for everyone")
 
     describe = commands.add_parser(
         "describe", help="parameters, FLOPs, KV bytes, experts: from the config alone"
@@ -118,8 +145,14 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     command = arguments.command
     if command == "cost":
         return _cost(arguments)
+    if command == "bench":
+        return _bench(arguments)
     if command == "describe":
         return _describe(arguments)
+    if command == "provenance":
+        return _provenance(arguments)
+    if command == "export":
+        return _export(arguments)
     if command == "evaluate" and not arguments.targets[0].endswith((".yaml", ".yml")):
         return _evaluate_checkpoints(arguments)
     if command == "demo":
@@ -151,7 +184,7 @@ def _run_recipe(command: str, path: str, overrides: list[str], arguments: argpar
 
         print(pipeline.resolved(recipe))
         for name, value in derived(recipe).items():
-            print(f"# {name}: {value:,}")
+            print(f"# {name}: {_shown(value)}")
         return 0
     if command != "report":
         from distill.preflight import check_recipe
@@ -161,9 +194,18 @@ def _run_recipe(command: str, path: str, overrides: list[str], arguments: argpar
         if os.environ.get("RANK", "0") == "0":
             write_atomic(recipe.path / "recipe.yaml", pipeline.resolved(recipe))
         pipeline.run(recipe, command, arguments.redo, say=_say)
+    if getattr(arguments, "explain", False) and os.environ.get("RANK", "0") == "0":
+        from distill.filter import explain
+
+        print(explain(recipe.path))
     if command in ("run", "report"):
         _report(recipe.path)
     return 0
+
+
+def _shown(value: object) -> str:
+    """A forecast for people; what nothing tells is unknown."""
+    return "unknown" if value is None else value if isinstance(value, str) else f"{value:,}"
 
 
 def _report(run_dir: Path) -> None:
@@ -177,25 +219,31 @@ def _report(run_dir: Path) -> None:
 
 
 def _evaluate_checkpoints(arguments: argparse.Namespace) -> int:
-    from distill.config import Evaluate
+    from distill.config import Evaluate, load_prompts
+    from distill.presets import PRESETS, split_task
     from distill.tasks import LEVELS
 
-    overrides = [t for t in arguments.targets if "=" in t]
+    words = [*arguments.targets, *arguments.tasks]
+    keys = [w for w in words if w.startswith("prompts.") and "=" in w]
+    targets, tasks = ([w for w in given if w not in keys] for given in (arguments.targets, arguments.tasks))
+    overrides = [t for t in targets if "=" in t]
     if overrides:
         raise UserError(
-            f"'{overrides[0]}': key=value belongs to a recipe; for checkpoints use --tasks, --problems, --out"
+            f"'{overrides[0]}': only prompts.key=value goes with checkpoints, and --tasks, --problems, --out"
         )
-    files = [t for t in arguments.tasks if t not in LEVELS]
+    sources = [t for t in tasks if t not in LEVELS]
     missing = [
-        f"--tasks {t}: neither a level ({', '.join(LEVELS)}) nor a file"
-        for t in files
-        if not Path(t).is_file()
+        f"--tasks {t}: neither a level, a preset ({', '.join([*LEVELS, *PRESETS])}), hub:org/name nor a file"
+        for t in sources
+        if not (t in PRESETS or t.startswith("hub:") or Path(split_task(t)[1]).is_file())
     ]
+    if keys and not sources:
+        missing.append(f"'{keys[0]}' says how to read a file, preset or hub dataset; name one with --tasks")
     if missing:
         raise UserError(*missing)
-    levels = {t: arguments.problems for t in arguments.tasks if t in LEVELS}
+    levels = {t: arguments.problems for t in tasks if t in LEVELS}
     names: dict[str, str] = {}
-    for target in arguments.targets:
+    for target in targets:
         name = Path(target).name
         names[name if name not in names else target.strip("/").replace("/", "-")] = target
     out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
@@ -206,7 +254,8 @@ def _evaluate_checkpoints(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     section = Evaluate(levels=levels, max_new_tokens=arguments.max_new_tokens)
-    evaluate_checkpoints(names, arguments.teacher, out, section, files, arguments.redo)
+    prompts = load_prompts(keys)
+    evaluate_checkpoints(names, arguments.teacher, out, section, sources, arguments.redo, prompts)
     print()
     print(summary_table(read_json(out / "metrics.json")))
     print(f"\nmetrics: {out / 'metrics.json'}")
@@ -231,6 +280,40 @@ def _cost(arguments: argparse.Namespace) -> int:
         )
         bill, text = cost.run_ledger(run_dir, prices), cost.format_ledger
     print(json.dumps(bill, indent=2) if arguments.json else text(bill))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import json
+
+    from distill.speed import format_speed, generation_speed
+
+    found = generation_speed()
+    print(json.dumps(found, indent=2) if arguments.json else format_speed(found))
+    return 0
+
+
+def _provenance(arguments: argparse.Namespace) -> int:
+    import json
+
+    from distill.provenance import format_provenance, provenance
+
+    found = provenance(Path(arguments.path))
+    print(json.dumps(found, indent=2) if arguments.json else format_provenance(found))
+    return 0 if found["whole"] else 1
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if not (arguments.out or arguments.push_to_hub):
+        raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
+    from distill import dataset_card
+
+    run_dir = Path(arguments.run_dir)
+    if arguments.out:
+        rows = dataset_card.export(run_dir, arguments.format, Path(arguments.out), arguments.plain)
+        print(f"{arguments.out}: {rows:,} rows")
+    if arguments.push_to_hub:
+        print(dataset_card.push(run_dir, arguments.push_to_hub, arguments.public))
     return 0
 
 

@@ -5,61 +5,86 @@ raises one `UserError` that lists every problem with its fix and the nearest val
 weight is loaded. The resolved recipe (defaults filled in) is what manifests, reports and resumes use.
 """
 
-import difflib
+import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distill import objectives
+from distill.data_sections import Filter, PresetName, Prompts, nearest
 from distill.errors import UserError
-from distill.tasks import FAMILIES, LEVELS
+from distill.presets import fill_in, held_out_preset
+from distill.sections import Count, Fraction, Section, Signal
+from distill.tasks import SPLITS
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
 
+class Terms(Section):
+    """What the teacher's licence or terms of use say about training on its outputs. Not legal advice."""
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Prompts(Section):
-    """Where training questions come from: the embedded tasks, or a JSONL, Parquet or CSV file."""
-
-    source: str = Field("tasks", description="'tasks', or the path of a .jsonl, .parquet or .csv file")
-    levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        {"easy": 800, "medium": 800, "hard": 1600}, description="embedded tasks: prompts per level"
+    train_other_models: Literal["yes", "no", "same_provider", "unknown"] | None = Field(
+        None, description="may outputs train another model; empty: read the model card or the shipped table"
     )
-    families: list[str] = Field(list(FAMILIES), description="embedded tasks: which families")
-    solutions: bool = Field(
-        False, description="embedded tasks: train on the worked steps themselves (how the teacher is made)"
-    )
-    distinct: bool = Field(
-        True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
-    )
-    limit: Count | None = Field(None, description="files: use the first rows only")
-    prompt_column: str = Field("prompt", description="files: column with the question, or chat messages")
-    answer_column: str = Field("answer", description="files: column with the final answer ('' if none)")
-    verifier: Literal["exact", "numeric"] = Field("exact", description="rule that compares answers")
-    system: str | None = Field(None, description="system message put before every question")
+    name: str | None = Field(None, description="licence or terms, for example MIT")
+    url: str | None = Field(None, description="where they stand")
+    read: date | None = Field(None, description="when you read them")
+    provider: str | None = Field(None, description="with same_provider: whose models may be trained")
+    acknowledged: str | None = Field(None, description="who goes on although the answer is not yes, and why")
+
+    @field_validator("train_other_models", mode="before")
+    @classmethod
+    def _words(cls, value):
+        return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
-    def _known_names(self):
-        for name in self.levels:
-            if name not in LEVELS:
-                raise ValueError(f"unknown level '{name}'{_nearest(name, LEVELS)}")
-        for name in self.families:
-            if name not in FAMILIES:
-                raise ValueError(f"unknown family '{name}'{_nearest(name, FAMILIES)}")
+    def _named(self):
+        if self.train_other_models in ("yes", "same_provider") and not self.name:
+            raise ValueError("say which licence or terms allow it: add `name` (and `url`, `read`)")
+        if self.train_other_models == "same_provider" and not self.provider:
+            raise ValueError("`same_provider` needs `provider`: whose models may be trained")
+        if self.acknowledged is not None and not self.acknowledged.strip():
+            raise ValueError("`acknowledged` says who goes on and why; it is empty")
+        return self
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible server that answers as the teacher. It gives text; weights and logits are not here."""
+
+    base_url: str = Field(description="as http://localhost:8000/v1")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="variable that holds the key; null: no key")
+    concurrency: Count = Field(8, description="requests at a time, per process")
+    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(60.0, description="seconds for one whole answer")
+    retries: Annotated[int, Field(ge=0)] = Field(5, description="further attempts of a request that failed")
+    backoff: Annotated[float, Field(ge=0, le=3600)] = Field(1.0, description="seconds, doubling per retry")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(0, description="above 0: keep tokens' logprobs")
+
+    @model_validator(mode="after")
+    def _no_secrets(self):
+        # The recipe is stored with the run. Neither message may repeat what was written.
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise ValueError("`base_url` must be like http://localhost:8000/v1")
+        if url.username or url.password or url.query or url.fragment:
+            raise ValueError(
+                "`base_url` holds a user or a query; the key belongs in the variable `api_key_env`"
+            )
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "`api_key_env` is the NAME of an environment variable in capitals, never the key"
+            )
         return self
 
 
 class Teacher(Section):
     model: str = Field(description="folder or hub name of any causal LM")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
+    endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
+    terms: Terms = Terms()
 
 
 class Generate(Section):
@@ -68,16 +93,17 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 is off")
     min_p: Fraction = Field(0.0, description="0 is off")
-    max_new_tokens: Count = 96
+    max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="an answer also ends with the token that completes one of these"
+    )
     batch_size: Count = Field(256, description="completions decoded together")
     part_size: Count = Field(512, description="prompts per Parquet part, the unit of resuming")
-
-
-class Filter(Section):
-    correct_only: bool = Field(True, description="rejection sampling: keep what the verifier accepts")
-    deduplicate: bool = Field(True, description="identical completions of one prompt are kept once")
-    max_per_prompt: Count | None = Field(None, description="at most this many completions per prompt")
-    max_tokens: Count | None = Field(None, description="prompt plus completion at most this long")
+    signal: Signal = Signal()
+    max_tokens: Count | None = Field(None, description="stop after the part that reaches as many")
+    max_cost_usd: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stop after the part that reaches this cost, at `prices`"
+    )
 
 
 class Lora(Section):
@@ -176,11 +202,39 @@ class Evaluate(Section):
     levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
-    source: str | None = Field(None, description="or a file of held-out problems; default: as `prompts`")
-    split: Literal["validation", "test"] = "test"
+    source: str | None = Field(
+        None, description="or a file or 'hub:org/name' of held-out problems, as in `prompts`"
+    )
+    preset: PresetName | None = Field(
+        None, description="a benchmark, as in `prompts`; empty: that of `prompts`"
+    )
+    config: str | None = Field(None, description="hub: the dataset's config; empty: that of `prompts`")
+    split: str = Field("test", description="embedded tasks: validation or test; hub: the dataset's split")
+    limit: Count | None = Field(None, description="files and hub: use the first rows only")
     max_new_tokens: Count = 96
     batch_size: Count = 256
     fidelity_rows: Annotated[int, Field(ge=0)] = Field(200, description="teacher answers compared; 0 is off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any):
+        return fill_in(data, "test")
+
+    @model_validator(mode="after")
+    def _known_split(self):
+        if not self.source and self.split not in SPLITS[1:]:
+            raise ValueError(
+                f"embedded tasks have no held-out split '{self.split}'{nearest(self.split, SPLITS[1:])}"
+            )
+        return self
+
+
+class Prices(Section):
+    """What things cost you, for forecasts and `generate.max_cost_usd`. Nothing is assumed."""
+
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = None
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = None
+    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = None
 
 
 class Recipe(Section):
@@ -196,6 +250,18 @@ class Recipe(Section):
     train: Train = Train()
     control: Control = Control()
     evaluate: Evaluate = Evaluate()
+    prices: Prices = Prices()
+
+    @model_validator(mode="after")
+    def _priced(self):
+        if self.generate.max_cost_usd and not any(self.prices.model_dump().values()):
+            raise ValueError("`generate.max_cost_usd` needs `prices`, for example prices.usd_per_device_hour")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_preset(cls, data: Any):
+        return held_out_preset(data)
 
     @model_validator(mode="after")
     def _teacher_or_solutions(self):
@@ -214,12 +280,6 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
-
-
-def _nearest(name: str, valid) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
 
 
 def find_file(path: str) -> Path:
@@ -260,6 +320,19 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     return recipe
 
 
+def load_prompts(overrides: list[str]) -> Prompts:
+    """The section `prompts` alone, from `prompts.key=value` words: how files of problems are read."""
+    data: dict = {"prompts": {}}
+    problems = [problem for override in overrides if (problem := _apply_override(data, override))]
+    try:
+        prompts = Prompts.model_validate(data["prompts"])
+    except ValidationError as error:
+        problems += [_explain({**e, "loc": ("prompts", *e["loc"])}, Path("--tasks")) for e in error.errors()]
+    if problems:
+        raise UserError(*problems)
+    return prompts
+
+
 def _apply_override(data: dict, override: str) -> str | None:
     """Set one `a.b.c=value` (value read as YAML) in `data`; returns the problem, if any."""
     key, equals, text = override.partition("=")
@@ -297,7 +370,7 @@ def _explain(error: dict, file: Path) -> str:
         for part in error["loc"][:-1]:
             section = _section_type(section, part)
         name = str(error["loc"][-1])
-        return f"{file}: unknown key '{where}'{_nearest(name, getattr(section, 'model_fields', {}))}"
+        return f"{file}: unknown key '{where}'{nearest(name, getattr(section, 'model_fields', {}))}"
     if error["type"] == "missing":
         return f"{file}: '{where}' is missing; add it"
     message = error["msg"].removeprefix("Value error, ")

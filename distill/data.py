@@ -4,6 +4,8 @@ A row is (prompt_ids, completion_ids); only completion tokens are trained on. Wh
 step s is a pure function of (seed, s), and how those rows are split over processes and micro-batches
 only orders them, so 1 x 64 = 2 x 32 = 8 x 8, and a resumed run continues exactly.
 
+A teacher's stored signals travel with their rows: one per kept token, in the order of `targets`.
+
 Shapes: B rows, T time, N kept tokens (all completion tokens of the batch).
 """
 
@@ -16,7 +18,8 @@ import numpy as np
 import torch
 
 from distill.errors import UserError
-from distill.shards import parts, read_table
+from distill.shards import SIGNAL_COLUMNS, parts, read_table
+from distill.signals import Sampled, SignalFormat, StoredSignals, TopK
 
 
 @dataclass
@@ -25,15 +28,17 @@ class Batch:
     attention_mask: torch.Tensor  # [B, T]
     keep: torch.Tensor  # [B, T] bool: the *next* token is a completion token
     targets: torch.Tensor  # [N] that next token, in row-major order of `keep`
+    signal: TopK | Sampled | None = None  # [N, K] the teacher's, where it was stored and asked for
 
     def to(self, device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
 
 
 class TokenRows:
     """All rows of a dataset folder as flat int32 arrays: 4 bytes a token, no Python object per row."""
 
-    def __init__(self, prompts: list, completions: list):
+    def __init__(self, prompts: list, completions: list, signals: StoredSignals | None = None):
+        self.signals = signals
         self.prompt_tokens, self.prompt_starts = _flatten(prompts)
         self.completion_tokens, self.completion_starts = _flatten(completions)
         self.prompt_lengths = np.diff(self.prompt_starts)
@@ -41,18 +46,28 @@ class TokenRows:
         self.lengths = self.prompt_lengths + self.completion_lengths
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "TokenRows":
-        """Raises UserError for a folder without rows, a damaged part or an empty prompt or completion."""
-        prompts, completions = [], []
+    def from_folder(cls, folder: Path, stored: SignalFormat | None = None) -> "TokenRows":
+        """All rows; with `stored`, their teacher signals too.
+
+        Raises UserError for a folder without rows, a damaged part, an empty prompt or completion, or a row
+        without a signal.
+        """
+        prompts, completions, signals = [], [], ([], [])
         for path in parts(folder):
-            table = read_table(path, ["prompt_ids", "completion_ids"])
+            table = read_table(path, ["prompt_ids", "completion_ids", *(SIGNAL_COLUMNS if stored else ())])
             prompts += table["prompt_ids"].to_numpy(zero_copy_only=False).tolist()
             completions += table["completion_ids"].to_numpy(zero_copy_only=False).tolist()
+            for column, values in zip(SIGNAL_COLUMNS, signals):
+                values += table[column].to_pylist() if stored else []
         if not prompts:
             raise UserError(
                 f"{folder} has no rows to train on; loosen `filter`, or look in {folder / 'dropped'} for why"
             )
-        rows = cls(prompts, completions)
+        if None in signals[0]:
+            raise UserError(
+                f"{folder} has rows without a stored teacher signal; run generate and filter with --redo"
+            )
+        rows = cls(prompts, completions, StoredSignals(stored, *signals) if stored else None)
         if rows.prompt_lengths.min() == 0 or rows.completion_lengths.min() == 0:
             raise UserError(
                 f"{folder} has a row with an empty prompt or completion; run its stage with --redo"
@@ -85,7 +100,8 @@ class TokenRows:
             keep[b, p - 1 : length] = True
             targets.append(completion)
         flat = np.concatenate(targets).astype(np.int64)
-        return Batch(*(torch.from_numpy(a) for a in (ids, mask, keep, flat)))
+        signal = self.signals.take(indices, self.completion_lengths[indices]) if self.signals else None
+        return Batch(*(torch.from_numpy(a) for a in (ids, mask, keep, flat)), signal)
 
 
 def _flatten(rows: list) -> tuple[np.ndarray, np.ndarray]:

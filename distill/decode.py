@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from distill.errors import UserError
 
 _DROP_AT = 0.25  # finished rows leave once they are this share of the batch
-_REFILL_AT = {"cpu": 1.0, "cuda": 0.25}  # waiting prompts join when this share of slots is free; 1: never
+_REFILL = {"cpu": False}  # whether waiting prompts take the places of those rows; elsewhere they do
 _BLOCK = 64  # columns by which a cache buffer grows: copies are rare, the spare room is small
 
 
@@ -48,6 +48,7 @@ class Sampling:
     top_k: int = 0  # 0 is off
     min_p: float = 0.0  # least share of the likeliest token's probability (arXiv 2407.01082, section 3)
     max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()  # strings need a tokenizer: `decode` takes them as `stopping`
 
     def __post_init__(self):
         checks = {
@@ -82,6 +83,7 @@ def decode(
     batch_size: int = 64,
     on_finish: Callable[[int, Completion], None] | None = None,
     vocab_limit: int | None = None,
+    stopping: Callable[..., torch.Tensor] | None = None,
 ) -> list[Completion]:
     """Complete every prompt (a list of token ids); the result is in the order of `prompts`.
 
@@ -89,6 +91,7 @@ def decode(
         `sampling.temperature` is above 0. Rows with equal keys draw equal random numbers.
     on_finish: called as on_finish(index_of_prompt, completion) when a row leaves the batch, in any order.
     vocab_limit: ids at or above it are never produced (embeddings are often padded beyond the tokenizer).
+    stopping: transformers' StopStringCriteria; the token that completes a stop string is the row's last.
 
     A row ends with `error` set when its logits are not finite (NaN, +inf, or -inf everywhere) or its prompt
     is empty or does not fit the model's context; the others go on. Every module keeps its train or eval mode.
@@ -103,7 +106,7 @@ def decode(
         problems.append(f"decode: batch_size={batch_size} must be 1 or more")
     if problems:
         raise UserError(*problems)
-    decoder = _Decoder(model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size)
+    decoder = _Decoder(model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size, stopping)
     results: list[Completion | None] = [None] * len(prompts)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -157,8 +160,7 @@ def _cutoff(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     cutoff = scores.new_full((len(scores), 1), -math.inf)
     if k < size or sampling.top_p < 1:
         # numpy's vectorised sort took 0.12 ms for 256 x 512 and 9 ms for 16 x 151,936, torch's 4.2 and 160.
-        on_cpu = scores.device.type == "cpu"
-        ordered = torch.from_numpy(np.sort(scores.numpy())) if on_cpu else scores.sort(-1).values
+        ordered = torch.from_numpy(np.sort(scores.numpy())) if scores.is_cpu else scores.sort(-1).values
         cutoff = ordered[:, size - k, None]
         if sampling.top_p < 1:
             mass = (ordered.exp() * (ordered >= cutoff)).cumsum(-1)
@@ -218,6 +220,7 @@ class _Batch:
     prompt: torch.Tensor  # [B] prompt tokens
     made: torch.Tensor  # [B] produced tokens
     done: torch.Tensor  # [B]
+    stopped: torch.Tensor  # [B] done by an end token or a stop string
     ids: torch.Tensor  # [B, max_new_tokens + 1]; finished rows write into the spare last column
     logprobs: torch.Tensor  # [B, max_new_tokens + 1]
 
@@ -225,9 +228,9 @@ class _Batch:
 class _Decoder:
     """The operations on a batch: prefill, step, and the exchange of finished rows for waiting ones."""
 
-    def __init__(self, model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size):
+    def __init__(self, model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size, stopping):
         self.model, self.prompts, self.sampling, self.keys = model, prompts, sampling, keys
-        self.eos_ids, self.pad_id, self.vocab_limit = eos_ids, pad_id, vocab_limit
+        self.pad_id, self.vocab_limit, self.stopping = pad_id, vocab_limit, stopping
         self.batch_size, self.device = batch_size, model.get_input_embeddings().weight.device
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -240,7 +243,7 @@ class _Decoder:
         # slower, and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
         attention = (DynamicLayer, DynamicSlidingWindowLayer)
         self.elastic = all(type(layer) in attention for layer in DynamicCache(config=self.config).layers)
-        self.refill_at = _REFILL_AT.get(self.device.type, 1.0)
+        self.refill = _REFILL.get(self.device.type, True)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
         """(prompt index, completion) of every prompt, as rows end."""
@@ -258,26 +261,23 @@ class _Decoder:
         waiting.sort(key=lambda row: -len(self.prompts[row]))
         batch = self.admit(waiting, self.batch_size)
         while batch:
-            if self.is_due(batch, waiting):
+            if self.is_due(batch):
                 yield from self.finished(batch)
                 batch = self.regroup(batch, waiting)
             else:
                 self.step(batch)
 
-    def is_due(self, batch: _Batch, waiting: list[int]) -> bool:
-        """Whether enough rows have finished to drop them or to let others in."""
+    def is_due(self, batch: _Batch) -> bool:
+        """Whether enough rows have finished to drop them and let others in."""
         done, size = int(batch.done.sum()), len(batch.rows)
-        refill = waiting and self.batch_size - size + done >= self.refill_at * self.batch_size
-        return done == size or bool(self.elastic and done and (refill or done >= _DROP_AT * size))
+        return done == size or (self.elastic and done >= _DROP_AT * size)
 
     def finished(self, batch: _Batch) -> Iterator[tuple[int, Completion]]:
         slots = batch.done.nonzero().squeeze(1)
-        fields = (getattr(batch, name)[slots].tolist() for name in ("ids", "logprobs", "made"))
-        for slot, ids, logprobs, made in zip(slots.tolist(), *fields):
-            completion = Completion(ids[:made], "length", logprobs[:made])
-            if made and ids[made - 1] in self.eos_ids:
-                completion.finish_reason = "stop"
-            elif made < self.sampling.max_new_tokens:
+        fields = (getattr(batch, name)[slots].tolist() for name in ("ids", "logprobs", "made", "stopped"))
+        for slot, ids, logprobs, made, stopped in zip(slots.tolist(), *fields):
+            completion = Completion(ids[:made], "stop" if stopped else "length", logprobs[:made])
+            if not stopped and made < self.sampling.max_new_tokens:
                 completion.finish_reason, completion.error = "error", "non-finite logits"
             yield batch.rows[slot], completion
 
@@ -288,6 +288,8 @@ class _Decoder:
         fed = (batch.prompt + batch.made).unsqueeze(1)
         width = batch.cache.get_seq_length() + 1
         mask = torch.arange(width, device=self.device) >= width - fed
+        # What a finished row is fed is padding to whoever reads the mask: routing statistics do.
+        mask[:, -1] &= ~batch.done
         self._choose(batch, self._forward(newest, mask, fed - 1, batch.cache))
 
     def _forward(self, ids, mask, positions, cache) -> torch.Tensor:
@@ -307,15 +309,25 @@ class _Decoder:
         batch.ids.scatter_(1, column, token)
         batch.logprobs.scatter_(1, column, logits.gather(1, token) - normaliser.unsqueeze(1))
         batch.made += ~batch.done
-        batch.done |= torch.isin(token.squeeze(1), self.eos) | (batch.made >= limit)
+        batch.stopped |= ~batch.done & (torch.isin(token.squeeze(1), self.eos) | self._at_stop_string(batch))
+        batch.done |= batch.stopped | (batch.made >= limit)
+
+    def _at_stop_string(self, batch: _Batch) -> torch.Tensor | bool:
+        """[B]: the newest token completes a stop string. Only the tokens that can be part of one are looked at."""
+        if self.stopping is None:
+            return False
+        window = torch.arange(-self.stopping.maximum_token_len, 0, device=self.device)
+        columns = batch.made.unsqueeze(1) + window
+        tail = batch.ids.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, self.pad_id)
+        return self.stopping(tail, None)
 
     @torch.inference_mode()
     def regroup(self, batch: _Batch, waiting: list[int]) -> _Batch | None:
         """The live rows, then waiting ones where there is room, in as few columns as hold them."""
         keep = (~batch.done).nonzero().squeeze(1)
-        room = self.batch_size - len(keep)
-        new = self.admit(waiting, room) if room >= self.refill_at * self.batch_size else None
-        if len(keep) == 0:
+        alone = len(keep) == 0
+        new = self.admit(waiting, self.batch_size - len(keep)) if alone or self.refill else None
+        if alone:
             return new
         parts = [batch, new] if new else [batch]
         picks = [keep] + [torch.arange(len(part.rows), device=self.device) for part in parts[1:]]
@@ -345,7 +357,7 @@ class _Decoder:
         if self.elastic:
             cache.layers = [_GrowingLayer() for _ in cache.layers]
         done, made = torch.zeros_like(prompt, dtype=torch.bool), torch.zeros_like(prompt)
-        batch = _Batch(rows, cache, seeds, prompt, made, done, produced, produced.float())
+        batch = _Batch(rows, cache, seeds, prompt, made, done, done.clone(), produced, produced.float())
         positions = torch.arange(width, device=self.device) - (width - prompt).unsqueeze(1)
         self._choose(batch, self._forward(ids, positions >= 0, positions.clamp(min=0), cache))
         return batch

@@ -5,9 +5,13 @@ device = pick_device("auto"); print(describe_device(device))
 
 import os
 import platform
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from distill.errors import UserError
 from distill.models import quiet_libraries
@@ -27,6 +31,19 @@ def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def processes(device: torch.device) -> PartialState:
+    """The processes of this launch (one, without a launcher). They may wait for each other for days."""
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=30))
+
+
+def main_decides(ranks: PartialState, decide: Callable[[], bool]) -> bool:
+    """`decide()` of the main process, known to all: the others must not look at a folder it is changing."""
+    answer = [ranks.is_main_process and decide()]
+    if ranks.num_processes > 1:
+        broadcast_object_list(answer)
+    return answer[0]
 
 
 def describe_device(device: torch.device, processes: int = 1) -> str:

@@ -27,7 +27,7 @@ from distill.errors import UserError
 from distill.fidelity import fidelity, teacher_rows
 from distill.models import load_model, load_tokenizer, prompt_ids, same_vocabulary
 from distill.preflight import check_model
-from distill.prompts import file_prompts, task_prompts
+from distill.prompts import held_out, named_problems
 from distill.shards import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
 from distill.stages import Stage, input_fingerprint
 from distill.stats import holm, paired_comparison
@@ -45,12 +45,13 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         checkpoints = {"control": str(run / "control"), **checkpoints}
     if recipe.student.model:
         checkpoints = {"base": recipe.student.model, **checkpoints}
-    if recipe.teacher:
+    local = recipe.teacher and not recipe.teacher.endpoint
+    if local:
         checkpoints["teacher"] = recipe.teacher.model
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     stage = Stage(run, "eval", _identity(recipe.evaluate, checkpoints, problems), inputs)
     device = pick_device(recipe.device, recipe.threads)
-    teacher = "teacher" if recipe.teacher else None
+    teacher = "teacher" if local else None
     return _run(stage, checkpoints, problems, recipe.evaluate, teacher, device, redo)
 
 
@@ -59,35 +60,32 @@ def evaluate_checkpoints(
     teacher: str | None,
     out: Path,
     section: Evaluate,
-    files: list[str],
+    tasks: list[str],
     redo: bool = False,
+    prompts: Prompts | None = None,
 ) -> dict[str, Any]:
-    """The same without a recipe: named checkpoints, optionally against a teacher, into the folder `out`."""
+    """The same without a recipe: named checkpoints, optionally against a teacher, into the folder `out`.
+
+    `tasks` are files, presets or hub datasets (see named_problems), read as `prompts` says.
+    """
     if teacher:
         checkpoints = {**{n: p for n, p in checkpoints.items() if p != teacher}, "teacher": teacher}
     problems = held_out(section, Prompts(), seed=0) if section.levels else []
-    for file in files:
-        problems += [
-            {**p, "level": Path(file).stem} for p in file_prompts(file, Prompts(source=file), "test")
-        ]
+    for task in tasks:
+        problems += named_problems(task, prompts or Prompts())
     if not problems:
         raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
     stage = Stage(out.parent, out.name, _identity(section, checkpoints, problems), inputs={})
     return _run(stage, checkpoints, problems, section, "teacher" if teacher else None, pick_device(), redo)
 
 
-def held_out(section: Evaluate, prompts: Prompts, seed: int) -> list[dict]:
-    """Problems no training set of ours can contain (a split by content), or those of the recipe's file."""
-    if section.source:
-        return file_prompts(section.source, prompts.model_copy(update={"limit": None}), "test")
-    return task_prompts(section.split, section.levels, prompts, seed)
-
-
 def _identity(section: Evaluate, checkpoints: dict[str, str], problems: list[dict]) -> dict[str, Any]:
     return {
         "evaluate": section.model_dump(mode="json"),
         "checkpoints": checkpoints,
-        "problems": fingerprint([(p["prompt_id"], p["messages"], p["answer"]) for p in problems]),
+        "problems": fingerprint(
+            [(p["prompt_id"], p["messages"], p["answer"], p["verifier"]) for p in problems]
+        ),
     }
 
 

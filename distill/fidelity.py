@@ -15,9 +15,9 @@ import torch
 
 from distill.data import TokenRows
 from distill.kept import KeptLogits
+from distill.live import match_vocabulary
 from distill.losses import forward_kl, reverse_kl
 from distill.stats import binomial_stderr
-from distill.live import match_vocabulary
 
 
 @torch.inference_mode()

@@ -4,19 +4,35 @@ Stage folder `dataset/`: rows of token ids ready to train on, in the *student's*
 `dataset/dropped/` has every row that was not kept, with the rule that dropped it; `dataset/control/` has the
 same prompts with the final answer only, for the control arm.
 
-    distill filter RECIPE
+    distill filter RECIPE [--explain]      --explain: per rule, its count and examples
+
+Rows go to disk part by part; what stays in memory is the prompts, and what the rules remember.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from distill.config import Recipe
+from distill.dataset_card import write_card
 from distill.errors import UserError
+from distill.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
 from distill.models import load_tokenizer, prompt_ids, same_vocabulary, tokenizer_fingerprint
-from distill.shards import DATASET_SCHEMA, DROPPED_SCHEMA, PartWriter, read_rows
+from distill.shards import (
+    DATASET_SCHEMA,
+    DROPPED_SCHEMA,
+    MANIFEST,
+    SIGNAL_COLUMNS,
+    PartWriter,
+    read_json,
+    read_rows,
+)
+from distill.signals import SignalFormat
 from distill.stages import Stage, input_fingerprint
 from distill.students import student_tokenizer
+
+_READ = ("prompt_id", "sample_idx", "completion_ids", "text", "finish_reason", "verdict", "error")
 
 
 def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
@@ -25,8 +41,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     inputs = {"prompts": input_fingerprint(recipe.path / "prompts", "generate RECIPE")}
     if recipe.teacher:
         inputs["generations"] = input_fingerprint(recipe.path / "generations", "generate RECIPE")
+    guard = held_out_questions(recipe)
     config = {
-        "filter": recipe.filter.model_dump(mode="json"),
+        **identity(recipe.filter, guard),
         "control": recipe.control.enabled,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
@@ -34,42 +51,31 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if stage.done(redo):
         return stage.manifest
     stage.begin(redo)
+    signal = _usable_signal(recipe, config["tokenizer"])
     prompts = {row["prompt_id"]: row for row in read_rows(recipe.path / "prompts")}
     if recipe.teacher:
-        kept, dropped = apply_filters(read_rows(recipe.path / "generations"), prompts, recipe, tokenizer)
+        answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])
+        rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
     else:
-        kept, dropped = [_row(p, 0, p["solution"], tokenizer) for p in prompts.values()], []
-    by_rule = dict(Counter(row["rule"] for row in dropped))
-    if not kept:
-        raise UserError(
-            f"no row is left to train on: {by_rule}; loosen `filter` (filter.correct_only=false keeps wrong "
-            "answers), or give a teacher that solves the prompts"
-        )
-    PartWriter(stage.folder / "dropped", DROPPED_SCHEMA).write_all(dropped)
-    if recipe.control.enabled:
-        PartWriter(stage.folder / "control", DATASET_SCHEMA).write_all(control_rows(kept, prompts, tokenizer))
-    PartWriter(stage.folder, DATASET_SCHEMA).write_all(kept)
-    counts = {
-        "rows": len(kept),
-        "tokens": sum(len(r["completion_ids"]) for r in kept),
-        "prompt_tokens": sum(len(r["prompt_ids"]) for r in kept),
-        "errors": by_rule.get("error", 0),
-        "kept": len(kept),
-        "dropped": len(dropped),
-        "dropped_by_rule": by_rule,
-        "prompts_covered": len({r["prompt_id"] for r in kept}),
-    }
-    return stage.finish(counts, device="cpu", tokenizer=tokenizer_fingerprint(tokenizer))
+        rows = (_row(p, 0, p["solution"], tokenizer) for p in prompts.values())
+    counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
+    # The terms of the answers are those decided on when they were made.
+    answered = recipe.path / "generations" / MANIFEST
+    terms = read_json(answered).get("terms") if recipe.teacher else None
+    write_card(recipe, stage.folder, counts, terms)
+    return stage.finish(counts, device="cpu", tokenizer=config["tokenizer"], terms=terms, signal=signal)
 
 
 def apply_filters(
-    rows: Iterable[dict], prompts: dict[str, dict], recipe: Recipe, tokenizer
-) -> tuple[list, list]:
-    """(kept, dropped). Rules in order: error, truncated, wrong_answer, too_long, duplicate, per_prompt_cap."""
-    rules = recipe.filter
-    teacher = load_tokenizer(recipe.teacher.model)
-    same = same_vocabulary(teacher, tokenizer)
-    kept, dropped, seen, per_prompt = [], [], set(), Counter()
+    rows: Iterable[dict], prompts: dict[str, dict], recipe: Recipe, tokenizer, guard: HeldOut | None = None
+) -> Iterator[dict]:
+    """A training row per teacher answer, in order; a refused one has `rule`, `verdict` and `detail` too.
+
+    Columns of `rows` beyond those read here (signals) are carried over to kept rows.
+    """
+    rules = Rules(recipe.filter, guard)
+    # An endpoint gives text alone.
+    same = not recipe.teacher.endpoint and same_vocabulary(load_tokenizer(recipe.teacher.model), tokenizer)
     for row in rows:
         prompt = prompts[row["prompt_id"]]
         # Same vocabulary: train on the very ids the teacher chose; the text could re-tokenise differently.
@@ -77,42 +83,112 @@ def apply_filters(
         new = (
             _row(prompt, row["sample_idx"], row["text"], tokenizer, ids) if row["text"] is not None else None
         )
-        key = (row["prompt_id"], row["text"])
-        rule = None
-        if row["error"]:
-            rule = "error"
-        elif row["finish_reason"] == "length":
-            rule = "truncated"
-        elif rules.correct_only and row["verdict"] != "correct":
-            rule = "wrong_answer"
-        elif rules.max_tokens and len(new["prompt_ids"]) + len(new["completion_ids"]) > rules.max_tokens:
-            rule = "too_long"
-        elif rules.deduplicate and key in seen:
-            rule = "duplicate"
-        elif rules.max_per_prompt and per_prompt[row["prompt_id"]] >= rules.max_per_prompt:
-            rule = "per_prompt_cap"
-        if rule:
+        if refusal := rules.refuse(Candidate(row, prompt, new)):
             blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
-            dropped.append({**(new or blank), "rule": rule, "verdict": row["verdict"]})
+            yield {**(new or blank), "rule": refusal[0], "verdict": row["verdict"], "detail": refusal[1]}
+        else:
+            yield new | {name: value for name, value in row.items() if name in SIGNAL_COLUMNS}
+
+
+def _write(
+    rows: Iterable[dict], folder: Path, prompts: dict[str, dict], tokenizer, control: bool
+) -> dict[str, Any]:
+    """Rows to the stage's folders; returns the manifest's counts. Raises UserError where nothing is kept."""
+    kept, dropped = _Parts(folder, DATASET_SCHEMA), _Parts(folder / "dropped", DROPPED_SCHEMA)
+    answers = _Parts(folder / "control", DATASET_SCHEMA) if control else None
+    by_rule: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    covered: set[str] = set()
+    for row in rows:
+        if "rule" in row:
+            dropped.add(row)
+            by_rule[row["rule"]] += 1
             continue
-        seen.add(key)
-        per_prompt[row["prompt_id"]] += 1
-        kept.append(new)
-    return kept, dropped
-
-
-def control_rows(kept: list[dict], prompts: dict[str, dict], tokenizer) -> list[dict]:
-    """The same prompts in the same order and number, answered by the public final answer alone."""
-    missing = sum(not prompts[row["prompt_id"]]["answer"] for row in kept)
-    if missing:
+        kept.add(row)
+        covered.add(row["prompt_id"])
+        totals["tokens"] += len(row["completion_ids"])
+        totals["prompt_tokens"] += len(row["prompt_ids"])
+        prompt = prompts[row["prompt_id"]]
+        totals["unanswered"] += not prompt["answer"]
+        if control and prompt["answer"]:
+            answers.add(_row(prompt, row["sample_idx"], prompt["answer"], tokenizer))
+    if not kept.rows:
         raise UserError(
-            f"the control arm needs a final answer for every prompt and {missing} have none; "
-            "set prompts.answer_column, or control.enabled=false (the run then proves nothing about the teacher)"
+            f"no row is left to train on: {dict(by_rule)}; loosen `filter` (filter.correct_only=false keeps "
+            "wrong answers), or give a teacher that solves the prompts"
         )
-    return [
-        _row(prompts[r["prompt_id"]], r["sample_idx"], prompts[r["prompt_id"]]["answer"], tokenizer)
-        for r in kept
-    ]
+    if control and totals["unanswered"]:
+        raise UserError(
+            f"the control arm needs final answers for all prompts, {totals['unanswered']} rows lack it; set "
+            "prompts.answer_column, or control.enabled=false (the run then proves nothing about the teacher)"
+        )
+    for parts in filter(None, (dropped, answers, kept)):
+        parts.close()
+    return {
+        "rows": kept.rows,
+        "tokens": totals["tokens"],
+        "prompt_tokens": totals["prompt_tokens"],
+        "errors": by_rule.get("error", 0),
+        "kept": kept.rows,
+        "dropped": dropped.rows,
+        "dropped_by_rule": dict(by_rule),
+        "prompts_covered": len(covered),
+    }
+
+
+class _Parts:
+    """Rows on their way to a folder: a part is written when it is full; without any row, an empty one."""
+
+    def __init__(self, folder: Path, schema, size: int = 20_000):
+        self._writer, self._size = PartWriter(folder, schema), size
+        self._buffer: list[dict] = []
+        self._written = self.rows = 0
+
+    def add(self, row: dict) -> None:
+        self._buffer.append(row)
+        self.rows += 1
+        if len(self._buffer) == self._size:
+            self._flush()
+
+    def close(self) -> None:
+        if self._buffer or not self._written:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write(self._written, self._buffer)
+        self._buffer = []
+        self._written += 1
+
+
+def explain(run_dir: Path, examples: int = 3) -> str:
+    """What every rule of a finished `dataset/` dropped: its count and the first few rows, texts cut short."""
+    counts = read_json(run_dir / "dataset" / MANIFEST)["counts"]
+    questions = {row["prompt_id"]: question(row) for row in read_rows(run_dir / "prompts")}
+    shown: dict[str, list[str]] = {rule: [] for rule in counts["dropped_by_rule"]}
+    for row in read_rows(run_dir / "dataset" / "dropped"):
+        if len(shown[row["rule"]]) < examples:
+            detail = f"  [{row['detail']}]" if row.get("detail") else ""
+            asked, answered = _cut(questions[row["prompt_id"]], 60), _cut(row["text"] or "", 60)
+            shown[row["rule"]].append(f"    {asked}  ->  {answered}{detail}")
+    lines = [f"kept {counts['kept']:,}, dropped {counts['dropped']:,}"]
+    for rule in sorted(shown, key=ORDER.index):
+        lines += [f"  {rule}: {counts['dropped_by_rule'][rule]:,}", *shown[rule]]
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    """One line: control characters and line breaks become spaces."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _usable_signal(recipe: Recipe, tokenizer: dict[str, str]) -> dict[str, Any] | None:
+    """What the generations' manifest says of stored signals, if the student reads the very same tokens."""
+    if recipe.teacher is None:
+        return None
+    stored = read_json(recipe.path / "generations" / MANIFEST).get("signal")
+    form = SignalFormat.from_manifest(stored)
+    return stored if form and not form.problems(tokenizer) else None
 
 
 def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:
@@ -123,6 +199,7 @@ def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | N
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_idx": sample_idx,
+        "messages": prompt["messages"],
         "prompt_ids": prompt_ids(tokenizer, prompt["messages"]),
         "completion_ids": completion,
         "text": text,

@@ -16,48 +16,94 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distill.budget import LIMITS, Limits
 from distill.config import Recipe
 from distill.decode import Sampling
-from distill.devices import describe_device, pick_device
+from distill.devices import describe_device, main_decides, pick_device, processes
+from distill.endpoint import TRANSPORT
 from distill.errors import UserError
-from distill.shards import GENERATION_SCHEMA, PartWriter, parts, read_json, read_rows, row_count
+from distill.protocol import Answer, Question, Teacher
+from distill.provenance import teacher_source
+from distill.scoring import given_answers, measured, score_answers, signal_format
+from distill.shards import (
+    GENERATION_SCHEMA,
+    PartWriter,
+    parts,
+    read_json,
+    read_rows,
+    remove_leftovers,
+    row_count,
+)
 from distill.stages import Stage, input_fingerprint
-from distill.teachers import Answer, Question, Teacher, open_teacher
+from distill.teachers import open_teacher
+from distill.terms import require
 from distill.verify import judge
 
 
 def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     """Run the stage `generations/`; returns its manifest. Raises UserError for a teacher that cannot be loaded."""
     if recipe.teacher is None:
-        raise UserError("this recipe has no `teacher`: it trains on worked solutions, there is nothing to generate")
+        raise UserError(
+            "this recipe has no `teacher`: it trains on worked solutions, there is nothing to generate"
+        )
+    terms = require(recipe)
     device = pick_device(recipe.device, recipe.threads)
+    endpoint = recipe.teacher.endpoint
     teacher = open_teacher(recipe.teacher, device, recipe.generate.batch_size)
+    form = signal_format(recipe.generate.signal, teacher)
     config = {
-        "teacher": recipe.teacher.model_dump(mode="json"),
-        "generate": recipe.generate.model_dump(mode="json"),
+        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms": True, "endpoint": TRANSPORT}),
+        "generate": recipe.generate.model_dump(mode="json", exclude=LIMITS),
         "seed": recipe.seed,
         "identity": teacher.identity(),
     }
     folder = recipe.path / "prompts"
-    stage = Stage(recipe.path, "generations", config, {"prompts": input_fingerprint(folder, "generate RECIPE")})
-    if stage.done(redo):
+    stage = Stage(
+        recipe.path, "generations", config, {"prompts": input_fingerprint(folder, "generate RECIPE")}
+    )
+    ranks = processes(device)
+    if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest
-    stage.begin(redo)
-    total = read_json(folder / "manifest.json")["counts"]["rows"] * recipe.generate.samples
+    teacher.open()
+    if ranks.is_main_process:
+        stage.begin(redo)
+        remove_leftovers(stage.folder)
+    ranks.wait_for_everyone()
+    prompts = read_json(folder / "manifest.json")["counts"]["rows"]
+    total = prompts * recipe.generate.samples
+    limits = Limits(recipe, stage.folder, ranks.num_processes)
     writer = PartWriter(stage.folder, GENERATION_SCHEMA)
-    with tqdm(total=total, desc="generate", unit="answer", mininterval=0.5) as bar:
+    with tqdm(
+        total=total, desc="generate", unit="answer", mininterval=0.5, disable=not ranks.is_main_process
+    ) as bar:
         bar.update(row_count(parts(stage.folder)))
-        meter = Meter(bar)
+        meter = Meter(bar, ranks.num_processes)
         for index, chunk in enumerate(chunks(read_rows(folder), recipe.generate.part_size)):
-            if not writer.path(index).is_file():
+            mine = index % ranks.num_processes == ranks.process_index
+            if mine and not writer.path(index).is_file():
+                if limits.reached():
+                    break
                 writer.write(index, answer_chunk(recipe, teacher, chunk, meter))
-                stage.checkpoint_clock()
+                if ranks.is_main_process:
+                    stage.checkpoint_clock()
+    ranks.wait_for_everyone()
+    total_parts = -(-prompts // recipe.generate.part_size)
+    if len(parts(stage.folder)) < total_parts:
+        stage.release()
+        raise limits.error(total_parts)
+    if not ranks.is_main_process:
+        return {}
     counts = count_rows(stage.folder)
+    flops = teacher.flops(counts["prompt_tokens"], counts["tokens"], counts["rows"])
+    scored_too = form and not recipe.prompts.completion_column  # one more pass over what was decoded
     return stage.finish(
         counts,
-        device=describe_device(device),
+        device=endpoint.base_url if endpoint else describe_device(device, ranks.num_processes),
         tokenizer=teacher.identity(),
-        flops=teacher.flops(counts["prompt_tokens"], counts["tokens"], counts["rows"]),
+        flops=flops and flops * (2 if scored_too else 1),
+        terms=terms,
+        signal=measured(form, stage.folder),
+        teacher_source=teacher_source(recipe.teacher),
     )
 
 
@@ -68,16 +114,19 @@ def chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
 
 
 class Meter:
-    """Feeds a progress bar with finished answers and the rate of new tokens."""
+    """Feeds a progress bar with finished answers and the rate of new tokens.
 
-    def __init__(self, bar: tqdm):
-        self.bar, self.tokens = bar, 0
+    The other processes are taken to be as fast as this one: their parts have the same size.
+    """
+
+    def __init__(self, bar: tqdm, processes: int = 1):
+        self.bar, self.processes, self.tokens = bar, processes, 0
 
     def __call__(self, answer: Answer) -> None:
-        self.tokens += answer.completion_tokens
+        self.tokens += answer.completion_tokens * self.processes
         elapsed = self.bar.format_dict["elapsed"]
         self.bar.set_postfix_str(f"{self.tokens / max(elapsed, 1e-9):,.0f} tok/s", refresh=False)
-        self.bar.update()
+        self.bar.update(min(self.processes, self.bar.total - self.bar.n))
 
 
 def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Meter) -> list[dict]:
@@ -85,8 +134,15 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Met
     section = recipe.generate
     tasks = [(prompt, sample) for prompt in chunk for sample in range(section.samples)]
     questions = [Question(p["messages"], (recipe.seed, p["prompt_id"], sample)) for p, sample in tasks]
-    sampling = Sampling(section.temperature, section.top_p, section.top_k, section.min_p, section.max_new_tokens)
-    answers = teacher.answer(questions, sampling, meter)
+    sampling = Sampling(
+        section.temperature, section.top_p, section.top_k, section.min_p, section.max_new_tokens,
+        tuple(section.stop_strings),
+    )  # fmt: skip
+    if recipe.prompts.completion_column:
+        answers = given_answers(teacher, questions, [prompt["completion"] for prompt, _ in tasks], meter)
+    else:
+        answers = teacher.answer(questions, sampling, meter)
+    score_answers(section.signal, teacher, questions, answers)
     return [
         {
             "prompt_id": prompt["prompt_id"],
@@ -97,6 +153,10 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Met
             "text": answer.text,
             "finish_reason": answer.finish_reason,
             "logprobs": answer.logprobs,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "signal_ids": answer.signal_ids,
+            "signal_values": answer.signal_values,
             "verdict": judge(
                 prompt["verifier"], answer.text, prompt["answer"], answer.finish_reason, answer.error
             ),
@@ -110,10 +170,10 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Met
 
 def count_rows(folder: Path) -> dict[str, Any]:
     counts: dict[str, Any] = {"rows": 0, "tokens": 0, "prompt_tokens": 0, "errors": 0, "verdicts": {}}
-    for row in read_rows(folder, ["prompt_ids", "completion_ids", "verdict", "error"]):
+    for row in read_rows(folder, ["prompt_tokens", "completion_tokens", "verdict", "error"]):
         counts["rows"] += 1
-        counts["tokens"] += len(row["completion_ids"])
-        counts["prompt_tokens"] += len(row["prompt_ids"])
+        counts["tokens"] += row["completion_tokens"]
+        counts["prompt_tokens"] += row["prompt_tokens"]
         counts["errors"] += row["error"] is not None
         counts["verdicts"][row["verdict"]] = counts["verdicts"].get(row["verdict"], 0) + 1
     return counts

@@ -1,6 +1,6 @@
 """The live teacher: its next-token logits at the kept tokens of a training batch.
 
-teacher = LiveTeacher(model); teacher_logits = teacher(batch, vocabulary)     # [N, V], no gradient
+teacher = LiveTeacher(model); teacher(batch, vocabulary).logits     # [N, V], no gradient
 """
 
 import torch
@@ -10,6 +10,7 @@ from distill.data import Batch
 from distill.errors import UserError
 from distill.kept import KeptLogits
 from distill.models import load_model, load_tokenizer, same_vocabulary
+from distill.signals import Dense
 
 
 def match_vocabulary(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -31,9 +32,10 @@ class LiveTeacher:
         self.kept = KeptLogits(model.eval().requires_grad_(False))
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, vocabulary: int) -> torch.Tensor:
+    def __call__(self, batch: Batch, vocabulary: int) -> Dense:
         """Teacher logits [N, V] at the batch's kept tokens, without gradient."""
-        return match_vocabulary(self.kept(batch.input_ids, batch.attention_mask, batch.keep), vocabulary)
+        logits = self.kept(batch.input_ids, batch.attention_mask, batch.keep)
+        return Dense(match_vocabulary(logits, vocabulary))
 
 
 def load_live_teacher(name: str, dtype: str, device: torch.device, student_tokenizer) -> LiveTeacher:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.rowwise import check_option, kl, log_probs, per_row
-from distill.sparse_losses import sparse_forward_kl
+from distill.sparse_losses import sampled_cross_entropy, sparse_forward_kl
 
 __all__ = [
     "adaptive_kl",
@@ -39,6 +39,7 @@ __all__ = [
     "forward_kl",
     "generalized_jsd",
     "reverse_kl",
+    "sampled_cross_entropy",
     "skew_forward_kl",
     "skew_reverse_kl",
     "sparse_forward_kl",

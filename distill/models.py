@@ -110,8 +110,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal LM in eval mode; for a PEFT adapter folder, its base with the adapter on top.
 
-    dtype: "auto" (as stored), "fp32", "bf16" or "fp16". `training` keeps the kernels that train fastest. Raises UserError with the reason and the fix for
-    a missing folder, pickle-only or damaged weights, weights that do not fill the model, a missing base.
+    dtype: "auto" (as stored), "fp32", "bf16" or "fp16". `training` keeps the kernels that train fastest.
+    Raises UserError with the reason and the fix for a missing folder, pickle-only or damaged weights,
+    weights that do not fill the model, a missing base.
     """
     source = resolve_model(name)
     folder = Path(source)

@@ -49,8 +49,8 @@ class Option:
 class Objective:
     """`signal` is what the function takes after the student's logits.
 
-    "targets": token ids [N] · "dense": the teacher's logits [N, V] · "sparse": stored ids [N, K] and
-    log-probabilities [N, K].
+    "targets": token ids [N] · "dense": the teacher's logits [N, V] · "sparse": ids [N, K] and log-probabilities
+    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K].
     """
 
     name: str
@@ -96,6 +96,7 @@ OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType(
                 "sparse",
                 tail=Option(str, "renormalise", choices=("renormalise", "tail_bucket", "zero")),
             ),
+            _objective("sampled_cross_entropy", "sampled"),
         )
     )
 )

@@ -29,6 +29,9 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
     ]
 
 
+# Stages that all processes of a launch work on; the others are the main process's alone.
+_SHARED = ("generations", "student")
+
 # What each command of the CLI runs: the stage itself and, for `generate`, the prompts it needs.
 COMMANDS = {
     "generate": ("prompts", "generations"),
@@ -41,11 +44,16 @@ COMMANDS = {
 
 def run(recipe: Recipe, command: str, redo: bool, say: Callable[[str], None]) -> None:
     """Run the stages of one command. `say` prints a line; errors are UserError and RunError."""
+    from distill.devices import pick_device, processes
+
+    ranks = processes(pick_device(recipe.device, recipe.threads))
     for folder, function in stages(recipe):
         if folder not in COMMANDS[command]:
             continue
         was_done = (recipe.path / folder / "manifest.json").is_file()
-        function(recipe, redo)
+        if ranks.is_main_process or folder in _SHARED:
+            function(recipe, redo)
+        ranks.wait_for_everyone()
         names = ["student", "control"] if folder == "student" and recipe.control.enabled else [folder]
         for name in names:
             say(stage_line(recipe.path / name, "done before" if was_done else "done"))

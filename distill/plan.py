@@ -5,9 +5,12 @@ distill train RECIPE --dry-run
 
 from typing import Any
 
+from distill.budget import forecast
 from distill.config import Recipe, Student
 from distill.describe import describe_config
 from distill.models import load_config
+from distill.signals import SignalFormat
+from distill.terms import decide
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
@@ -35,14 +38,18 @@ def derived(recipe: Recipe) -> dict[str, Any]:
     if recipe.prompts.source == "tasks":
         values["prompts"] = sum(recipe.prompts.levels.values())
     if recipe.teacher:
-        teacher = describe_config(load_config(recipe.teacher.model))
-        values["teacher_parameters"] = teacher["parameters_total"]
-        values["teacher_parameters_active"] = teacher["parameters_active"]
-        if "prompts" in values:
-            answers = values["prompts"] * recipe.generate.samples
-            values["answers"] = answers
-            values["answer_tokens_at_most"] = answers * recipe.generate.max_new_tokens
-            values["generation_flops_at_most"] = teacher["flops_per_token"] * values["answer_tokens_at_most"]
+        teacher = None
+        if not recipe.teacher.endpoint:
+            teacher = describe_config(load_config(recipe.teacher.model))
+            values["teacher_parameters"] = teacher["parameters_total"]
+            values["teacher_parameters_active"] = teacher["parameters_active"]
+        decision = decide(recipe.teacher, recipe.student)
+        values["teacher_terms"] = decision["reason"] + ("" if decision["allowed"] else "; stops the run")
+        values |= forecast(recipe)
+        if teacher and "answer_tokens_at_most" in values:
+            flops = teacher["flops_per_token"] * values["answer_tokens_at_most"]
+            values["generation_flops_at_most"] = flops
+            values |= _signal_bytes(recipe, values["answer_tokens_at_most"])
     manifest = recipe.path / "dataset" / "manifest.json"
     if manifest.is_file():
         from distill.shards import read_json
@@ -52,6 +59,15 @@ def derived(recipe: Recipe) -> dict[str, Any]:
         values["epochs"] = round(values["rows_trained"] / counts["rows"], 2)
         values["trained_tokens_per_step"] = round(counts["tokens"] / counts["rows"] * train.batch_size)
     return values
+
+
+def _signal_bytes(recipe: Recipe, tokens: int) -> dict[str, Any]:
+    """Bytes of the teacher signals that so many tokens take on disk, at most."""
+    if recipe.generate.signal.kind == "none":
+        return {}
+    vocabulary = load_config(recipe.teacher.model).get_text_config().vocab_size
+    form = SignalFormat.from_recipe(recipe.generate.signal, vocabulary, identity={})
+    return {"signal_bytes_at_most": round(tokens * form.bytes_per_token())}
 
 
 def _config(student: Student):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill.config import Recipe
 from distill.devices import pick_device
+from distill.endpoint import check_endpoint
 from distill.errors import UserError
 from distill.models import (
     check_adapter_base,
@@ -15,9 +16,12 @@ from distill.models import (
     load_tokenizer,
     resolve_model,
     same_vocabulary,
+    tokenizer_fingerprint,
 )
 from distill.precision import resolve_precision
+from distill.signals import STORED, SignalFormat, signal_problems
 from distill.students import student_tokenizer
+from distill.terms import require
 
 
 def check_recipe(recipe: Recipe, command: str) -> None:
@@ -34,11 +38,23 @@ def check_recipe(recipe: Recipe, command: str) -> None:
     device = check(pick_device, recipe.device, recipe.threads)
     if device is not None and command in ("run", "train"):
         check(resolve_precision, recipe.train.precision, device)
-    names = {"teacher": recipe.teacher.model if recipe.teacher else None, "student": recipe.student.model}
-    for name in filter(None, names.values()):
+    endpoint = recipe.teacher.endpoint if recipe.teacher else None
+    local_teacher = recipe.teacher.model if recipe.teacher and not endpoint else None
+    for name in filter(None, (local_teacher, recipe.student.model)):
         check(check_model, name)
+    answered = (recipe.path / "generations" / "manifest.json").is_file()
+    if endpoint and command in ("run", "generate") and not answered:
+        check(check_endpoint, endpoint)
+    if command != "evaluate":  # measuring trains nothing
+        check(require, recipe)
     if not problems and recipe.teacher:
         problems += _check_pair(recipe)
+    elif not problems:
+        problems += [
+            f"objective {o.name} needs a teacher, and the recipe has none; name one, or use cross_entropy"
+            for o in recipe.train.objectives
+            if o.signal != "targets"
+        ]
     if problems:
         raise UserError(*dict.fromkeys(problems))
 
@@ -58,13 +74,13 @@ def check_model(name: str) -> None:
 def _check_pair(recipe: Recipe) -> list[str]:
     """What makes this teacher and this student unfit for the objectives asked for."""
     on_logits = [o.name for o in recipe.train.objectives if o.signal == "dense"]
-    stored = [o.name for o in recipe.train.objectives if o.signal == "sparse"]
-    found = []
-    if stored:
+    found = _check_signals(recipe)
+    if on_logits and recipe.teacher.endpoint:
         found.append(
-            f"objective {stored[0]} needs stored teacher signals, which no stage writes yet; use forward_kl"
+            f"objective {on_logits[0]} compares logits, and the endpoint of '{recipe.teacher.model}' gives text "
+            "alone; use train.objectives='[{name: cross_entropy}]' (distil the text), or a teacher loaded here"
         )
-    if on_logits and not same_vocabulary(
+    elif on_logits and not same_vocabulary(
         load_tokenizer(recipe.teacher.model), student_tokenizer(recipe.student)
     ):
         found.append(
@@ -72,4 +88,28 @@ def _check_pair(recipe: Recipe) -> list[str]:
             f"'{recipe.student.model or 'from scratch'}' have different vocabularies; use "
             "train.objectives='[{name: cross_entropy}]' (distil the text), or a student with the teacher's tokenizer"
         )
+    return found
+
+
+def _check_signals(recipe: Recipe) -> list[str]:
+    """What is wrong with keeping the teacher's signals, with scoring given text, or with training on either."""
+    signal, given = recipe.generate.signal, recipe.prompts.completion_column
+    found = signal_problems(signal.kind, signal.temperature, recipe.train.objectives)
+    if recipe.teacher.endpoint:
+        asked = {"generate.signal": signal.kind != "none", "prompts.completion_column": given}
+        found += [
+            f"{key} needs the logits of '{recipe.teacher.model}', and its endpoint gives text alone; leave it "
+            "out, or load the teacher here"
+            for key in (key for key, wanted in asked.items() if wanted)
+        ]
+    elif not found and any(o.signal in STORED for o in recipe.train.objectives):
+        teacher, student = load_tokenizer(recipe.teacher.model), student_tokenizer(recipe.student)
+        form = SignalFormat.from_recipe(signal, len(teacher), tokenizer_fingerprint(teacher))
+        found += form.problems(tokenizer_fingerprint(student))
+    if given and recipe.prompts.source == "tasks":
+        found.append(
+            "prompts.completion_column names texts of a file; give the file as prompts.source, or leave it out"
+        )
+    if given and recipe.generate.samples != 1:
+        found.append("prompts.completion_column gives one text to every prompt; set generate.samples=1")
     return found

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from distill.errors import DistillError, UserError
-from distill.shards import read_json
+from distill.provenance import UPSTREAM, upstream_manifests
+from distill.shards import read_json, write_json
+from distill.terms import name_problem
 
 # Everything plain transformers needs, and the account of how it was made; not the step log.
 _SHIPPED = ("*.safetensors", "*.json", "README.md", "*.jinja")
@@ -23,6 +25,8 @@ def publish(run_dir: Path, target: Path) -> None:
         raise UserError(f"{target} exists; move it away first, other runs may be built on it")
     manifest = read_json(run_dir / "student" / "manifest.json")
     scores = read_json(run_dir / "eval" / "metrics.json")["models"]["student"]
+    if problem := name_problem(manifest.get("terms"), target.name):
+        raise UserError(problem)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -31,6 +35,7 @@ def publish(run_dir: Path, target: Path) -> None:
             shutil.copy2(file, temporary / file.name)
     card = (temporary / "README.md").read_text().replace(f"# {run_dir.name}: student", f"# {target.name}")
     shutil.copy2(run_dir / "recipe.yaml", temporary / "recipe.yaml")
+    write_json(temporary / UPSTREAM, upstream_manifests(run_dir))
     (temporary / "README.md").write_text(card + _measured(scores, manifest), encoding="utf-8")
     temporary.rename(target)
 

@@ -59,8 +59,6 @@ class PartWriter:
         self.folder = folder
         self.schema = schema
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".part-*.tmp*"):  # of a process that was killed while writing
-            leftover.unlink()
 
     def path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.parquet"
@@ -69,7 +67,9 @@ class PartWriter:
         final = self.path(index)
         temporary = final.with_name(f".{final.name}.tmp{os.getpid()}")
         try:
-            pq.write_table(pa.Table.from_pylist(rows, schema=self.schema), temporary)
+            # Nothing reads statistics, and those of a binary column hold whole values.
+            table = pa.Table.from_pylist(rows, schema=self.schema)
+            pq.write_table(table, temporary, write_statistics=False)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, final)
@@ -84,6 +84,18 @@ class PartWriter:
         """All rows in consecutive parts; an empty list still leaves one (empty) part with the schema."""
         for index, start in enumerate(range(0, max(len(rows), 1), part_size)):
             self.write(index, rows[start : start + part_size])
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file that a killed process did not get to rename."""
+    return path.name.startswith(".") and ".tmp" in path.name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of a process that was killed while writing. Call before any writer of this run starts."""
+    for path in folder.rglob(".*.tmp*"):
+        if is_leftover(path) and path.is_file():
+            path.unlink()
 
 
 def parts(folder: Path) -> list[Path]:
@@ -124,18 +136,24 @@ def hash_file(path: Path) -> str:
 
 # ---- row schemas, one per stage -------------------------------------------------------------------
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+# A teacher's distribution at every completion token, packed (distill/signals.py); null where none is kept.
+SIGNAL_COLUMNS = ("signal_ids", "signal_values")
+_SIGNALS = [(name, pa.binary()) for name in SIGNAL_COLUMNS]
 
 PROMPT_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("answer", pa.string()),
         ("verifier", pa.string()),
         ("family", pa.string()),
         ("level", pa.string()),
         ("split", pa.string()),
         ("solution", pa.string()),  # null: the public set has final answers only
+        ("completion", pa.string()),  # null: the teacher writes it
+        ("question", pa.string()),  # what a template was filled with; null: the messages are the question
     ]
 )
 
@@ -149,6 +167,9 @@ GENERATION_SCHEMA = pa.schema(
         ("text", pa.string()),
         ("finish_reason", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
+        ("prompt_tokens", pa.int32()),  # an endpoint's own count, where there are no ids
+        ("completion_tokens", pa.int32()),
+        *_SIGNALS,
         ("verdict", pa.string()),
         ("error", pa.string()),
         ("family", pa.string()),
@@ -160,8 +181,10 @@ DATASET_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("sample_idx", pa.int32()),
+        ("messages", MESSAGES),  # the question; `text` is the answer
         ("prompt_ids", pa.list_(pa.int32())),
         ("completion_ids", pa.list_(pa.int32())),
+        *_SIGNALS,
         ("text", pa.string()),
         ("family", pa.string()),
         ("level", pa.string()),
@@ -169,6 +192,7 @@ DATASET_SCHEMA = pa.schema(
 )
 
 DROPPED_SCHEMA = DATASET_SCHEMA.append(pa.field("rule", pa.string())).append(pa.field("verdict", pa.string()))
+DROPPED_SCHEMA = DROPPED_SCHEMA.append(pa.field("detail", pa.string()))  # what the rule found
 
 ANSWER_SCHEMA = pa.schema(
     [

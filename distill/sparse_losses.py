@@ -1,10 +1,11 @@
-"""Objectives on stored teacher signals: K tokens and their log-probabilities instead of V logits.
+"""Objectives on stored teacher signals: K tokens with log-probabilities or weights instead of V logits.
 
 Storing the whole distribution costs V numbers per token (600 KB at V = 151,936); K = 50 of them cost a few
 hundred bytes. What is lost is the tail, and a loss has to say what it does about it: see `tail` below. Units,
-dtypes and gradients are those of `distill.losses`, from where this function is meant to be imported.
+dtypes and gradients are those of `distill.losses`, from where these functions are meant to be imported.
 
     loss = sparse_forward_kl(student_logits, ids, logprobs, tail="tail_bucket").sum() / tokens_in_step
+    loss = sampled_cross_entropy(student_logits, ids, weights).sum() / tokens_in_step
 
 Shapes: N kept tokens, V vocabulary, K stored tokens.
 """
@@ -17,17 +18,28 @@ from distill.errors import UserError
 from distill.rowwise import check_option, kl, log_probs, per_row
 
 
-def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None:
-    """Refuse what would give a wrong number silently. One transfer of three flags from the device."""
-    if student_logits.dim() != 2 or ids.dim() != 2 or ids.shape != logprobs.shape:
+def _check_shapes(student_logits: Tensor, ids: Tensor, values: Tensor) -> None:
+    if student_logits.dim() != 2 or ids.dim() != 2 or ids.shape != values.shape:
         raise UserError(
-            "stored signals need logits [N, V], ids [N, K] and logprobs [N, K], not "
-            f"{list(student_logits.shape)}, {list(ids.shape)} and {list(logprobs.shape)}"
+            "stored signals need logits [N, V], ids [N, K] and their logprobs or weights [N, K], not "
+            f"{list(student_logits.shape)}, {list(ids.shape)} and {list(values.shape)}"
         )
     if ids.shape[0] != student_logits.shape[0]:
         raise UserError(
             f"{student_logits.shape[0]} student rows against {ids.shape[0]} stored: select the same tokens"
         )
+
+
+def _outside(student_logits: Tensor, ids: Tensor) -> str:
+    return (
+        f"stored ids run from {ids.min().item()} to {ids.max().item()} but the student has "
+        f"{student_logits.shape[1]} logits: the signals come from another tokenizer; store them again"
+    )
+
+
+def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None:
+    """Refuse what would give a wrong number silently. One transfer of three flags from the device."""
+    _check_shapes(student_logits, ids, logprobs)
     if ids.numel() == 0:
         return
     absent = logprobs == -torch.inf
@@ -39,10 +51,7 @@ def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None
     outside, repeated, too_much = torch.stack([outside, repeated, too_much]).tolist()
     found = []
     if outside:
-        found.append(
-            f"stored ids run from {ids.min().item()} to {ids.max().item()} but the student has "
-            f"{student_logits.shape[1]} logits: the signals come from another tokenizer; store them again"
-        )
+        found.append(_outside(student_logits, ids))
     if repeated:
         found.append("a stored row names one id twice: add the probabilities up and store each id once")
     if too_much:
@@ -99,4 +108,45 @@ def sparse_forward_kl(
         return kl(log_probs(p, temperature), log_probs(q, temperature))
 
     loss = per_row(formula, student_logits, ids, logprobs)
+    return loss * temperature**2 if temperature_squared else loss
+
+
+def sampled_cross_entropy(
+    student_logits: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+) -> Tensor:
+    """Cross-entropy to a teacher known by sampled tokens. student_logits [N, V], ids, weights [N, K] -> [N].
+
+        loss = - sum over K of weights * log q(ids),    q = softmax(student_logits / temperature)
+
+    Random sampling distillation (arXiv 2503.16870): where E[sum of weights at id i] is the teacher's
+    probability of i, the expectation of the loss is the cross-entropy H(p, q) = forward_kl + H(p), and that
+    of its gradient is the gradient of the dense forward_kl, whatever K. So for draws from the teacher
+    (weights 1 / K each), and for draws from any proposal g with importance weights p / (K g). An id may
+    stand several times; an entry of weight 0 is absent.
+
+    p is the teacher's distribution at the temperature the tokens were drawn at, and `temperature` must be the
+    same: a sample cannot be tempered afterwards.
+    """
+    check_option("sampled_cross_entropy", "temperature", temperature)
+    _check_shapes(student_logits, ids, weights)
+    if ids.numel():
+        outside = (ids < 0).any() | (ids >= student_logits.shape[1]).any()
+        outside, negative = torch.stack([outside, ~(weights >= 0).all()]).tolist()
+        found = [_outside(student_logits, ids)] if outside else []
+        if negative:
+            found.append(
+                "a stored weight is negative or NaN: sampled_cross_entropy takes weights, not logarithms"
+            )
+        if found:
+            raise UserError(*found)
+
+    def formula(student: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return -(weights.to(student.dtype) * log_probs(student, temperature).gather(1, ids)).sum(-1)
+
+    loss = per_row(formula, student_logits, ids, weights)
     return loss * temperature**2 if temperature_squared else loss

@@ -23,9 +23,9 @@ from typing import Any
 
 from distill import __version__
 from distill.errors import UserError
-from distill.shards import MANIFEST, fingerprint, hash_file, read_json, write_json
+from distill.shards import MANIFEST, fingerprint, hash_file, is_leftover, read_json, write_json
 
-_IDENTITY = ".identity.json"  # what the unfinished folder is being made from
+IDENTITY = ".identity.json"  # what the unfinished folder is being made from
 
 
 def versions() -> dict[str, str]:
@@ -96,15 +96,16 @@ class Stage:
                 raise self._refusal(changed)
             shutil.rmtree(self.folder)
             self.folder.mkdir()
-        begun = self.folder / _IDENTITY
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # unfinished again, until all of it is there
+        begun = self.folder / IDENTITY
         if begun.is_file():
             self._earlier_seconds = read_json(begun).get("seconds", 0.0)
         self.checkpoint_clock()
+        # Unfinished again, until all of it is there. Only now: a kill before this line must leave one of the two.
+        (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def checkpoint_clock(self) -> None:
         """Remember the seconds spent so far, so that a resumed stage reports all of its time."""
-        write_json(self.folder / _IDENTITY, {**self.identity, "seconds": self.seconds()})
+        write_json(self.folder / IDENTITY, {**self.identity, "seconds": self.seconds()})
 
     def seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._start
@@ -127,7 +128,7 @@ class Stage:
         }
         manifest["fingerprint"] = fingerprint({"identity": self.identity, "files": manifest["files"]})
         write_json(self.folder / MANIFEST, manifest)
-        (self.folder / _IDENTITY).unlink(missing_ok=True)
+        (self.folder / IDENTITY).unlink(missing_ok=True)
         self.release()
         return manifest
 
@@ -143,12 +144,12 @@ class Stage:
 
     def _changed(self) -> list[str]:
         """How what is in the folder differs from what this stage would make; [] if it does not."""
-        for name in (MANIFEST, _IDENTITY):
+        for name in (MANIFEST, IDENTITY):
             if (self.folder / name).is_file():
                 found = read_json(self.folder / name)
                 made_from = {key: found.get(key) for key in self.identity}
                 return list(_differences(made_from, self.identity))
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and any(not is_leftover(path) for path in self.folder.iterdir()):
             return ["it holds files that no stage of this run made"]
         return []
 

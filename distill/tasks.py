@@ -13,6 +13,7 @@ index) is hashed into train, validation or test, so no recipe, size or seed can 
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _sorting(rng: random.Random, level: str) -> _Draft:
     steps = []
     while len(runs) > 1:  # merge sort: pairs, then fours; the last merge is the answer itself
         steps.append(" ".join("".join(map(str, run)) for run in runs))
-        runs = [sorted(sum(runs[i : i + 2], [])) for i in range(0, len(runs), 2)]
+        runs = [sorted(itertools.chain(*runs[i : i + 2])) for i in range(0, len(runs), 2)]
     text = "".join(map(str, digits))
     questions = (f"Sort the digits {text} in ascending order.", f"Put the digits {text} in order.")
     return _Draft(text, questions, "".join(map(str, runs[0])), ", ".join(steps))

@@ -1,60 +1,22 @@
-"""Who answers the training prompts: one small protocol, whoever the teacher is.
+"""Who answers the training prompts: one small protocol (distill/protocol.py), whoever the teacher is.
 
-    teacher = open_teacher(recipe.teacher, device)
+    teacher = open_teacher(recipe.teacher, device, batch_size)
     answers = teacher.answer(questions, sampling, on_finish)     # list[Answer], in the order of questions
 
-A local model gives token ids and log-probabilities; an endpoint may give text alone. Every question gets an
-`Answer`; one that failed has `error` set and is never dropped in silence.
+A local model gives token ids and log-probabilities; an endpoint (distill/endpoint.py) gives text alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from transformers import StopStringCriteria
 
 from distill.config import Teacher as TeacherSection
-from distill.decode import Sampling, decode
+from distill.decode import decode
 from distill.describe import describe_model
+from distill.endpoint import EndpointTeacher
 from distill.models import eos_ids, load_model, load_tokenizer, prompt_ids, tokenizer_fingerprint
-
-
-@dataclass(frozen=True)
-class Question:
-    """One sample to draw: `key` (seed, prompt_id, sample_idx) fixes its randomness."""
-
-    messages: list[dict]
-    key: tuple
-
-
-@dataclass
-class Answer:
-    """prompt_ids and completion_ids are the teacher's own token ids, empty where it gives text alone."""
-
-    text: str
-    finish_reason: str  # "stop", "length" or "error"
-    prompt_ids: list[int] = field(default_factory=list)
-    completion_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    error: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class Teacher(Protocol):
-    name: str
-
-    def identity(self) -> dict[str, Any]:
-        """What the answers depend on besides the recipe: tokenizer and template fingerprints, weights' hash."""
-        ...
-
-    def answer(
-        self, questions: list[Question], sampling: Sampling, on_finish: Callable[[Answer], None]
-    ) -> list[Answer]: ...
-
-    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int | None:
-        """Forward FLOPs of that many tokens; None where they cannot be known."""
-        ...
+from distill.protocol import Answer, Teacher
 
 
 class LocalTeacher:
@@ -72,6 +34,9 @@ class LocalTeacher:
         if self._model is None:
             self._model = load_model(self._section.model, self._section.dtype, self._device)
         return self._model
+
+    def open(self) -> None:
+        _ = self.model
 
     def identity(self) -> dict[str, Any]:
         return tokenizer_fingerprint(self.tokenizer)
@@ -98,6 +63,7 @@ class LocalTeacher:
             batch_size=self.batch_size,
             on_finish=finish,
             vocab_limit=len(self.tokenizer),
+            stopping=StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None,
         )
         return answers
 
@@ -110,4 +76,6 @@ class LocalTeacher:
 
 def open_teacher(section: TeacherSection, device: torch.device, batch_size: int) -> Teacher:
     """The teacher a recipe names. Raises UserError where it cannot be reached or loaded."""
+    if section.endpoint:
+        return EndpointTeacher(section)
     return LocalTeacher(section, device, batch_size)

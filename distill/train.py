@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from distill import losses
 from distill.balance import ExpertBiasBalancer
-from distill.checkpoint import drop_states, latest_state, load_state, save_state
+from distill.checkpoint import latest_state, load_state, save_state
 from distill.config import Recipe, Train
 from distill.data import BatchPlan, TokenRows
 from distill.errors import RunError, UserError
 from distill.kept import KeptLogits
-from distill.precision import Precision
-from distill.students import BuiltStudent
 from distill.live import LiveTeacher
+from distill.precision import Precision
+from distill.signals import Dense, Sampled, TopK
+from distill.students import BuiltStudent
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -102,6 +103,8 @@ def train_student(
     if state := latest_state(folder):
         saved = load_state(state, bare, optimizer)
         first, tokens_seen = saved["step"], saved["tokens"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
     model, optimizer = accelerator.prepare(KeptLogits(bare), optimizer)
     log = StepLog(folder, first, tokens_seen, accelerator, train)
 
@@ -121,8 +124,8 @@ def train_student(
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 logits = model(batch.input_ids, batch.attention_mask, batch.keep)  # [N, V]
-                teacher_logits = teacher(batch, logits.shape[-1]) if teacher else None  # [N, V]
-                loss, terms = weighted_sum(train, logits, teacher_logits, batch.targets)
+                signals = [batch.signal, teacher(batch, logits.shape[-1]) if teacher else None]
+                loss, terms = weighted_sum(train, logits, batch.targets, signals)
                 # Gradients are averaged over processes, hence `world`; one division by all kept tokens.
                 accelerator.backward(loss * (world / step_tokens))
             sums += terms
@@ -142,12 +145,12 @@ def train_student(
         log.write(step, means, rate, float(norm), step_tokens, violation)
         if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0 and step + 1 < train.steps:
             if accelerator.is_main_process:
-                save_state(folder, step + 1, bare, optimizer.optimizer, {"tokens": log.tokens})
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+                extra = {"tokens": log.tokens, "scaler": scaler}
+                save_state(folder, step + 1, bare, optimizer.optimizer, extra)
             accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()
     log.close()
-    if accelerator.is_main_process:
-        drop_states(folder)
     read = sum(int(rows.lengths[plan.step_rows(step)].sum()) for step in range(train.steps))
     return {
         "steps": train.steps,
@@ -158,16 +161,18 @@ def train_student(
 
 
 def weighted_sum(
-    train: Train, logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor
+    train: Train, logits: torch.Tensor, targets: torch.Tensor, signals: list[Dense | TopK | Sampled | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted sum of all objectives over the N kept tokens, each objective's own unweighted sum).
 
-    The pieces stay sums: the caller divides once, by the tokens of the whole optimizer step.
+    `signals` are what the teacher said, live or from disk; an objective takes the one of its form. The pieces
+    stay sums: the caller divides once, by the tokens of the whole optimizer step.
     """
+    given = {"targets": (targets,), **{signal.form: signal.tensors for signal in signals if signal}}
     total, terms = logits.new_zeros((), dtype=torch.float32), []
     for objective in train.objectives:
-        signal = targets if objective.signal == "targets" else teacher_logits
-        per_token = getattr(losses, objective.name)(logits, signal, **objective.options)  # [N]
+        loss = getattr(losses, objective.name)
+        per_token = loss(logits, *given[objective.signal], **objective.options)  # [N]
         term = per_token.sum()
         total = total + objective.weight * term
         terms.append(term.detach().double().cpu())

@@ -57,6 +57,7 @@ def save_model(folder: Path, config: dict, tokenizer: PreTrainedTokenizerFast, s
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**sizes, **config}))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
     return str(folder)
 
 

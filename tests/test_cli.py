@@ -4,8 +4,8 @@ import json
 import subprocess
 
 import pytest
-
 from conftest import PYTHON, ROOT
+
 from distill.cli import build_parser, main
 
 
@@ -35,7 +35,8 @@ def test_every_command_has_help():
     parser = build_parser()
     commands = next(a for a in parser._actions if a.dest == "command").choices
     assert set(commands) == {
-        "demo", "run", "generate", "filter", "train", "evaluate", "report", "cost", "describe",
+        "demo", "run", "generate", "filter", "train", "evaluate", "report", "bench", "cost", "describe",
+        "provenance", "export",
     }  # fmt: skip
 
 

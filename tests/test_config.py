@@ -1,8 +1,8 @@
 """Recipes: every problem at once, each with its fix; every shipped recipe is valid."""
 
 import pytest
-
 from conftest import ROOT
+
 from distill.config import Recipe, load_recipe
 from distill.errors import UserError
 

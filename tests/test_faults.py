@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import PYTHON, ROOT
+
 from distill.shards import hash_file, read_rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -54,8 +54,10 @@ def test_kill_during_generate_and_train_changes_nothing(make_recipe):
 
     path, run = make_recipe(name="killed")
     # ---- generate: killed after some parts, and again later -----------------------------------------
+    def parts():
+        return list((run / "generations").glob("part-*.parquet"))
+
     for wanted in (3, 9):
-        parts = lambda: list((run / "generations").glob("part-*.parquet"))  # noqa: E731
         kill_when(start("generate", path, *slow), lambda n=wanted: len(parts()) >= n)
         kept = {p: p.stat().st_mtime_ns for p in parts()}
         assert not (run / "generations" / "manifest.json").exists()
@@ -187,7 +189,7 @@ def test_a_lost_tail_of_generate_is_refilled(make_recipe, run_cli):
     assert run_cli("generate", path)[0] == 0
     before = contents(run_dir / "generations")
     (run_dir / "generations" / "part-00001.parquet").unlink()
-    code, out, err = run_cli("generate", path)
+    code, _, err = run_cli("generate", path)
     assert code == 0, err
     assert contents(run_dir / "generations") == before
 

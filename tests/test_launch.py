@@ -1,34 +1,46 @@
-"""`accelerate launch` with two CPU processes gives the weights of one process."""
+"""`accelerate launch` with two CPU processes gives the rows and the weights of one process."""
 
 import os
 import subprocess
 
 import torch
-from safetensors.torch import load_file
-
 from conftest import PYTHON, ROOT
+from safetensors.torch import load_file
 from test_train import MIXED, SGD, fake_dataset
+
+from distill.shards import hash_file, parts
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def test_two_processes_equal_one(make_recipe, hub):
+LAUNCH = [PYTHON, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "distill"]
+ONE = [PYTHON, "-m", "distill"]
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_generate_the_same_bytes(make_recipe):
+    """24 prompts in parts of 5, dealt to two processes: every part equals that of one process."""
+    found = {}
+    for name, command in (("one", ONE), ("two", LAUNCH)):
+        path, run_dir = make_recipe(name=name)
+        run([*command, "generate", path, "generate.part_size=5"])
+        found[name] = {p.name: hash_file(p) for p in parts(run_dir / "generations")}
+        assert (run_dir / "generations" / "manifest.json").is_file()
+    assert len(found["one"]) == 5 and found["one"] == found["two"]
+
+
+def test_two_processes_train_to_the_same_weights(make_recipe, hub):
     """SGD, ragged lengths, a batch that does not divide evenly: 7 rows on 2 processes in micro-batches of 2."""
     options = [*SGD, MIXED, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
     weights = {}
-    launch = [PYTHON, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "distill"]
-    for name, command in (("one", [PYTHON, "-m", "distill"]), ("two", launch)):
+    for name, command in (("one", ONE), ("two", LAUNCH)):
         path, run_dir = make_recipe(name=name)
         fake_dataset(run_dir)
-        done = subprocess.run(
-            [*command, "train", path, *options],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run([*command, "train", path, *options])
         weights[name] = load_file(run_dir / "student" / "model.safetensors")
         assert len((run_dir / "student" / "metrics.jsonl").read_text().splitlines()) == 4
     start = load_file(f"{hub['llama']}/model.safetensors")

@@ -650,6 +650,7 @@ def test_stored_in_half_precision_and_empty():
 def test_registry_agrees_with_the_functions():
     assert set(losses.__all__) == set(OBJECTIVES)
     positional = {"targets": ["targets"], "dense": ["teacher_logits"], "sparse": ["ids", "logprobs"]}
+    positional["sampled"] = ["ids", "weights"]
     for name, objective in OBJECTIVES.items():
         parameters = inspect.signature(getattr(losses, name)).parameters
         keywords = {k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
@@ -666,6 +667,7 @@ def test_a_recipe_and_a_function_refuse_the_same_values(name):
         "targets": (torch.tensor([0, 1]),),
         "dense": (torch.randn(2, 4),),
         "sparse": (torch.tensor([[0], [1]]), torch.full((2, 1), -0.5)),
+        "sampled": (torch.tensor([[0], [1]]), torch.ones(2, 1)),
     }[OBJECTIVES[name].signal]
     for key in OBJECTIVES[name].options:
         for value in (-1, 0, 0.5, 1, 2, float("inf"), "renormalise", "zero", None):

@@ -111,7 +111,7 @@ def test_prompts_from_a_file(make_recipe, run_cli, tmp_path):
 
 def test_evaluate_without_a_recipe(run_cli, hub, tmp_path):
     out_dir = tmp_path / "dossier"
-    code, out, err = run_cli(
+    code, _, err = run_cli(
         "evaluate", hub["qwen3_moe"], hub["plain"], "--teacher", hub["llama"], "--tasks", "easy",
         "--problems", "14", "--max-new-tokens", "6", "--out", out_dir,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import re
 
 from conftest import ROOT
+
 from distill.cli import build_parser
 from distill.readme import results_section
 

@@ -4,10 +4,19 @@ import subprocess
 
 import pyarrow as pa
 import pytest
-
 from conftest import PYTHON, ROOT
+
 from distill.errors import RunError, UserError
-from distill.shards import PROMPT_SCHEMA, PartWriter, fingerprint, parts, read_json, read_rows, write_json
+from distill.shards import (
+    PROMPT_SCHEMA,
+    PartWriter,
+    fingerprint,
+    parts,
+    read_json,
+    read_rows,
+    remove_leftovers,
+    write_json,
+)
 from distill.stages import Stage, input_fingerprint
 
 SCHEMA = pa.schema([("n", pa.int32())])
@@ -28,7 +37,7 @@ def test_parts_come_back_in_order(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / ".part-00000.parquet.tmp123").write_bytes(b"half")
-    PartWriter(tmp_path, SCHEMA)
+    remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".part*"))
 
 
@@ -86,6 +95,13 @@ def test_a_stage_is_skipped_resumed_or_refused(tmp_path):
     assert not parts(changed.folder), "rebuilt from nothing"
     PartWriter(changed.folder, SCHEMA).write(0, rows(1))
     assert changed.finish({"rows": 1}, device="cpu")["fingerprint"] != manifest["fingerprint"]
+
+
+def test_a_kill_before_the_first_word_of_a_stage_is_no_foreign_file(tmp_path):
+    """Killed while writing what the folder is made from: only a temporary file is there."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / ".identity.json.tmp77").write_text("{")
+    make(tmp_path).begin()
 
 
 def test_fingerprint_follows_content_not_the_clock(tmp_path):

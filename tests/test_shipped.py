@@ -4,9 +4,9 @@ import json
 
 import pytest
 import yaml
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT
 from distill.balance import ExpertBiasBalancer
 from distill.config import load_recipe
 from distill.shards import hash_file
@@ -55,7 +55,8 @@ def test_the_rebuild_recipe_is_the_recipe_that_made_it(name):
         for key, value in made[section].items():
             assert now[section][key] == value, f"{section}.{key}"
     saved = yaml.safe_load((CHECKPOINTS / name / "recipe.yaml").read_text())
-    assert saved["prompts"] == now["prompts"]
+    for key, value in saved["prompts"].items():
+        assert now["prompts"][key] == value, f"prompts.{key}"
 
 
 def test_the_teacher_is_a_real_deepseek_v3():

@@ -3,7 +3,6 @@
 import ast
 
 import pytest
-
 from conftest import ROOT
 
 MODULES = sorted((ROOT / "distill").glob("*.py"))
@@ -33,7 +32,7 @@ def test_dependencies_point_one_way():
         found = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distill"):
-                parent, _, child = node.module.partition(".")
+                _, _, child = node.module.partition(".")
                 found |= {child} if child else {a.name for a in node.names}
         graph[path.stem] = found & {p.stem for p in MODULES}
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import QWEN3_MOE, ROOT, byte_tokenizer
 from safetensors.torch import load_file
 
-from conftest import QWEN3_MOE, ROOT, byte_tokenizer
 from distill import losses
 from distill.arms import train_arms
 from distill.config import load_recipe

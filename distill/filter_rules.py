@@ -1,0 +1,190 @@
+"""The rules that drop teacher answers: each has a name, looks at one answer and says what it found.
+
+    rules = Rules(recipe.filter, held_out)      # held_out: HeldOut, or None where nothing is to be kept apart
+    rules.refuse(candidate)                     # (first rule that refuses, what it found), or None
+
+Order matters and is fixed: what is broken or wrong first, then form, then what repeats a kept answer.
+All rules are deterministic and depend on the order of the answers only through what was kept before.
+"""
+
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from distill.config import Filter, Recipe
+from distill.near_duplicates import MinHash, ngrams
+from distill.prompts import held_out
+from distill.shards import fingerprint
+
+ORDER = (
+    "error", "truncated", "finish_reason", "wrong_answer", "contaminated", "too_short", "too_long",
+    "too_few_characters", "too_many_characters", "charset", "duplicate", "near_duplicate", "per_prompt_cap",
+)  # fmt: skip
+_SCRIPTS = {"latin": ("LATIN",), "cjk": ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One teacher answer: its row of `generations`, its prompt, and the training row it would become.
+
+    `new` is None where the row has no text (it failed).
+    """
+
+    row: dict
+    prompt: dict
+    new: dict | None
+
+
+def question(prompt: dict) -> str:
+    """What is asked, without a template's own words: those would make all prompts alike."""
+    return prompt.get("question") or "\n".join(
+        m["content"] for m in prompt["messages"] if m["role"] == "user"
+    )
+
+
+class HeldOut:
+    """N-grams of all held-out questions, lower-cased (Brown et al. 2020, arXiv 2005.14165, appendix C)."""
+
+    def __init__(self, questions: Iterable[str], n: int):
+        self.n = n
+        self._grams = {gram for text in questions for gram in ngrams(text, n)}
+        self.fingerprint = fingerprint(sorted(self._grams))
+
+    def overlap(self, text: str) -> float:
+        """Share of the text's n-grams that are held out; the whole text counts as one where it is shorter."""
+        grams = ngrams(text, self.n)
+        return len(grams & self._grams) / len(grams) if grams else 0.0
+
+
+def held_out_questions(recipe: Recipe) -> HeldOut | None:
+    """What decontamination compares with; None where the recipe has it off.
+
+    By default it is on for prompts from files and the hub. The embedded tasks are split by content and share
+    wordings ("What is 3 + 4?"), so n-grams would accuse them wrongly.
+    """
+    section = recipe.filter
+    wanted = recipe.prompts.source != "tasks" if section.decontaminate is None else section.decontaminate
+    if not wanted or not recipe.teacher:
+        return None
+    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
+    return HeldOut(map(question, problems), section.decontaminate_ngram)
+
+
+def identity(section: Filter, guard: HeldOut | None) -> dict[str, Any]:
+    """What the rules' result depends on: settings of rules that are on, and the held-out questions."""
+    settings = section.model_dump(mode="json")
+    if section.charset is None:
+        del settings["charset_share"]
+    if guard is None:
+        del settings["decontaminate_ngram"], settings["decontaminate_share"]
+    return {"filter": settings, **({"held_out": guard.fingerprint} if guard else {})}
+
+
+class Rules:
+    """One method per rule of ORDER: what it found in a candidate that it refuses, or None."""
+
+    def __init__(self, section: Filter, guard: HeldOut | None = None):
+        self.section, self.guard = section, guard
+        self._texts: set[tuple[str, str]] = set()
+        self._kept: Counter[str] = Counter()
+        self._overlaps: dict[str, float] = {}
+        self._near = MinHash(section.near_duplicates) if section.near_duplicates else None
+
+    def refuse(self, candidate: Candidate) -> tuple[str, str] | None:
+        """(rule, what it found) of the first rule that refuses; None for one that is kept, and remembered."""
+        for name in ORDER:
+            detail = getattr(self, name)(candidate)
+            if detail is not None:
+                return name, detail
+        row = candidate.row
+        self._texts.add((row["prompt_id"], row["text"]))
+        self._kept[row["prompt_id"]] += 1
+        if self._near:
+            self._near.add(self._whole(candidate), f"{row['prompt_id']} sample {row['sample_idx']}")
+        return None
+
+    def error(self, c: Candidate) -> str | None:
+        return c.row["error"] or None
+
+    def truncated(self, c: Candidate) -> str | None:
+        accepted = "length" in (self.section.finish_reasons or ())
+        return "" if c.row["finish_reason"] == "length" and not accepted else None
+
+    def finish_reason(self, c: Candidate) -> str | None:
+        wanted, reason = self.section.finish_reasons, c.row["finish_reason"]
+        return str(reason) if wanted is not None and reason not in wanted else None
+
+    def wrong_answer(self, c: Candidate) -> str | None:
+        """Names the verdict and the reference: the two that a reader compares."""
+        if not self.section.correct_only or c.row["verdict"] == "correct":
+            return None
+        return f"{c.row['verdict']}, reference {c.prompt['answer'][:40]}"
+
+    def contaminated(self, c: Candidate) -> str | None:
+        if not self.guard:
+            return None
+        name = c.prompt["prompt_id"]
+        if name not in self._overlaps:
+            self._overlaps[name] = self.guard.overlap(question(c.prompt))
+        share = self._overlaps[name]
+        found = f"{share:.0%} of the prompt's {self.guard.n}-grams are held out"
+        return found if share >= self.section.decontaminate_share else None
+
+    def too_short(self, c: Candidate) -> str | None:
+        return _below(len(c.new["completion_ids"]), self.section.min_tokens, "tokens")
+
+    def too_long(self, c: Candidate) -> str | None:
+        length = len(c.new["prompt_ids"]) + len(c.new["completion_ids"])
+        return _above(length, self.section.max_tokens, "tokens with the prompt")
+
+    def too_few_characters(self, c: Candidate) -> str | None:
+        return _below(len(c.row["text"]), self.section.min_characters, "characters")
+
+    def too_many_characters(self, c: Candidate) -> str | None:
+        return _above(len(c.row["text"]), self.section.max_characters, "characters")
+
+    def charset(self, c: Candidate) -> str | None:
+        if self.section.charset is None:
+            return None
+        share = script_share(c.row["text"], self.section.charset)
+        return f"{share:.0%} {self.section.charset}" if share < self.section.charset_share else None
+
+    def duplicate(self, c: Candidate) -> str | None:
+        seen = (c.row["prompt_id"], c.row["text"]) in self._texts
+        return "" if self.section.deduplicate and seen else None
+
+    def near_duplicate(self, c: Candidate) -> str | None:
+        found = self._near.nearest(self._whole(c)) if self._near else None
+        return f"similarity {found[0]:.2f} to {found[1]}" if found else None
+
+    def per_prompt_cap(self, c: Candidate) -> str | None:
+        cap = self.section.max_per_prompt
+        return "" if cap and self._kept[c.row["prompt_id"]] >= cap else None
+
+    def _whole(self, c: Candidate) -> str:
+        """Question and answer: one short answer to two questions is no repetition."""
+        return f"{question(c.prompt)}\n{c.row['text']}"
+
+
+def script_share(text: str, charset: str) -> float:
+    """Share of the text's letters in a script ("latin" or "cjk"); 1 where there are no letters."""
+    letters = [c for c in text if c.isalpha()]
+    return sum(_in_script(c, charset) for c in letters) / len(letters) if letters else 1.0
+
+
+@functools.lru_cache(maxsize=65536)
+def _in_script(character: str, charset: str) -> bool:
+    """By the Unicode name; compatibility forms (full-width letters) count as what they stand for."""
+    plain = unicodedata.normalize("NFKC", character)
+    return all(unicodedata.name(c, "").startswith(_SCRIPTS[charset]) for c in plain if c.isalpha())
+
+
+def _below(value: int, bound: int | None, what: str) -> str | None:
+    return f"{value} {what}, at least {bound} asked" if bound and value < bound else None
+
+
+def _above(value: int, bound: int | None, what: str) -> str | None:
+    return f"{value} {what}, at most {bound} asked" if bound and value > bound else None
