@@ -220,3 +220,33 @@ def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeyp
     monkeypatch.setattr(module, "weighted_sum", breaks)
     check_refusal(run_cli("train", path), r"step 3: the loss is \[inf\]; lower train.learning_rate", code=1)
     assert list((run_dir / "student").glob("state-*")), "the last good state is kept"
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_part(make_recipe):
+    """A tmpfs of 200 kB: exit code 1 and one line; with more room the same command ends with the same rows."""
+    path, whole = make_recipe(name="whole")
+    slow = ["generate.part_size=4", "prompts.levels={easy: 150}", "generate.max_new_tokens=24"]
+    finish("generate", path, *slow)
+    path, run = make_recipe(name="small")
+    finish("generate", path, "--dry-run", *slow)
+    target = run / "generations"
+    target.mkdir(parents=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(target)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
+    try:
+        process = start("generate", path, *slow)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1, err.decode()
+        lines = [line for line in err.decode().splitlines() if line.startswith("distill: ")]
+        assert len(lines) == 1 and "No space left on device; free some space and run again" in lines[0]
+        kept = contents(target)
+        assert kept, "parts written before are kept"
+        subprocess.run(["mount", "-o", "remount,size=20m", str(target)], check=True)
+        finish("generate", path, *slow)
+        assert contents(target) == contents(whole / "generations")
+        assert kept.items() <= contents(target).items()
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
