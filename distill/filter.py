@@ -58,7 +58,11 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
     else:
         rows = (_row(p, 0, p["solution"], tokenizer) for p in prompts.values())
-    counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
+    try:
+        counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
+    except UserError:
+        stage.abandon()  # the fix is another recipe, which must not be refused for what this one began
+        raise
     # The terms of the answers are those decided on when they were made.
     answered = recipe.path / "generations" / MANIFEST
     terms = read_json(answered).get("terms") if recipe.teacher else None

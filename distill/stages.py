@@ -132,6 +132,11 @@ class Stage:
         self.release()
         return manifest
 
+    def abandon(self) -> None:
+        """Empty and release a folder whose work turned out to be impossible, so that any recipe may start it."""
+        shutil.rmtree(self.folder)
+        self.release()
+
     def release(self) -> None:
         if self._lock:
             os.unlink(self._lock.name)

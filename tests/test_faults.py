@@ -202,6 +202,7 @@ def test_nothing_left_to_train_on(make_recipe, run_cli):
         "no row is left to train on",
         "correct_only=false",
     )
+    assert run_cli("filter", path)[0] == 0, "the fix that was named works, without --redo"
 
 
 def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeypatch):
