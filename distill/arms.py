@@ -12,7 +12,7 @@ from typing import Any
 
 from distill.cards import student_card
 from distill.checkpoint import drop_states
-from distill.config import Objective, Recipe
+from distill.config import Recipe
 from distill.data import TokenRows
 from distill.describe import describe_model
 from distill.devices import describe_device, main_decides, pick_device
@@ -26,6 +26,7 @@ from distill.signals import STORED, SignalFormat
 from distill.stages import Stage, input_fingerprint
 from distill.students import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.train import make_accelerator, train_student
+from distill.train_sections import Objective
 
 
 def train_arms(recipe: Recipe, redo: bool = False) -> dict[str, Any]:

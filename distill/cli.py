@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from distill import __version__
-from distill.errors import DistillError, UserError
+from distill import __version__, commands
+from distill.errors import DistillError
 
 _STAGE_HELP = {
     "run": "every stage of the recipe, resuming what is done",
@@ -143,18 +143,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     command = arguments.command
-    if command == "cost":
-        return _cost(arguments)
-    if command == "bench":
-        return _bench(arguments)
-    if command == "describe":
-        return _describe(arguments)
-    if command == "provenance":
-        return _provenance(arguments)
-    if command == "export":
-        return _export(arguments)
+    if command in commands.COMMANDS:
+        return commands.COMMANDS[command](arguments)
     if command == "evaluate" and not arguments.targets[0].endswith((".yaml", ".yml")):
-        return _evaluate_checkpoints(arguments)
+        return commands.evaluate_checkpoints(arguments)
     if command == "demo":
         path, overrides = "recipes/demo.yaml", arguments.overrides
     elif command == "evaluate":
@@ -216,117 +208,6 @@ def _report(run_dir: Path) -> None:
     print()
     print(summary_table(read_json(run_dir / "eval" / "metrics.json")))
     print(f"\nreport: {page}")
-
-
-def _evaluate_checkpoints(arguments: argparse.Namespace) -> int:
-    from distill.config import Evaluate, load_prompts
-    from distill.presets import PRESETS, split_task
-    from distill.tasks import LEVELS
-
-    words = [*arguments.targets, *arguments.tasks]
-    keys = [w for w in words if w.startswith("prompts.") and "=" in w]
-    targets, tasks = ([w for w in given if w not in keys] for given in (arguments.targets, arguments.tasks))
-    overrides = [t for t in targets if "=" in t]
-    if overrides:
-        raise UserError(
-            f"'{overrides[0]}': only prompts.key=value goes with checkpoints, and --tasks, --problems, --out"
-        )
-    sources = [t for t in tasks if t not in LEVELS]
-    missing = [
-        f"--tasks {t}: neither a level, a preset ({', '.join([*LEVELS, *PRESETS])}), hub:org/name nor a file"
-        for t in sources
-        if not (t in PRESETS or t.startswith("hub:") or Path(split_task(t)[1]).is_file())
-    ]
-    if keys and not sources:
-        missing.append(f"'{keys[0]}' says how to read a file, preset or hub dataset; name one with --tasks")
-    if missing:
-        raise UserError(*missing)
-    levels = {t: arguments.problems for t in tasks if t in LEVELS}
-    names: dict[str, str] = {}
-    for target in targets:
-        name = Path(target).name
-        names[name if name not in names else target.strip("/").replace("/", "-")] = target
-    out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
-    from distill.evaluate import evaluate_checkpoints
-    from distill.models import quiet_libraries
-    from distill.report import summary_table
-    from distill.shards import read_json
-
-    quiet_libraries()
-    section = Evaluate(levels=levels, max_new_tokens=arguments.max_new_tokens)
-    prompts = load_prompts(keys)
-    evaluate_checkpoints(names, arguments.teacher, out, section, sources, arguments.redo, prompts)
-    print()
-    print(summary_table(read_json(out / "metrics.json")))
-    print(f"\nmetrics: {out / 'metrics.json'}")
-    return 0
-
-
-def _cost(arguments: argparse.Namespace) -> int:
-    import json
-
-    from distill import cost
-
-    if arguments.what == "deepseek-v3":
-        bill, text = cost.deepseek_v3_bill(), cost.format_bill
-    else:
-        run_dir = Path(arguments.what)
-        if arguments.what.endswith((".yaml", ".yml")):
-            from distill.config import load_recipe
-
-            run_dir = load_recipe(arguments.what).path
-        prices = (
-            {"usd_per_device_hour": arguments.usd_per_hour} if arguments.usd_per_hour is not None else None
-        )
-        bill, text = cost.run_ledger(run_dir, prices), cost.format_ledger
-    print(json.dumps(bill, indent=2) if arguments.json else text(bill))
-    return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    import json
-
-    from distill.speed import format_speed, generation_speed
-
-    found = generation_speed()
-    print(json.dumps(found, indent=2) if arguments.json else format_speed(found))
-    return 0
-
-
-def _provenance(arguments: argparse.Namespace) -> int:
-    import json
-
-    from distill.provenance import format_provenance, provenance
-
-    found = provenance(Path(arguments.path))
-    print(json.dumps(found, indent=2) if arguments.json else format_provenance(found))
-    return 0 if found["whole"] else 1
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    if not (arguments.out or arguments.push_to_hub):
-        raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
-    from distill import dataset_card
-
-    run_dir = Path(arguments.run_dir)
-    if arguments.out:
-        rows = dataset_card.export(run_dir, arguments.format, Path(arguments.out), arguments.plain)
-        print(f"{arguments.out}: {rows:,} rows")
-    if arguments.push_to_hub:
-        print(dataset_card.push(run_dir, arguments.push_to_hub, arguments.public))
-    return 0
-
-
-def _describe(arguments: argparse.Namespace) -> int:
-    import json
-
-    from distill.describe import describe, format_description
-    from distill.models import quiet_libraries, resolve_model
-
-    quiet_libraries()
-    found = describe(resolve_model(arguments.model))
-    print(json.dumps(found, indent=2) if arguments.json else format_description(found))
-    return 0
 
 
 def _say(line: str) -> None:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.answers import answer_problems, summarise
-from distill.config import Evaluate, Prompts, Recipe
+from distill.config import Prompts, Recipe
 from distill.describe import describe_model
 from distill.devices import describe_device, pick_device
 from distill.errors import UserError
+from distill.eval_sections import Evaluate
 from distill.fidelity import fidelity, teacher_rows
 from distill.models import load_model, load_tokenizer, prompt_ids, same_vocabulary
 from distill.preflight import check_model

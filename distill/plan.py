@@ -6,11 +6,12 @@ distill train RECIPE --dry-run
 from typing import Any
 
 from distill.budget import forecast
-from distill.config import Recipe, Student
+from distill.config import Recipe
 from distill.describe import describe_config
 from distill.models import load_config
 from distill.signals import SignalFormat
 from distill.terms import decide
+from distill.train_sections import Student
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill.config import Evaluate, Prompts, Recipe, find_file
+from distill.config import Prompts, Recipe, find_file
 from distill.errors import UserError
+from distill.eval_sections import Evaluate
 from distill.presets import PRESETS, check_template, fill_in, render, shown, split_task
 from distill.shards import PROMPT_SCHEMA, PartWriter
 from distill.stages import Stage

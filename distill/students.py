@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config import Lora, Student
 from distill.errors import UserError
 from distill.models import load_model, load_tokenizer
+from distill.train_sections import Lora, Student
 
 
 @dataclass

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from distill.config import Recipe, Student, Teacher, find_file
+from distill.config import Recipe, Teacher, find_file
 from distill.errors import UserError
+from distill.train_sections import Student
 
 NOTICE = "not legal advice"
 _TABLE = Path(__file__).with_name("terms.yaml")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from distill import losses
 from distill.balance import ExpertBiasBalancer
 from distill.checkpoint import latest_state, load_state, save_state
-from distill.config import Recipe, Train
+from distill.config import Recipe
 from distill.data import BatchPlan, TokenRows
 from distill.errors import RunError, UserError
 from distill.kept import KeptLogits
@@ -36,6 +36,7 @@ from distill.live import LiveTeacher
 from distill.precision import Precision
 from distill.signals import Dense, Sampled, TopK
 from distill.students import BuiltStudent
+from distill.train_sections import Train
 
 
 def learning_rate(train: Train, step: int) -> float:

@@ -53,6 +53,7 @@ def test_kill_during_generate_and_train_changes_nothing(make_recipe):
         finish(command, path, *slow)
 
     path, run = make_recipe(name="killed")
+
     # ---- generate: killed after some parts, and again later -----------------------------------------
     def parts():
         return list((run / "generations").glob("part-*.parquet"))

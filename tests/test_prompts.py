@@ -7,8 +7,9 @@ import yaml
 from conftest import ROOT
 from datasets import Dataset
 
-from distill.config import Evaluate, Prompts, load_prompts, load_recipe
+from distill.config import Prompts, load_prompts, load_recipe
 from distill.errors import UserError
+from distill.eval_sections import Evaluate
 from distill.presets import PRESETS, check_template, render
 from distill.prompts import file_prompts, held_out, make_prompts, named_problems
 from distill.shards import read_rows

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill import losses
-from distill.config import Objective
 from distill.errors import UserError
 from distill.scoring import draw
 from distill.signals import (
@@ -21,6 +20,7 @@ from distill.signals import (
     signal_problems,
     unpack,
 )
+from distill.train_sections import Objective
 
 IDENTITY = {"vocabulary": "a", "chat_template": "b", "eos": "<end>"}
 

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.cards import student_card
-from distill.config import Student, Teacher, load_recipe
+from distill.config import Teacher, load_recipe
 from distill.errors import UserError
 from distill.shards import read_json
 from distill.terms import _table, card_metadata, decide, describe, name_problem, require
+from distill.train_sections import Student
 
 STUDENT = Student(model="Qwen/Qwen3-0.6B")
 ANSWERS = ("yes", "no", "same_provider", "unknown")
