@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/distill demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -7,49 +7,66 @@ their targets alone. Without the control a gain could be more training rather th
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distill.cards import student_card
-from distill.checkpoint import drop_states
+from distill.checkpoint import drop_states, whole_state_dict
 from distill.config import Recipe
 from distill.data import TokenRows
 from distill.describe import describe_model
-from distill.devices import describe_device, main_decides, pick_device
+from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
 from distill.errors import UserError
-from distill.live import LiveTeacher, load_live_teacher
-from distill.models import tokenizer_fingerprint
+from distill.live import live_teachers
+from distill.models import eos_ids, tokenizer_fingerprint
 from distill.precision import resolve_precision
 from distill.provenance import model_source
+from distill.quantize import logical_size
+from distill.rollout import OnPolicyRows
 from distill.shards import MANIFEST, read_json
 from distill.signals import STORED, SignalFormat
+from distill.sources import Source, StoredRows
 from distill.stages import Stage, input_fingerprint
 from distill.students import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.train import make_accelerator, train_student
-from distill.train_sections import Objective
+from distill.train_sections import LiveTeachers, Objective, OnPolicy
+from distill.validation import split_rows
+from distill.weight_groups import format_trainable, trainable_table
+
+# Keys of `train` that change how a run proceeds, not what it computes: they may differ on resume.
+NOT_IDENTITY = {
+    "checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing", "compile"
+}  # fmt: skip
 
 
-def train_arms(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
+def train_arms(recipe: Recipe, redo: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train what is not finished: `student/`, and `control/` where enabled. Returns manifests by arm."""
     pick_device(recipe.device, recipe.threads)
     arms = {"student": recipe}
     if recipe.control.enabled:
-        # Answers only: there is no teacher, so every objective on its logits falls away.
-        plain = recipe.train.model_copy(update={"objectives": [Objective(name="cross_entropy")]})
+        # Answers only: there is no teacher, so every objective that needs one falls away.
+        own = [o for o in recipe.train.objectives if o.signal == "own_routers"]
+        update = {
+            "objectives": [Objective(name="cross_entropy"), *own],
+            "on_policy": OnPolicy(),
+            "teachers": LiveTeachers(),
+        }
+        plain = recipe.train.model_copy(update=update)
         arms["control"] = recipe.model_copy(update={"train": plain})
-    return {arm: train_arm(arm_recipe, arm, redo) for arm, arm_recipe in arms.items()}
+    return {arm: train_arm(arm_recipe, arm, redo, say) for arm, arm_recipe in arms.items()}
 
 
-def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
+def train_arm(
+    recipe: Recipe, arm: str, redo: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Train one arm into its folder; returns its manifest. On several processes, rank 0 keeps the folder."""
     device = pick_device(recipe.device, recipe.threads)
     precision = resolve_precision(recipe.train.precision, device)
-    needs_teacher = any(o.signal == "dense" for o in recipe.train.objectives)
+    needs_teacher = any(o.live for o in recipe.train.objectives)
     config = {
         "student": recipe.student.model_dump(mode="json"),
-        "train": recipe.train.model_dump(
-            mode="json", exclude={"checkpoint_every", "trackers", "micro_batch_size"}
-        ),
+        "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
         "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms"})
         if needs_teacher and recipe.teacher
         else None,
@@ -63,39 +80,81 @@ def train_arm(recipe: Recipe, arm: str, redo: bool = False) -> dict[str, Any]:
     # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
     if main_decides(accelerator, lambda: stage.done(redo)):
         return stage.manifest
-    teacher = None
-    if needs_teacher:
-        teacher = load_live_teacher(
-            recipe.teacher.model, recipe.teacher.dtype, accelerator.device, student_tokenizer(recipe.student)
-        )
-    student = build_student(recipe.student, recipe.train.precision, accelerator.device, recipe.seed)
-    rows = TokenRows.from_folder(data, stored_signals(recipe))
+    student = build_student(recipe.student, precision.name, accelerator.device, recipe.seed)
+    numerics = precision.prepare(student.model)
+    ends = eos_ids(student.base, student.tokenizer)
+    teacher = (
+        live_teachers(recipe, student.model, student.tokenizer, ends, accelerator.device)
+        if needs_teacher
+        else None
+    )
+    rows, held_out = split_rows(read_rows(recipe, data), recipe.train.validation, recipe.seed)
+    source = make_source(recipe, rows, student, ends)
     if accelerator.is_main_process:
         stage.begin(redo)
+        say(f"{arm}: {precision.reason}\n{format_trainable(student.model)}")
     accelerator.wait_for_everyone()
 
     # ---- train, save -----------------------------------------------------------------------------------
-    counts = train_student(recipe, accelerator, student, teacher, rows, stage.folder, title=f"train {arm}")
-    counts |= {
-        "errors": 0,
+    size = {
         "parameters_trainable": sum(p.numel() for p in student.trainable.values()),
-        "parameters_total": sum(p.numel() for p in student.model.parameters()),
+        "parameters_total": sum(logical_size(p) for p in student.model.parameters()),
     }
+    whole = {"rows": len(rows), "tokens_read": int(rows.lengths.sum()), **size}
+    per_token = training_flops(student, teacher, whole) / whole["tokens_read"]
+    counts = train_student(
+        recipe, accelerator, student, teacher, source, stage.folder, f"train {arm}", held_out, per_token
+    )
+    counts |= {"errors": 0, **size}
+    trainable = trainable_table(student.model)
+    state_dict = whole_state_dict(student.model)  # gathered by all processes where it is sharded
     if not accelerator.is_main_process:
         return {}
+    resolved = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"precision": precision.name})}
+    )
     terms = None if arm == "control" else read_json(recipe.path / "dataset" / MANIFEST).get("terms")
-    save_student(student.model, student.tokenizer, stage.folder, student_card(recipe, arm, counts, terms))
+    save_student(
+        student.model, student.tokenizer, stage.folder, student_card(resolved, arm, counts, terms), state_dict
+    )
     manifest = stage.finish(
         counts,
         terms=terms,
         base_source=model_source(recipe.student.model) if recipe.student.model else None,
         device=describe_device(accelerator.device, accelerator.num_processes),
-        precision={"name": precision.name, "reason": precision.reason},
+        precision=numerics,
+        trainable=trainable,
+        peak_memory_bytes=peak_memory(accelerator.device),
         flops=training_flops(student, teacher, counts),
         final_loss=_final_loss(stage.folder),
     )
     drop_states(stage.folder)  # not before the manifest: a kill until then continues from the newest one
     return manifest
+
+
+def read_rows(recipe: Recipe, folder: Path) -> TokenRows:
+    """The arm's rows, with what the recipe's objectives and teachers need to know of them besides tokens."""
+    columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
+    if any(o.signal == "aligned" for o in recipe.train.objectives):
+        columns["messages"] = "messages"
+    return TokenRows.from_folder(folder, stored_signals(recipe), columns)
+
+
+def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: set[int]) -> Source:
+    """Stored text, or with `train.on_policy` text that the student writes while it trains."""
+    train = recipe.train
+    if not train.on_policy.fraction:
+        return StoredRows(rows, train.batch_size, recipe.seed)
+    return OnPolicyRows(
+        rows,
+        train.batch_size,
+        recipe.seed,
+        train.on_policy,
+        student.model,
+        student.tokenizer,
+        ends,
+        gather=from_all,
+    )
 
 
 def stored_signals(recipe: Recipe) -> SignalFormat | None:
@@ -118,7 +177,7 @@ def stored_signals(recipe: Recipe) -> SignalFormat | None:
     return form
 
 
-def training_flops(student: BuiltStudent, teacher: LiveTeacher | None, counts: dict[str, Any]) -> int:
+def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> int:
     """FLOPs of the whole arm: 3 forward passes a token for full training (Kaplan et al. 2020, section 2.1).
 
     With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
@@ -130,7 +189,8 @@ def training_flops(student: BuiltStudent, teacher: LiveTeacher | None, counts: d
     if passes == 2:
         flops += 6 * counts["parameters_trainable"]
     if teacher:
-        flops += describe_model(teacher.kept.model, context)["flops_per_token"]
+        each = [describe_model(model, context)["flops_per_token"] for model in teacher.models]
+        flops += sum(each) / len(each)  # every token is scored by one of them
     return int(flops * tokens)
 
 

@@ -49,6 +49,11 @@ class ExpertBiasBalancer:
 
         return count
 
+    def forget(self) -> None:
+        """Drop what was counted since the last update: the step starts over."""
+        for counts in self.counts:
+            counts.zero_()
+
     @torch.no_grad()
     def update(self, u: float, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> float:
         """bias += u * sign(mean load - load) per layer, loads summed over processes by `reduce`.

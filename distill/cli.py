@@ -42,20 +42,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help=_STAGE_HELP["evaluate"])
     evaluate.add_argument("targets", nargs="+", metavar="RECIPE [key=value ...] | CHECKPOINT ...")
-    evaluate.add_argument("--tasks", nargs="+", default=["easy", "medium", "hard"], metavar="T",
-                          help="checkpoints: levels, FILE, PRESET[:FILE], hub:org/name; prompts.key=value to read them")  # fmt: skip
-    evaluate.add_argument(
-        "--problems", type=int, default=210, metavar="N", help="checkpoints: problems per level"
-    )
-    evaluate.add_argument(
-        "--max-new-tokens", type=int, default=96, metavar="N", help="checkpoints: longest answer"
-    )
+    evaluate.add_argument("--tasks", nargs="+", metavar="T",
+                          help="checkpoints: level, FILE, PRESET[:FILE], hub:org/name; prompts.key=value")  # fmt: skip
+    evaluate.add_argument("--problems", type=int, metavar="N", help="checkpoints: problems per level, 210")
+    _evaluate_arguments(evaluate)
     evaluate.add_argument("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     _shared_arguments(evaluate)
 
     bench = commands.add_parser("bench", help="how fast it is here, against its peers in the same run")
     bench.add_argument("what", choices=["speed"])
-    bench.add_argument("--only", choices=["generate"], default="generate", help="which benchmark")
+    bench.add_argument("--only", choices=["generate", "train"], default="generate", help="which benchmark")
+    bench.add_argument("--quick", action="store_true", help="a minute of it: small models, fewer prompts")
+    bench.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds (generate 3, train 1)")
+    bench.add_argument("--peer-python", metavar="PATH", help="train: an interpreter that can import trl")
+    bench.add_argument("--out", metavar="FILE", help="write the JSON there too")
     bench.add_argument("--json", action="store_true", help="print JSON")
 
     cost = commands.add_parser("cost", help="the bill of DeepSeek-V3, or the ledger of a run")
@@ -82,12 +82,53 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--public", action="store_true", help="with --push-to-hub: for everyone")
 
+    merge = commands.add_parser("merge", help="an adapter folded into its base, with the error that makes")
+    merge.add_argument("adapter", metavar="ADAPTER_OR_STUDENT_FOLDER")
+    merge.add_argument("--out", required=True, metavar="DIR", help="a new model folder")
+    merge.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as the base")
+    merge.add_argument("--json", action="store_true", help="print JSON")
+
     describe = commands.add_parser(
         "describe", help="parameters, FLOPs, KV bytes, experts: from the config alone"
     )
     describe.add_argument("model", metavar="MODEL_OR_CONFIG_DIR")
     describe.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Keys of the recipe section `evaluate`, with its defaults."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add(
+        "--samples", type=int, metavar="N", help="answers per problem, with --temperature: pass@k, majority@k"
+    )
+    add("--temperature", type=float, metavar="T", help="of sampled answers; 0 is greedy")
+    add("--top-p", type=float, metavar="P", help="of sampled answers")
+    add("--seed", type=int, metavar="N", help="of sampled answers and intervals")
+    add("--level", type=float, metavar="L", help="of the verdicts, 0.95")
+    add("--likelihood", action="store_true", default=None, help="multiple choice: options' likelihood too")
+    add("--text", nargs="+", metavar="FILE", help=".txt or .jsonl: perplexity and bits per byte")
+    add("--precision", dest="precisions", type=_comma_separated, metavar="P,...",
+        help="again in each: fp32, bf16, fp16, fp8-emulated, fp8-emulated-tensor")  # fmt: skip
+    add("--harness", type=_comma_separated, metavar="TASK,...", help="tasks of lm-evaluation-harness (extra)")
+    add("--harness-include", metavar="DIR", help="a folder with further harness task files")
+    add("--harness-limit", type=int, metavar="N", help="first documents of each harness task")
+    add("--top-k", type=_comma_separated, metavar="K,...", help="MoE: again with so many experts per token")
+    add("--drop-expert", dest="drop", type=_comma_separated, metavar="L:E,...",
+        help="MoE: again without expert E of layer L; 1:3+2:0 drops two together")  # fmt: skip
+    add(
+        "--drop-each",
+        action="store_true",
+        default=None,
+        help="MoE: without each expert in turn",
+    )
+    add("--route", type=_comma_separated, metavar="HOW,...", help="MoE: again, random, uniform or shuffled")
+    add("--usd-per-hour", type=float, metavar="USD", help="price of this device, for USD per million tokens")
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> None:
@@ -150,7 +191,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if command == "demo":
         path, overrides = "recipes/demo.yaml", arguments.overrides
     elif command == "evaluate":
-        path, overrides = arguments.targets[0], arguments.targets[1:]
+        path = arguments.targets[0]
+        overrides = [*arguments.targets[1:], *commands.evaluate_overrides(arguments)]
     else:
         path, overrides = arguments.recipe, arguments.overrides
     return _run_recipe(
@@ -201,13 +243,14 @@ def _shown(value: object) -> str:
 
 
 def _report(run_dir: Path) -> None:
+    from distill.dossier import build_dossier
     from distill.report import build_report, summary_table
     from distill.shards import read_json
 
     page = build_report(run_dir)
     print()
     print(summary_table(read_json(run_dir / "eval" / "metrics.json")))
-    print(f"\nreport: {page}")
+    print(f"\nreport: {page}\ndossier of the checkpoints: {build_dossier(run_dir / 'eval')}")
 
 
 def _say(line: str) -> None:

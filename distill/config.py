@@ -83,6 +83,10 @@ class Endpoint(Section):
 class Teacher(Section):
     model: str = Field(description="folder or hub name of any causal LM")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
+    device: Literal["auto", "cpu"] = Field("auto", description="cpu: offloaded while it scores for training")
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="by bitsandbytes, only if asked for"
+    )
     endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
     terms: Terms = Terms()
 
@@ -208,6 +212,17 @@ def load_prompts(overrides: list[str]) -> Prompts:
     if problems:
         raise UserError(*problems)
     return prompts
+
+
+def load_evaluate(values: dict) -> Evaluate:
+    """The section `evaluate` alone, from the options of `distill evaluate CHECKPOINT`. Raises UserError."""
+    try:
+        return Evaluate.model_validate(values)
+    except ValidationError as error:
+        where = Path("distill evaluate")
+        raise UserError(
+            *(_explain({**e, "loc": ("evaluate", *e["loc"])}, where) for e in error.errors())
+        ) from None
 
 
 def _apply_override(data: dict, override: str) -> str | None:

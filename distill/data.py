@@ -24,14 +24,36 @@ from distill.signals import Sampled, SignalFormat, StoredSignals, TopK
 
 @dataclass
 class Batch:
-    input_ids: torch.Tensor  # [B, T] right-padded
-    attention_mask: torch.Tensor  # [B, T]
+    input_ids: torch.Tensor  # [B, T] right-padded; packed: [1, T], rows end to end
+    attention_mask: torch.Tensor | None  # [B, T]; packed: None, nothing is padding
     keep: torch.Tensor  # [B, T] bool: the *next* token is a completion token
     targets: torch.Tensor  # [N] that next token, in row-major order of `keep`
     signal: TopK | Sampled | None = None  # [N, K] the teacher's, where it was stored and asked for
+    position_ids: torch.Tensor | None = None  # [1, T] packed only: each row counts from 0
+    from_teacher: torch.Tensor | None = None  # [N] 1 where a teacher wrote the row, 0 where the student did
+    messages: list | None = None  # [B] of the rows' questions, for a teacher with another tokenizer
+    tags: np.ndarray | None = None  # [B] of the rows, in the order of their kept tokens
+    row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
 
     def to(self, device) -> "Batch":
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+        moved = {
+            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+    def real_tokens(self) -> torch.Tensor:
+        """[B, T]: 1 where a token is not padding."""
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of a causal LM's forward."""
+        named = {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+        return {name: value for name, value in named.items() if value is not None}
 
 
 class TokenRows:
@@ -39,6 +61,9 @@ class TokenRows:
 
     def __init__(self, prompts: list, completions: list, signals: StoredSignals | None = None):
         self.signals = signals
+        self.tags: np.ndarray | None = None  # [rows] strings, where teachers are chosen by tag
+        self.messages: list | None = None  # [rows], where a teacher reads them with a tokenizer of its own
+        self.sampled: np.ndarray | None = None  # [rows] bool, where some rows are the student's own
         self.prompt_tokens, self.prompt_starts = _flatten(prompts)
         self.completion_tokens, self.completion_starts = _flatten(completions)
         self.prompt_lengths = np.diff(self.prompt_starts)
@@ -46,15 +71,21 @@ class TokenRows:
         self.lengths = self.prompt_lengths + self.completion_lengths
 
     @classmethod
-    def from_folder(cls, folder: Path, stored: SignalFormat | None = None) -> "TokenRows":
-        """All rows; with `stored`, their teacher signals too.
+    def from_folder(
+        cls, folder: Path, stored: SignalFormat | None = None, columns: dict[str, str] | None = None
+    ) -> "TokenRows":
+        """All rows; with `stored`, their teacher signals too. `columns`: attribute to column, as {"tags": "level"}.
 
         Raises UserError for a folder without rows, a damaged part, an empty prompt or completion, or a row
         without a signal.
         """
         prompts, completions, signals = [], [], ([], [])
+        more = {attribute: [] for attribute in columns or {}}
+        extra = [*(SIGNAL_COLUMNS if stored else ()), *(columns or {}).values()]
         for path in parts(folder):
-            table = read_table(path, ["prompt_ids", "completion_ids", *(SIGNAL_COLUMNS if stored else ())])
+            table = read_table(path, ["prompt_ids", "completion_ids", *extra])
+            for attribute, column in (columns or {}).items():
+                more[attribute] += table[column].to_pylist()
             prompts += table["prompt_ids"].to_numpy(zero_copy_only=False).tolist()
             completions += table["completion_ids"].to_numpy(zero_copy_only=False).tolist()
             for column, values in zip(SIGNAL_COLUMNS, signals):
@@ -72,10 +103,26 @@ class TokenRows:
             raise UserError(
                 f"{folder} has a row with an empty prompt or completion; run its stage with --redo"
             )
+        rows.messages = more.get("messages")
+        rows.tags = np.array(more["tags"], dtype=object) if "tags" in more else None
         return rows
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def subset(self, indices: np.ndarray) -> "TokenRows":
+        """These rows alone, with all that is known of them."""
+        pairs = [self.row(i) for i in indices]
+        signals = self.signals
+        if signals is not None:
+            signals = StoredSignals(
+                signals.form, [signals.ids[i] for i in indices], [signals.values[i] for i in indices]
+            )
+        made = TokenRows([p for p, _ in pairs], [c for _, c in pairs], signals)
+        made.messages = None if self.messages is None else [self.messages[i] for i in indices]
+        made.tags = None if self.tags is None else self.tags[indices]
+        made.sampled = None if self.sampled is None else self.sampled[indices]
+        return made
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         p, c = self.prompt_starts, self.completion_starts
@@ -101,7 +148,39 @@ class TokenRows:
             targets.append(completion)
         flat = np.concatenate(targets).astype(np.int64)
         signal = self.signals.take(indices, self.completion_lengths[indices]) if self.signals else None
-        return Batch(*(torch.from_numpy(a) for a in (ids, mask, keep, flat)), signal)
+        return Batch(*(torch.from_numpy(a) for a in (ids, mask, keep, flat)), signal, **self._about(indices))
+
+    def _about(self, indices: np.ndarray) -> dict:
+        """What a batch says of its rows besides their tokens."""
+        lengths = self.completion_lengths[indices]
+        written = None if self.sampled is None else np.repeat(~self.sampled[indices], lengths)
+        return {
+            "from_teacher": None if written is None else torch.from_numpy(written.astype(np.float32)),
+            "messages": None if self.messages is None else [self.messages[i] for i in indices],
+            "tags": None if self.tags is None else self.tags[indices],
+            "row_tokens": lengths,
+        }
+
+    def pack(self, indices: np.ndarray) -> Batch:
+        """The same rows end to end in one sequence without padding; positions restart at every row.
+
+        Attention must not cross rows: transformers builds such a mask from the positions where the mask is
+        absent. `distill.packing` makes sure that a model does before anything is trained on packed rows.
+        """
+        inputs, positions, keeps, targets = [], [], [], []
+        for i in indices:
+            prompt, completion = self.row(i)
+            length = len(prompt) + len(completion) - 1
+            inputs += [prompt, completion[:-1]]
+            positions.append(np.arange(length))
+            keeps.append(np.arange(length) >= len(prompt) - 1)
+            targets.append(completion)
+        ids, places, keep, flat = map(np.concatenate, (inputs, positions, keeps, targets))
+        signal = self.signals.take(indices, self.completion_lengths[indices]) if self.signals else None
+        return Batch(
+            torch.from_numpy(ids.astype(np.int64))[None], None, torch.from_numpy(keep)[None],
+            torch.from_numpy(flat.astype(np.int64)), signal, torch.from_numpy(places)[None], **self._about(indices),
+        )  # fmt: skip
 
 
 def _flatten(rows: list) -> tuple[np.ndarray, np.ndarray]:
@@ -135,13 +214,32 @@ class BatchPlan:
         # Sorted rows waste little padding in micro-batches; the sum over the step is the same.
         return rows[np.argsort(self.lengths[rows], kind="stable")]
 
-    def micro_batches(
-        self, step: int, micro_size: int, rank: int = 0, world: int = 1
-    ) -> Iterator[np.ndarray]:
-        """This process's share of the step in pieces of at most `micro_size` rows.
+    def share(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """This process's rows of the step, shortest first.
 
         Processes take every world-th row, so that their shares have like lengths.
         """
-        mine = self.step_rows(step)[rank::world]
-        for start in range(0, len(mine), micro_size):
-            yield mine[start : start + micro_size]
+        return self.step_rows(step)[rank::world]
+
+
+def micro_batches(
+    indices: np.ndarray,
+    lengths: np.ndarray,
+    most_rows: int,
+    most_tokens: int | None = None,
+    padded: bool = True,
+) -> Iterator[np.ndarray]:
+    """Cut rows, sorted by length, into pieces of at most `most_rows` rows and `most_tokens` tokens.
+
+    Tokens are counted as they are computed: rows times the longest of them where rows are padded. Sorted rows
+    of like length share a piece, so little of it is padding. A single row above the limit is a piece.
+    """
+    start = 0
+    while start < len(indices):
+        stop = min(start + most_rows, len(indices))
+        if most_tokens:
+            ahead = lengths[indices[start:stop]]
+            taken = np.arange(1, len(ahead) + 1) * np.maximum.accumulate(ahead) if padded else ahead.cumsum()
+            stop = start + max(1, int(np.searchsorted(taken, most_tokens, side="right")))
+        yield indices[start:stop]
+        start = stop

@@ -31,6 +31,7 @@ cache sizes come out wrong. Some seventy other families agree with the cache tha
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 from transformers.cache_utils import DynamicLayer
 
 from distill.errors import UserError
+from distill.quantize import logical_size
 from distill.routing import Router, find_routers
 
 DEFAULT_CONTEXT = 1024  # keys each token attends to where no other context is asked for
@@ -70,22 +72,26 @@ def describe_config(config: PreTrainedConfig, context: int = DEFAULT_CONTEXT) ->
     return _describe_skeleton(skeleton, config, _config_dtype(config), context)
 
 
-def describe_model(model: nn.Module, context: int = DEFAULT_CONTEXT) -> dict[str, Any]:
+def describe_model(
+    model: nn.Module, context: int = DEFAULT_CONTEXT, experts_per_token: int | None = None
+) -> dict[str, Any]:
     """Describe an instantiated transformers model, PEFT-wrapped or not; `dtype` is the base model's own.
+
+    experts_per_token: count what is active as if each token used that many, instead of what the config says.
 
     Counted on a skeleton built anew from the model's config, so that no wrapper or adapter is mistaken for
     the model; `parameters_adapter` is what the instance holds beyond that skeleton.
-    Raises UserError if it holds less (quantised or sharded weights).
+    Raises UserError if it holds less (sharded weights). Bytes are those of `dtype`, also where weights are rounded.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.device("meta"):
         skeleton = type(base)(copy.deepcopy(base.config))
-    result = _describe_skeleton(skeleton, base.config, base.dtype, context)
-    adapter = sum(p.numel() for p in model.parameters()) - result["parameters_total"]
+    result = _describe_skeleton(skeleton, base.config, base.dtype, context, experts_per_token)
+    adapter = sum(logical_size(p) for p in model.parameters()) - result["parameters_total"]
     if adapter < 0:
         raise UserError(
             f"this {type(base).__name__} holds {-adapter:,} parameters fewer than its config describes "
-            "(quantised or sharded?); describe its config folder instead"
+            "(sharded?); describe its config folder instead"
         )
     result["parameters_adapter"] = adapter
     return result
@@ -135,12 +141,12 @@ def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def _describe_skeleton(
-    skeleton: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, context: int
+    skeleton: nn.Module, config: PreTrainedConfig, dtype: torch.dtype, context: int, k: int | None = None
 ) -> dict[str, Any]:
     if context < 1:
         raise UserError(f"context is {context}; give at least 1 token")
     text = config.get_text_config(decoder=True)
-    routers = find_routers(skeleton)
+    routers = [router if k is None else replace(router, top_k=k) for router in find_routers(skeleton)]
     counts = _count_parameters(skeleton, routers)
     layers = _attention_layers(text)
     attention = sum(2 * min(context, window) * width for width, _, window in layers)

@@ -5,13 +5,15 @@ device = pick_device("auto"); print(describe_device(device))
 
 import os
 import platform
+import resource
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from distill.errors import UserError
 from distill.models import quiet_libraries
@@ -20,6 +22,8 @@ from distill.models import quiet_libraries
 def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
     """The device of a recipe's `device`, with CPU threads shared fairly between local processes.
 
+    `threads` 0 takes the variable DISTILL_THREADS, else every core.
+
     Raises UserError where CUDA is asked for and absent.
     """
     quiet_libraries()
@@ -27,7 +31,8 @@ def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
         raise UserError("device=cuda: torch sees no CUDA GPU; set device=auto or cpu")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // local_processes))
+    asked = threads or int(os.environ.get("DISTILL_THREADS", "0"))
+    torch.set_num_threads(asked or max(1, cores // local_processes))
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -44,6 +49,37 @@ def main_decides(ranks: PartialState, decide: Callable[[], bool]) -> bool:
     if ranks.num_processes > 1:
         broadcast_object_list(answer)
     return answer[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """`value` of every process of this launch, in order of rank; [value] for a single one."""
+    if PartialState().num_processes == 1:
+        return [value]
+    return gather_object([value])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: of the device where it is a GPU, else of this process since it started."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Dense matrix products, FLOP/s in 16 bits and in 8, from NVIDIA's datasheets (without sparsity).
+_PEAKS = {
+    "H200": (989e12, 1979e12), "H100": (989e12, 1979e12), "A100": (312e12, None), "L40S": (362e12, 733e12),
+    "L4": (121e12, 242e12), "A10": (125e12, None), "T4": (65e12, None), "V100": (125e12, None),
+    "RTX 4090": (165e12, 330e12), "RTX 3090": (71e12, None),
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of the device in Accelerate's mixed precision `precision`; None where no datasheet is known."""
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    half, eighth = next((peaks for known, peaks in _PEAKS.items() if known in name), (None, None))
+    return eighth if precision == "fp8" else half
 
 
 def describe_device(device: torch.device, processes: int = 1) -> str:

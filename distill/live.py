@@ -1,51 +1,235 @@
-"""The live teacher: its next-token logits at the kept tokens of a training batch.
+"""Live teachers: what they say of the kept tokens of a training batch, head applied a chunk at a time.
 
-teacher = LiveTeacher(model); teacher(batch, vocabulary).logits     # [N, V], no gradient
+    teacher = LiveTeacher(model); signals = teacher(batch)          # {"dense": Projected}: hidden states and head
+    loss, sums = step(batch, signals)
+
+Three kinds, all called alike: one model; several, each scoring the rows of its tag (`train.teachers`); and
+the student's own starting weights (self-distillation, Furlanello et al. 2018, arXiv 1805.04770), which under
+LoRA are the student with its adapter switched off and cost no memory. Nothing is quantised unless the recipe
+says so.
+
+Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 """
 
-import torch
-from torch import nn
+import contextlib
+import copy
+from dataclasses import replace
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from distill.config import Recipe
+from distill.cross_tokenizer import TeacherView
 from distill.data import Batch
 from distill.errors import UserError
-from distill.kept import KeptLogits
+from distill.fused import Head, Projected, WholeLogits
+from distill.hidden_losses import HiddenTap
+from distill.kept import AtHead, KeptLogits
 from distill.models import load_model, load_tokenizer, same_vocabulary
-from distill.signals import Dense
-
-
-def match_vocabulary(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Teacher logits [N, V'] cut, or padded with -inf, to the student's V.
-
-    For two tokenizers that are equal by content: rows beyond them are padding of the embedding (151,936
-    against 152,064 in the Qwen family) and stand for no token.
-    """
-    missing = vocabulary - logits.shape[-1]
-    if missing > 0:
-        return nn.functional.pad(logits, (0, missing), value=float("-inf"))
-    return logits[:, :vocabulary]
+from distill.router_losses import RouterTap
 
 
 class LiveTeacher:
-    """A frozen causal LM asked for its next-token logits on the student's own batch."""
+    """A frozen causal LM asked for its next-token distribution on the student's own batch."""
 
     def __init__(self, model: nn.Module):
-        self.kept = KeptLogits(model.eval().requires_grad_(False))
+        self.model = model.eval().requires_grad_(False)
+        at = AtHead(model)
+        self._at = at if at.fusable else None
+        self._kept = None if at.fusable else KeptLogits(model)
+        self._device = next(model.parameters()).device
+        self._travelled: Head | None = None
+        self._hidden: list[HiddenTap] = []
+        self._routers: RouterTap | None = None
 
-    @torch.no_grad()
-    def __call__(self, batch: Batch, vocabulary: int) -> Dense:
-        """Teacher logits [N, V] at the batch's kept tokens, without gradient."""
-        logits = self.kept(batch.input_ids, batch.attention_mask, batch.keep)
-        return Dense(match_vocabulary(logits, vocabulary))
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.model]
+
+    def listen_hidden(self, layers: list[int]) -> None:
+        """From now on signals have "hidden": the outputs of these decoder layers, and of those asked for before."""
+        self._hidden.append(HiddenTap(self.model, layers))
+
+    def listen_routers(self) -> None:
+        """From now on signals have "routers": logits and decisions per MoE layer. UserError for a dense teacher."""
+        self._routers = self._routers or RouterTap(self.model)
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Signals by form: "dense", the teacher's logits at the batch's kept tokens, without gradient."""
+        with torch.no_grad():
+            signals = self._dense(batch)
+            if self._hidden:
+                taken = [tap.take(batch.keep.to(self._device)) for tap in self._hidden]
+                states = {layer: state for found in taken for layer, state in found.items()}
+                signals["hidden"] = {layer: state.to(batch.keep.device) for layer, state in states.items()}
+            if self._routers:
+                layers = self._routers.take(batch.real_tokens().to(self._device))
+                home = batch.keep.device
+                signals["routers"] = [
+                    replace(r, logits=r.logits.to(home), indices=r.indices.to(home)) for r in layers
+                ]
+        return signals
+
+    def _dense(self, batch: Batch) -> dict[str, Any]:
+        home, here = batch.keep.device, batch.to(self._device)  # a teacher may sit elsewhere, as on the CPU
+        if self._at is None:
+            return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
+        hidden = self._at(lambda states: states[here.keep], **here.inputs())  # [N, d]
+        return {"dense": Projected(hidden.to(home), self._head_on(home))}
+
+    def _head_on(self, device: torch.device) -> Head:
+        """The head where the student's logits are made: an offloaded teacher sends its states, not its logits."""
+        head = self._at.head()
+        if head.weight.device == device:
+            return head
+        if self._travelled is None:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._travelled = replace(head, weight=head.weight.to(device), bias=bias)
+        return self._travelled
 
 
-def load_live_teacher(name: str, dtype: str, device: torch.device, student_tokenizer) -> LiveTeacher:
-    """Load a teacher for a divergence on logits.
+class OwnStart:
+    """Self-distillation: the student's starting weights score. Without an adapter they are a frozen copy."""
 
-    Raises UserError where the vocabularies differ by content: then only text can be distilled.
-    """
-    if not same_vocabulary(load_tokenizer(name), student_tokenizer):
-        raise UserError(
-            f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; "
-            "use train.objectives=[{name: cross_entropy}] (distil its text), or a student with its tokenizer"
+    def __init__(self, student: nn.Module):
+        self._adapted = student if hasattr(student, "disable_adapter") else None
+        self._asked = (
+            LiveTeacherView(student) if self._adapted is not None else LiveTeacher(copy.deepcopy(student))
         )
-    return LiveTeacher(load_model(name, dtype, device))
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return self._asked.models
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        with self._adapted.disable_adapter() if self._adapted is not None else contextlib.nullcontext():
+            return self._asked(batch)
+
+
+class LiveTeacherView(LiveTeacher):
+    """The same for a model that goes on training: asked in eval mode, left in the mode it was in."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._at, self._kept = AtHead(model), None
+        if not self._at.fusable:
+            self._at, self._kept = None, KeptLogits(model)
+        self._device, self._travelled = next(model.parameters()).device, None
+        self._hidden, self._routers = [], None
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        try:
+            return super().__call__(batch)
+        finally:
+            for module in training:
+                module.training = True
+
+
+class CrossTeacher:
+    """A teacher with a tokenizer of its own: its logits where both models have read the same text (ULD)."""
+
+    def __init__(self, model: nn.Module, teacher_tokenizer, student_tokenizer, ends: set[int]):
+        self.teacher, self.view = LiveTeacher(model), TeacherView(student_tokenizer, teacher_tokenizer, ends)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return self.teacher.models
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        completions = batch.targets.cpu().split(list(map(int, batch.row_tokens)))
+        rows = [self.view.row(m, c.tolist()) for m, c in zip(batch.messages, completions)]
+        theirs = self.view.collate(rows)
+        asked = Batch(theirs.input_ids, theirs.attention_mask, theirs.keep, theirs.rows).to(batch.keep.device)
+        return {"aligned": Aligned(self.teacher(asked)["dense"], asked.targets, theirs.kept)}
+
+
+class Aligned:
+    """Dense signals [M, V'] of some of N tokens, and which: a chunk is (logits [n, V'], 1 where aligned [n])."""
+
+    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int):
+        self.signal = signal
+        self.place = torch.full((kept,), -1, dtype=torch.long, device=rows.device)
+        self.place[rows] = torch.arange(len(rows), device=rows.device)
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        place = self.place[part]
+        there = place >= 0
+        found = place[there]  # consecutive: both orders are those of the text
+        if not len(found):
+            return like.new_zeros(len(place), 1), there
+        (said,) = self.signal.chunk(slice(int(found[0]), int(found[-1]) + 1), None)
+        logits = said.new_zeros(len(place), said.shape[1])
+        logits[there] = said
+        return logits, there
+
+
+class RoutedTeachers:
+    """Several teachers, each scoring the rows whose tag is its own; the others go to `default`."""
+
+    def __init__(self, by_tag: dict[str, LiveTeacher], default: LiveTeacher):
+        self.by_tag, self.default = by_tag, default
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [t.model for t in dict.fromkeys([self.default, *self.by_tag.values()])]
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Every teacher reads the whole batch only if it owns rows in it; each kept token has one owner."""
+        owners = [self.by_tag.get(tag, self.default) for tag in batch.tags]
+        present = list(dict.fromkeys(owners))
+        per_row = torch.tensor([present.index(o) for o in owners], device=batch.keep.device)
+        owner = per_row.repeat_interleave(torch.as_tensor(batch.row_tokens, device=batch.keep.device))  # [N]
+        return {"dense": Shared([teacher(batch)["dense"] for teacher in present], owner)}
+
+
+class Shared:
+    """Dense signals of several teachers: token n is what `signals[owner[n]]` says of it."""
+
+    def __init__(self, signals: list, owner: Tensor):
+        self.signals, self.owner = signals, owner
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        owner = self.owner[part][:, None]
+        logits = None
+        for i, signal in enumerate(self.signals):
+            (said,) = signal.chunk(part, like)
+            logits = (
+                said.clone() if logits is None else torch.where(owner == i, said.to(logits.dtype), logits)
+            )
+        return (logits,)
+
+
+def live_teachers(recipe: Recipe, student: nn.Module, tokenizer, ends: set[int], device: torch.device):
+    """What the recipe's objectives with a live teacher are taken from. `ends`: ids that end the student's turn.
+
+    Raises UserError where a vocabulary differs from the student's by content: then only text can be distilled.
+    """
+    section = recipe.train.teachers
+    if section.own_start:
+        return OwnStart(student)
+    if any(o.signal == "aligned" for o in recipe.train.objectives):
+        model = load_model(
+            recipe.teacher.model, recipe.teacher.dtype, device, quantize=recipe.teacher.quantize
+        )
+        return CrossTeacher(model, load_tokenizer(recipe.teacher.model), tokenizer, ends)
+    names = {recipe.teacher.model, *section.models.values()}
+    problems = [
+        f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; use "
+        "train.objectives=[{name: cross_entropy}] (distil its text), {name: uld} (across tokenizers), or a "
+        "student with its tokenizer"
+        for name in sorted(names)
+        if not same_vocabulary(load_tokenizer(name), tokenizer)
+    ]
+    if problems:
+        raise UserError(*problems)
+    place = torch.device("cpu") if recipe.teacher.device == "cpu" else device
+    loaded = {
+        name: LiveTeacher(load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize))
+        for name in names
+    }
+    if not section.models:
+        return loaded[recipe.teacher.model]
+    return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])

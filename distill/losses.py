@@ -29,8 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.ranking import hinge_rows, logistic_rows
 from distill.rowwise import check_option, kl, log_probs, per_row
 from distill.sparse_losses import sampled_cross_entropy, sparse_forward_kl
+from distill.uld import uld_rows
 
 __all__ = [
     "adaptive_kl",
@@ -38,12 +40,15 @@ __all__ = [
     "cross_entropy",
     "forward_kl",
     "generalized_jsd",
+    "ranking_hinge",
+    "ranking_logistic",
     "reverse_kl",
     "sampled_cross_entropy",
     "skew_forward_kl",
     "skew_reverse_kl",
     "sparse_forward_kl",
     "total_variation",
+    "uld",
 ]
 
 
@@ -54,15 +59,7 @@ def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return torch.logaddexp(a + math.log(weight), b + math.log1p(-weight))
 
 
-def _divergence(
-    formula: Callable[[Tensor, Tensor], Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float,
-    temperature_squared: bool,
-) -> Tensor:
-    """Apply `formula(teacher log-probabilities, student log-probabilities) -> [n]` to all rows."""
-    check_option("forward_kl", "temperature", temperature)
+def _check_dense(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.dim() != 2 or teacher_logits.dim() != 2:
         raise UserError(
             "logits must be [kept tokens, vocabulary], not "
@@ -80,6 +77,18 @@ def _divergence(
         raise UserError(
             f"{tokens} student rows against {teacher_tokens} teacher rows: select the same tokens of both"
         )
+
+
+def _divergence(
+    formula: Callable[[Tensor, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    temperature_squared: bool,
+) -> Tensor:
+    """Apply `formula(teacher log-probabilities, student log-probabilities) -> [n]` to all rows."""
+    check_option("forward_kl", "temperature", temperature)
+    _check_dense(student_logits, teacher_logits)
 
     def tempered(student: Tensor, teacher: Tensor) -> Tensor:
         return formula(log_probs(teacher.to(student.dtype), temperature), log_probs(student, temperature))
@@ -291,3 +300,47 @@ def alpha_beta_divergence(
         return (own - (alpha * p + beta * q).exp()).sum(-1) / (alpha * beta)
 
     return _divergence(formula, student_logits, teacher_logits, temperature, temperature_squared)
+
+
+# ------------------------------------------------------------------------------------- orders, and other tokens
+
+
+def ranking_hinge(
+    student_logits: Tensor, teacher_logits: Tensor, *, top: int = 8, margin: float = 1.0
+) -> Tensor:
+    """Mean over pairs of the teacher's `top` tokens of max(0, margin - (z_i - z_j)). Both logits [N, V] -> [N].
+
+    The order alone, no temperature; see `distill.ranking` for pairs, ties and sources. Never use it alone: a
+    token outside the teacher's top that the student prefers to all of them costs nothing.
+    """
+    check_option("ranking_hinge", "top", top)
+    check_option("ranking_hinge", "margin", margin)
+    _check_dense(student_logits, teacher_logits)
+    return per_row(lambda s, t: hinge_rows(s, t, top=top, margin=margin), student_logits, teacher_logits)
+
+
+def ranking_logistic(student_logits: Tensor, teacher_logits: Tensor, *, top: int = 8) -> Tensor:
+    """Mean over pairs of the teacher's `top` tokens of log(1 + exp(-(z_i - z_j))). Both logits [N, V] -> [N].
+
+    RankNet's cost (Burges et al. 2005, section 3), no temperature; see `distill.ranking`.
+    """
+    check_option("ranking_logistic", "top", top)
+    _check_dense(student_logits, teacher_logits)
+    return per_row(lambda s, t: logistic_rows(s, t, top=top), student_logits, teacher_logits)
+
+
+def uld(
+    student_logits: Tensor, teacher_logits: Tensor, aligned: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """sum |sort(q) - sort(p)| across vocabularies. Logits [N, V] and [N, V'], aligned [N] -> [N], 0 to 2.
+
+    Tokens whose `aligned` is 0 have no counterpart in the teacher's tokens and cost nothing (their row of
+    teacher logits is not read into the loss). Universal Logit Distillation (arXiv 2402.12030, section 3); which
+    positions are aligned: `distill.cross_tokenizer`.
+    """
+    check_option("uld", "temperature", temperature)
+
+    def formula(student: Tensor, teacher: Tensor, aligned: Tensor) -> Tensor:
+        return uld_rows(student, teacher, temperature=temperature) * aligned.to(student.dtype)
+
+    return per_row(formula, student_logits, teacher_logits, aligned)

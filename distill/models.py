@@ -5,6 +5,7 @@ folders. Weights are safetensors only (pickle can execute code), and no code fro
 """
 
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -106,22 +107,28 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    name: str, dtype: str = "auto", device: str | torch.device = "cpu", training: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    training: bool = False,
+    quantize: str = "none",
 ) -> PreTrainedModel:
     """A causal LM in eval mode; for a PEFT adapter folder, its base with the adapter on top.
 
     dtype: "auto" (as stored), "fp32", "bf16" or "fp16". `training` keeps the kernels that train fastest.
+    quantize: "4bit" or "8bit" for the linear layers (distill/quantize.py), on request only.
     Raises UserError with the reason and the fix for a missing folder, pickle-only or damaged weights,
     weights that do not fill the model, a missing base.
     """
     source = resolve_model(name)
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, dtype, device)
+        return _load_adapter(folder, dtype, device, quantize)
     check_weights(folder)
+    rounded = {} if quantize == "none" else _rounded(name, dtype, torch.device(device), quantize)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **rounded
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot load '{name}' as a causal LM: {_first_line(error)}") from None
@@ -130,7 +137,8 @@ def load_model(
         raise UserError(
             f"'{name}' lacks weights its config asks for (first: {key}); it would run on random numbers"
         )
-    model.to(device)
+    if not rounded:  # rounded weights are already there, and refuse to be moved
+        model.to(device)
     return (model if training else fit_for_inference(model)).eval()
 
 
@@ -147,11 +155,23 @@ def check_adapter_base(folder: Path) -> str:
         ) from None
 
 
-def _load_adapter(folder: Path, dtype: str, device) -> PreTrainedModel:
+def _rounded(name: str, dtype: str, device: torch.device, quantize: str) -> dict[str, Any]:
+    from distill.quantize import check_quantize, quantization_config
+
+    check_quantize(quantize, device)
+    config = load_config(name)
+    compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+    return {
+        "quantization_config": quantization_config(quantize, config, compute),
+        "device_map": {"": device},
+    }
+
+
+def _load_adapter(folder: Path, dtype: str, device, quantize: str) -> PreTrainedModel:
     from peft import PeftModel
 
     check_weights(folder)
-    base = load_model(check_adapter_base(folder), dtype, device)
+    base = load_model(check_adapter_base(folder), dtype, device, quantize=quantize)
     return PeftModel.from_pretrained(base, str(folder)).to(device).eval()
 
 
@@ -199,6 +219,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per 8-bit matmul otherwise
     # Notices about the libraries' own future; a user of this one can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
 

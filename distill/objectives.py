@@ -31,12 +31,20 @@ class Option:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, as the end of a sentence, or None."""
+        if self.kind is list and isinstance(value, (list, tuple)):
+            pairs = all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
+            whole = pairs and all(isinstance(i, int) and not isinstance(i, bool) for p in value for i in p)
+            return None if value and whole else "must be pairs [[student layer, teacher layer], ...]"
+        if self.kind is list and value not in self.choices:
+            return f"must be {' or '.join(self.choices)}, or pairs [[student layer, teacher layer], ...]"
         if self.choices:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.kind is bool:
             return None if isinstance(value, bool) else "must be true or false"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return "must be a finite number"
+        if self.kind is int and value != int(value):
+            return "must be a whole number"
         low_enough = value < self.high if self.below else value <= self.high
         high_enough = value > self.low if self.above else value >= self.low
         if low_enough and high_enough:
@@ -50,7 +58,9 @@ class Objective:
     """`signal` is what the function takes after the student's logits.
 
     "targets": token ids [N] · "dense": the teacher's logits [N, V] · "sparse": ids [N, K] and log-probabilities
-    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K].
+    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K] · "aligned":
+    logits [N, V'] of a teacher with another tokenizer · "hidden", "routers": what a live teacher does on the way
+    to its logits · "own_routers": what the student's routers do, no teacher.
     """
 
     name: str
@@ -58,8 +68,9 @@ class Objective:
     options: MappingProxyType[str, Option] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.signal != "targets"
+    def live(self) -> bool:
+        """Whether a live teacher must read the same batch."""
+        return self.signal in ("dense", "aligned", "hidden", "routers")
 
 
 TEMPERED = {
@@ -69,8 +80,12 @@ TEMPERED = {
 WEIGHT = Option(float, 1.0, low=0, above=True)
 
 
-def _objective(name: str, signal: str, **options: Option) -> tuple[str, Objective]:
-    tempered = TEMPERED if signal != "targets" else {}
+LAYERS = Option(list, "uniform", choices=("uniform", "last"))
+TOP = Option(int, 8, low=2)
+
+
+def _objective(name: str, signal: str, tempered: bool = True, **options: Option) -> tuple[str, Objective]:
+    tempered = TEMPERED if tempered and signal in ("dense", "sparse", "sampled") else {}
     return name, Objective(name, signal, MappingProxyType({**tempered, **options}))
 
 
@@ -97,6 +112,14 @@ OBJECTIVES: MappingProxyType[str, Objective] = MappingProxyType(
                 tail=Option(str, "renormalise", choices=("renormalise", "tail_bucket", "zero")),
             ),
             _objective("sampled_cross_entropy", "sampled"),
+            _objective("ranking_hinge", "dense", tempered=False, top=TOP, margin=Option(float, 1.0, low=0)),
+            _objective("ranking_logistic", "dense", tempered=False, top=TOP),
+            _objective("uld", "aligned", temperature=TEMPERED["temperature"]),
+            _objective("hidden_cosine", "hidden", layers=LAYERS),
+            _objective("hidden_mse", "hidden", layers=LAYERS, normalise=Option(bool, True)),
+            _objective("router_distillation", "routers", temperature=TEMPERED["temperature"], layers=LAYERS),
+            _objective("sequence_balance", "own_routers"),
+            _objective("batch_balance", "own_routers"),
         )
     )
 )

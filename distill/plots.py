@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Placeholders in the drawing; `_svg` swaps them for the CSS variables of the page.
+# Placeholders in the drawing; `to_svg` swaps them for the CSS variables of the page.
 INK, MUTED, GRID, CARD = "#1b1f24", "#5b6471", "#d6dbe2", "#fefdfc"
 ACCENT = "#0072b2"
 CSS_COLOURS = {
@@ -86,14 +86,14 @@ def shorten(name: str, length: int = 18) -> str:
     return f"{name[: length - 1 - tail]}…{name[-tail:]}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     return figure
 
 
-def _svg(figure: Figure, label: str, min_width: int = 300) -> str:
+def to_svg(figure: Figure, label: str, min_width: int = 300) -> str:
     """The figure as an inline `<svg>`; `label` is what a screen reader says."""
     buffer = io.StringIO()
     # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
@@ -119,7 +119,7 @@ def _svg(figure: Figure, label: str, min_width: int = 300) -> str:
     )
 
 
-def _plain_axes(axes, grid: str) -> None:
+def plain_axes(axes, grid: str) -> None:
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
@@ -138,9 +138,9 @@ def accuracy_panel(task: str, scores: dict[str, dict], order: list[str] | None =
     with matplotlib.rc_context(RC):
         labels = [shorten(name, 2 * NAME_WIDTH) for name in names]
         longest = min(NAME_WIDTH, max(map(len, labels)))
-        figure = _figure(3.4 + 0.07 * longest, 0.75 + 0.38 * len(names))
+        figure = new_figure(3.4 + 0.07 * longest, 0.75 + 0.38 * len(names))
         axes = figure.add_subplot()
-        _plain_axes(axes, "x")
+        plain_axes(axes, "x")
         for row, name in enumerate(names):
             fill, hatch, _ = model_style(name, order)
             score = scores[name]
@@ -168,7 +168,7 @@ def accuracy_panel(task: str, scores: dict[str, dict], order: list[str] | None =
         span = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
         figure.suptitle(f"{shorten(task, 30)} ({span})", x=0.01, ha="left", fontsize=11, fontweight="bold")
         said = ", ".join(f"{name} {share(scores[name]['accuracy'], 0)}" for name in names)
-        return _svg(figure, f"Accuracy on {task}: {said}")
+        return to_svg(figure, f"Accuracy on {task}: {said}")
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -186,9 +186,9 @@ def loss_curves(title: str, curves: dict[str, tuple[list, list]], window: dict[s
     `curves[model]` is (steps, values); `window[model]` the number of steps of the moving average.
     """
     with matplotlib.rc_context(RC):
-        figure = _figure(4.0, 2.9)
+        figure = new_figure(4.0, 2.9)
         axes = figure.add_subplot()
-        _plain_axes(axes, "y")
+        plain_axes(axes, "y")
         drawn = []
         for name, (steps, values) in curves.items():
             fill, _, dashes = model_style(name, order or list(curves))
@@ -205,7 +205,7 @@ def loss_curves(title: str, curves: dict[str, tuple[list, list]], window: dict[s
         axes.set_xlabel("optimizer step")
         axes.set_title(f"{title}, nats per token", loc="left", fontsize=11, fontweight="bold")
         axes.legend(frameon=False, handlelength=3, labelcolor=INK)
-        return _svg(figure, f"{title} against optimizer step for {' and '.join(curves)}")
+        return to_svg(figure, f"{title} against optimizer step for {' and '.join(curves)}")
 
 
 def layer_labels(names: list[str]) -> list[str]:
@@ -229,7 +229,7 @@ def expert_load(model: str, loads: dict[str, list[float]]) -> str:
     top = max(2 * uniform, float(np.nanmax(cells)))
     with matplotlib.rc_context(RC):
         wide = 4.9 if widest <= SMALL_CELLS else 7.2
-        figure = _figure(wide, 1.35 + min(0.42, max(0.2, 4 / len(loads))) * len(loads))
+        figure = new_figure(wide, 1.35 + min(0.42, max(0.2, 4 / len(loads))) * len(loads))
         axes = figure.add_subplot()
         mesh = axes.pcolormesh(cells, cmap="YlGnBu", vmin=0, vmax=top, edgecolors="white", linewidth=1)
         mesh.set_rasterized(cells.size > CELLS_AS_VECTORS)
@@ -253,7 +253,7 @@ def expert_load(model: str, loads: dict[str, list[float]]) -> str:
         bar.set_ticks([0, uniform, top], labels=["0 %", f"uniform: {uniform:.1f} %", f"{top:.0f} %"])
         bar.ax.tick_params(length=0)
         label = f"Share of tokens per expert and layer of {model}; uniform would be {uniform:.1f} %"
-        return _svg(figure, label, min_width=300 if widest <= SMALL_CELLS else 620)
+        return to_svg(figure, label, min_width=300 if widest <= SMALL_CELLS else 620)
 
 
 # ---- numbers into words (filters of the template); what is not there becomes a dash

@@ -3,6 +3,7 @@
 check_recipe(recipe, "run")        # raises one UserError with every problem found
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from distill.config import Recipe
@@ -20,7 +21,7 @@ from distill.models import (
 )
 from distill.precision import resolve_precision
 from distill.signals import STORED, SignalFormat, signal_problems
-from distill.students import student_tokenizer
+from distill.students import check_student, student_tokenizer
 from distill.terms import require
 
 
@@ -37,7 +38,10 @@ def check_recipe(recipe: Recipe, command: str) -> None:
 
     device = check(pick_device, recipe.device, recipe.threads)
     if device is not None and command in ("run", "train"):
-        check(resolve_precision, recipe.train.precision, device)
+        choice = check(resolve_precision, recipe.train.precision, device)
+        if choice:
+            check(check_student, recipe.student, choice.name, device)
+        check(_check_trackers, recipe)
     endpoint = recipe.teacher.endpoint if recipe.teacher else None
     local_teacher = recipe.teacher.model if recipe.teacher and not endpoint else None
     for name in filter(None, (local_teacher, recipe.student.model)):
@@ -53,7 +57,7 @@ def check_recipe(recipe: Recipe, command: str) -> None:
         problems += [
             f"objective {o.name} needs a teacher, and the recipe has none; name one, or use cross_entropy"
             for o in recipe.train.objectives
-            if o.signal != "targets"
+            if o.live or o.signal in STORED
         ]
     if problems:
         raise UserError(*dict.fromkeys(problems))
@@ -71,13 +75,23 @@ def check_model(name: str) -> None:
     load_tokenizer(name)
 
 
+def _check_trackers(recipe: Recipe) -> None:
+    absent = [name for name in recipe.train.trackers if find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"train.trackers: {', '.join(absent)} not installed; pip install {' '.join(absent)}, or leave it out "
+            "(metrics.jsonl is written in any case)"
+        )
+
+
 def _check_pair(recipe: Recipe) -> list[str]:
     """What makes this teacher and this student unfit for the objectives asked for."""
-    on_logits = [o.name for o in recipe.train.objectives if o.signal == "dense"]
+    live = [o.name for o in recipe.train.objectives if o.live]
+    on_logits = [o.name for o in recipe.train.objectives if o.live and o.signal != "aligned"]
     found = _check_signals(recipe)
-    if on_logits and recipe.teacher.endpoint:
+    if live and recipe.teacher.endpoint:
         found.append(
-            f"objective {on_logits[0]} compares logits, and the endpoint of '{recipe.teacher.model}' gives text "
+            f"objective {live[0]} needs the model itself, and the endpoint of '{recipe.teacher.model}' gives text "
             "alone; use train.objectives='[{name: cross_entropy}]' (distil the text), or a teacher loaded here"
         )
     elif on_logits and not same_vocabulary(

@@ -125,7 +125,7 @@ def file_prompts(source: str, section: Prompts, split: str) -> list[dict]:
     rows = []
     for number, item in enumerate(table):
         try:
-            question, own, answer, family = _read_row(item, section, fields)
+            question, own, answer, family, choices = _read_row(item, section, fields)
             completion = str(_filled(item, [given])[given]) if given else None
         except ValueError as error:
             raise UserError(f"{source}: row {number + 1} has {error}") from None
@@ -144,6 +144,7 @@ def file_prompts(source: str, section: Prompts, split: str) -> list[dict]:
                 "solution": None,
                 "completion": completion,
                 "question": own,
+                "choices": choices,
             }
         )
     return rows
@@ -158,8 +159,13 @@ def _template_fields(section: Prompts, columns: list[str]) -> list[str]:
     return check_template(template, columns) if template else []
 
 
-def _read_row(item: dict, section: Prompts, fields: list[str]) -> tuple[Any, str | None, str, Any]:
-    """(text or messages, the row's own part of it, reference, family). Raises ValueError for a bad row."""
+def _read_row(
+    item: dict, section: Prompts, fields: list[str]
+) -> tuple[Any, str | None, str, Any, list[str] | None]:
+    """(text or messages, the row's own part of it, reference, family, choices if it has a list of them).
+
+    Raises ValueError for a bad row.
+    """
     preset = PRESETS.get(section.preset)
     values = {**item, **preset.read(_filled(item, preset.columns))} if preset else item
     answer = values["answer"] if preset else item.get(section.answer_column)
@@ -171,7 +177,9 @@ def _read_row(item: dict, section: Prompts, fields: list[str]) -> tuple[Any, str
     reference = "" if answer is None else str(answer)
     if section.verifier == "choice" and reference and letter(reference) is None:
         raise ValueError(f"the answer '{reference[:40]}', and verifier 'choice' compares letters A to Z")
-    return question, own, reference, values.get("family")
+    choices = values.get("choices")
+    choices = [str(choice) for choice in choices] if isinstance(choices, list) and choices else None
+    return question, own, reference, values.get("family"), choices
 
 
 def _check_columns(source: str, section: Prompts, columns: list[str], given: str | None) -> None:
@@ -225,7 +233,7 @@ def _from_file(source: str):
     try:
         return readers[path.suffix](str(path), keep_in_memory=True)
     except Exception as error:  # datasets wraps every reader's own exceptions
-        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = (str(error.__cause__ or error).splitlines() or ["there are no rows in it"])[0]
         raise UserError(f"prompts.source: cannot read '{source}' ({reason})") from None
 
 

@@ -60,13 +60,15 @@ def provenance(path: Path) -> dict[str, Any]:
     first = _read(folder)
     # A published checkpoint carries its stage's manifest under a name of its own.
     in_run = folder.name == first["stage"]
-    kept = read_json(folder / UPSTREAM) if not in_run and (folder / UPSTREAM).is_file() else {}
+    kept = read_json(folder / UPSTREAM) if (folder / UPSTREAM).is_file() else {}
     links = [_stage_link(folder.name, folder, first)]
     if first["config"].get("student", {}).get("model"):
         links.append(_model_link("base", first["config"]["student"]["model"], first.get("base_source")))
+    if first["config"].get("adapter"):
+        links.append(_model_link("adapter", first["config"]["adapter"], first.get("adapter_source")))
     manifests = {first["stage"]: first}
     wanted = dict(first["inputs"])
-    for stage in _UPSTREAM_STAGES:
+    for stage in ("student", "control", *_UPSTREAM_STAGES):  # a merged model was made from an arm
         if stage not in wanted:
             continue
         manifest, link = _upstream_link(stage, wanted[stage], folder.parent / stage if in_run else None, kept)

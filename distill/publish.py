@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from distill.cards import unmeasured
 from distill.errors import DistillError, UserError
 from distill.provenance import UPSTREAM, upstream_manifests
 from distill.shards import read_json, write_json
@@ -33,7 +34,8 @@ def publish(run_dir: Path, target: Path) -> None:
     for pattern in _SHIPPED:
         for file in (run_dir / "student").glob(pattern):
             shutil.copy2(file, temporary / file.name)
-    card = (temporary / "README.md").read_text().replace(f"# {run_dir.name}: student", f"# {target.name}")
+    card = unmeasured((temporary / "README.md").read_text(encoding="utf-8"))
+    card = card.replace(f"# {run_dir.name}: student", f"# {target.name}")
     shutil.copy2(run_dir / "recipe.yaml", temporary / "recipe.yaml")
     write_json(temporary / UPSTREAM, upstream_manifests(run_dir))
     (temporary / "README.md").write_text(card + _measured(scores, manifest), encoding="utf-8")

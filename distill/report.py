@@ -16,7 +16,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,10 +23,11 @@ from markupsafe import Markup
 
 from distill import plots
 from distill.errors import UserError
+from distill.metrics_schema import SCHEMA_VERSION
+from distill.pages import page_environment
 from distill.plots import NB, absent, p_value, percent, points
 from distill.shards import parts, read_json, read_table, write_atomic
 
-SCHEMA_VERSION = 1
 STAGES = ["prompts", "generations", "dataset", "student", "control", "eval"]
 MODEL_ORDER = ["base", "control", "student", "teacher"]
 TASK_ORDER = ["easy", "medium", "hard"]
@@ -300,25 +300,8 @@ def build_report(run_dir: Path) -> Path:
     verdict = headline(run)
     weaker = [name for name in ("base", "control") if name in run.models and name != verdict.get("hero")]
     weaker = weaker or [verdict["rival"]] if "rival" in verdict else []
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.ChainableUndefined,
-    )
-    for function in (
-        plots.number,
-        plots.si,
-        plots.duration,
-        plots.share,
-        percent,
-        points,
-        p_value,
-        plots.clip,
-    ):
-        environment.filters[function.__name__] = _defined(function)
-    page = environment.get_template("report.html.j2").render(
+    template = page_environment().get_template("report.html.j2")
+    page = template.render(
         run=run,
         name=run.path.resolve().name,
         stages=STAGES,
@@ -337,8 +320,3 @@ def build_report(run_dir: Path) -> Path:
     path = run.path / "report.html"
     write_atomic(path, page)
     return path
-
-
-def _defined(function):
-    """The filter with what the template does not find passed on as None."""
-    return lambda value, *rest: function(None if isinstance(value, jinja2.Undefined) else value, *rest)

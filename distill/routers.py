@@ -186,7 +186,8 @@ def listen(router: Router, running: Callable[[], bool], emit: Callable) -> list:
 def _dense_scores(router: Router, output) -> tuple:
     """llama4: the router returns scores that are 0 outside of the top k, and the logits."""
     weights, logits = output
-    weights, indices = weights.topk(router.top_k, dim=-1)
+    # Detached, here and below: gradient checkpointing refuses hooks that save what its second run does not.
+    weights, indices = weights.detach().topk(router.top_k, dim=-1)
     return logits, weights, indices
 
 
@@ -195,7 +196,7 @@ def _sorted_groups(router: Router, output) -> tuple:
     order, _, gates, sizes, logits = output
     indices, weights = torch.empty_like(order), torch.empty_like(gates)
     indices[order] = torch.repeat_interleave(torch.tensor(sizes, device=order.device))
-    weights[order] = gates
+    weights[order] = gates.detach()
     return logits, weights.view(len(logits), -1), indices.view(len(logits), -1)
 
 
@@ -203,7 +204,7 @@ def _product_keys(router: Router, output) -> tuple:
     """doge: expert (x, y) has logit x + y; the block returns both halves, and its choice is their top k."""
     halves = output[1]
     logits = (halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)).flatten(1)
-    best, indices = logits.topk(router.top_k, dim=-1)
+    best, indices = logits.detach().topk(router.top_k, dim=-1)
     return logits, best.softmax(-1), indices
 
 

@@ -7,34 +7,39 @@
 
 Why not `output_router_logits`: logits are not decisions. The selection-only expert bias of DeepSeek-V3,
 group limits and hash tables all come after them, so top-k of the logits is wrong for half of the families.
-Decisions are read where they are used (`distill.routers`), logits where they are made.
+Decisions are read where they are used (`distill.routers`), logits where they are made. What is summed while
+tokens pass is in `distill.routing_load` and `distill.routing_scores`; whose token is whose, in
+`distill.route_rows`. What the hooks cost: `python -m distill.routing_overhead`.
 
-The score function (softmax, sigmoid, ...) is not looked up either: it is the one whose scores reproduce the
-ratios of the weights that were used. If none does, or more than one, reading scores raises `RunError`.
+Over several processes each records its own tokens; `recording.reduce(sum_over_processes)` before `summary()`.
 
 Shapes: B batch, T tokens, E experts (all that the router chooses among), k experts per token.
 """
 
 import inspect
-import math
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from distill import routing_metrics as metrics
 from distill.errors import RunError, UserError
-from distill.routers import Router, bare, bare_model, find_routers, listen
+from distill.routers import Router, bare_model, find_routers, listen
+from distill.routing_load import LoadTotals
+from distill.routing_metrics import whole_model
+from distill.routing_scores import SCORES, ScoreTotals, is_sparsemixer
 
-__all__ = ["LayerRecord", "Recording", "Router", "find_routers", "record_routing"]
+__all__ = ["Decisions", "LayerRecord", "Recording", "Router", "find_routers", "record_routing"]
 
-SCORES = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": lambda logits: logits.sigmoid(),
-    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
-    "probabilities": lambda logits: logits.clamp(min=0),  # gemma4's router returns probabilities, not logits
-}
 _FLUSH = 4096  # tokens held per layer before they are digested: hooks stay cheap, "counts" memory bounded
+
+
+class Decisions(NamedTuple):
+    """Of T tokens at one layer: weights [T, k] as applied to the expert outputs (fp32), indices [T, k] (int64)."""
+
+    weights: torch.Tensor
+    indices: torch.Tensor
 
 
 class LayerRecord:
@@ -47,14 +52,11 @@ class LayerRecord:
 
     def __init__(self, router: Router, keep: str):
         self.router, self.keep, self.calls = router, keep, 0
-        self._tokens, self._counts = 0, torch.zeros(router.num_experts, dtype=torch.int64)
+        self._load = LoadTotals(router.num_experts, router.top_k)
+        self._scores = ScoreTotals(router)
         self._pending: list[tuple] = []
         self._held = 0
         self._kept: list[tuple] = []
-        # Per candidate score function: what its verdict needs (n, sum, sum of squares of log(weight / score))
-        # and the two sums, of entropy and confidence, that count once it has been found to be the one.
-        self._fit = {rule: torch.zeros(5, dtype=torch.float64) for rule in SCORES}
-        self._tolerance = 1e-3  # on the spread of log(weight / score)
 
     def add(self, logits, weights, indices, valid) -> None:
         """One call of the layer: [N, E], [N, k], [N, k] and, unless every token is real, a mask [N]."""
@@ -82,33 +84,31 @@ class LayerRecord:
         columns = []
         for *call, valid in self._pending:
             columns.append([c if valid is None else c[valid.to(c.device)] for c in call])
-            if max(torch.finfo(c.dtype).eps for c in call[:2]) > 1e-4:
-                self._tolerance = 2e-2  # half precision rounds weights to two or three digits
+        sizes = [len(call[0]) for call in columns]
         logits, weights, indices = (torch.cat(column) for column in zip(*columns))
         self._pending, self._held = [], 0
         if logits.device.type == "mps":  # no float64 there
             logits, weights, indices = logits.cpu(), weights.cpu(), indices.cpu()
-        logits, weights, indices = logits.float(), weights.float(), indices.long()
-        self._tokens += len(indices)
-        self._counts += torch.bincount(indices.flatten(), minlength=self.router.num_experts).cpu()
-        evidence = _evidence(self.router, list(self._fit), logits.double(), weights.double(), indices)
-        self._fit = {rule: sums + evidence[rule].cpu() for rule, sums in self._fit.items()}
-        spread = self._spread()
-        # Candidates beyond this would cost time to the end and cannot win.
-        limit = max(3 * min(spread.values()), self._tolerance)
-        self._fit = {rule: sums for rule, sums in self._fit.items() if spread[rule] <= limit}
+        self._load.add(indices, sizes)
+        self._scores.add(logits, weights, indices)
         if self.keep == "decisions":
-            self._kept.append((logits.cpu(), weights.cpu(), indices.cpu()))
+            self._kept.append((logits.float().cpu(), weights.float().cpu(), indices.long().cpu()))
+
+    def take(self) -> Decisions:
+        """What was kept since the last call of this, and forget it; totals go on. keep="decisions" only."""
+        taken = Decisions(self.weights, self.indices)
+        self._kept = []
+        return taken
 
     @property
     def tokens(self) -> int:
         self.flush()
-        return self._tokens
+        return self._load.tokens
 
     @property
     def counts(self) -> torch.Tensor:
         self.flush()
-        return self._counts
+        return self._load.counts
 
     @property
     def indices(self) -> torch.Tensor:
@@ -132,57 +132,34 @@ class LayerRecord:
 
     @property
     def score_function(self) -> str:
-        """Name of the function in SCORES whose scores reproduce the ratios of the weights that were used.
-
-        Raises RunError if none does, or more than one (equal logits; one expert per token with weight 1).
-        """
+        """Name in SCORES of the router's score function. Raises RunError where it cannot be told."""
         self.flush()
-        spread = self._spread()
-        best, *others = sorted(spread, key=spread.get)
-        rival = spread[others[0]] if others else math.inf
-        if spread[best] > self._tolerance or rival < max(3 * spread[best], 1e-5):
-            found = ", ".join(f"{rule} {value:.1e}" for rule, value in spread.items())
-            raise RunError(
-                f"{self.router.name}: cannot tell the score function of {type(self.router.block).__name__} "
-                f"from {self._tokens} tokens (spread of log(weight / score): {found}); the counts hold"
-            )
-        return best
+        return self._scores.verdict()
 
-    def _spread(self) -> dict[str, float]:
-        """Standard deviation of log(weight / score) under each candidate; infinite where there is none."""
-        spread = {}
-        for rule, (n, total, squares, *_) in self._fit.items():
-            variance = float(squares / n - (total / n) ** 2) if n else math.nan
-            spread[rule] = math.sqrt(max(variance, 0)) if math.isfinite(variance) else math.inf
-        return spread
-
-    def summary(self) -> dict:
-        """Metrics of `distill.routing_metrics` as plain numbers; raises RunError without tokens or scores."""
+    def load_summary(self) -> dict[str, Any]:
+        """The part of `summary` that holds whatever the score function is. RunError without tokens."""
         if not self.tokens:
             raise RunError(
                 f"{self.router.name}: no token was recorded; run a forward pass inside record_routing, and "
                 "compile a model after entering it, not before"
             )
-        counts, experts, k = self.counts, self.router.num_experts, self.router.top_k
-        rule = self.score_function
-        entropy, confidence = (self._fit[rule][3:] / self._tokens).tolist()
         return {
-            "tokens": self._tokens,
-            "experts": experts,
-            "experts_per_token": k,
+            "tokens": self.tokens,
+            "experts": self.router.num_experts,
+            "experts_per_token": self.router.top_k,
             "null_experts": self.router.null_experts,
-            "score_function": rule,
-            "load": metrics.load_fraction(counts).tolist(),
-            "max_violation": metrics.max_violation(counts),
-            "max_violation_noise_floor": metrics.max_violation_noise_floor(self._tokens, experts, k),
-            "load_entropy": metrics.load_entropy(counts),
-            "load_entropy_normalised": metrics.load_entropy(counts, normalised=True),
-            "effective_experts": metrics.effective_experts(counts),
-            "load_cv": metrics.coefficient_of_variation(counts),
-            "dead_experts": metrics.dead_experts(counts),
-            "router_entropy": entropy,
-            "confidence": confidence,
+            **self._load.summary(),
         }
+
+    def summary(self) -> dict[str, Any]:
+        """Metrics of `distill.routing_metrics` as plain numbers; raises RunError without tokens or scores."""
+        return {**self.load_summary(), "score_function": self.score_function, **self._scores.means()}
+
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
+        """Make the totals those of all processes; single decisions stay this process's own."""
+        self.flush()
+        self._load.reduce(total, rank, world)
+        self._scores.reduce(total, rank, world)
 
 
 class Recording:
@@ -190,50 +167,29 @@ class Recording:
 
     def __init__(self, routers: list[Router], keep: str):
         self.layers = {router.name: LayerRecord(router, keep) for router in routers}
+        self._reduced = False
 
-    def summary(self) -> dict:
-        """{"layers": {name: metrics}}, plain JSON. Over several ranks, sum `counts` first."""
-        return {"layers": {name: record.summary() for name, record in self.layers.items()}}
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Sum counts, pairs and score sums over the processes of torch.distributed, ratios come after.
 
+        total: CPU tensor -> its sum over all processes, of the same shape and dtype (int64 and float64); called
+        equally often everywhere. `accelerator.reduce` under gloo; for nccl
+        `lambda t: accelerator.reduce(t.to(accelerator.device)).cpu()`. A forward pass of one process stays a
+        batch of its own. Once per recording, after the last forward pass: UserError for a second call.
+        """
+        if self._reduced:
+            raise UserError("these counts are already those of all processes: reduce a recording once")
+        self._reduced = True
+        group = torch.distributed
+        alive = group.is_available() and group.is_initialized()
+        rank, world = (group.get_rank(), group.get_world_size()) if alive else (0, 1)
+        for record in self.layers.values():
+            record.reduce(total, rank, world)
 
-def _evidence(router: Router, rules: list[str], logits, weights, indices) -> dict[str, torch.Tensor]:
-    """Per candidate: n, sum and sum of squares of log(weight / score), sum of entropies, of confidences."""
-    weights = _without_family_factor(router, logits, weights, indices)
-    # Below 1e-4 of the largest, fp16 has no digits left; zaya gives a skipped token the weight 0.
-    used = weights > 1e-4 * weights.amax(-1, keepdim=True)
-    if router.top_k > 1:
-        used &= (used.sum(-1) > 1)[:, None]
-    sums = {}
-    for rule in rules:
-        scores = SCORES[rule](logits).clamp(min=1e-300)
-        ratio = torch.where(used, weights.clamp(min=1e-300).log() - scores.gather(-1, indices).log(), 0.0)
-        if router.top_k > 1:  # weights may be renormalised within a token, so only their ratios there count
-            ratio -= ratio.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
-        ratio = ratio[used]
-        entropy, confidence = metrics.router_entropy(scores).sum(), metrics.confidence(scores, indices).sum()
-        sums[rule] = torch.stack([used.sum(), ratio.sum(), ratio.square().sum(), entropy, confidence])
-    return sums
-
-
-def _without_family_factor(router: Router, logits, weights, indices) -> torch.Tensor:
-    """The weights without what two families multiply in that is not a function of the chosen score alone."""
-    inner = None if router.router is None else bare(router.router)
-    if hasattr(inner, "per_expert_scale"):  # gemma4
-        return weights / inner.per_expert_scale.detach().double()[indices]
-    if _is_sparsemixer(router):  # each choice is a softmax over its near rivals among those left
-        factor, left = [], logits
-        for choice in indices.T:
-            top = left.amax(-1, keepdim=True)
-            near = (top - logits) / logits.abs().clamp(min=top) <= 2 * inner.router_jitter_noise
-            factor.append(left.masked_fill(~near, -math.inf).logsumexp(-1) - logits.logsumexp(-1))
-            left = left.scatter(-1, choice[:, None], -math.inf)
-        return weights * torch.stack(factor, -1).exp()
-    return weights
-
-
-def _is_sparsemixer(router: Router) -> bool:
-    """phimoe (arXiv 2409.12136)."""
-    return router.router is not None and hasattr(bare(router.router), "router_jitter_noise")
+    def summary(self) -> dict[str, Any]:
+        """{"layers": {name: metrics}, "model": aggregates of `whole_model`}, plain JSON."""
+        layers = {name: record.summary() for name, record in self.layers.items()}
+        return {"layers": layers, "model": whole_model(layers)}
 
 
 # ---------------------------------------------------------------------- the recorder
@@ -247,11 +203,12 @@ class _Pass:
 
     def __init__(self, backbone: nn.Module, pad_token_id: int | None):
         self.backbone, self.pad_token_id = backbone, pad_token_id
+        self.names = list(inspect.signature(backbone.forward).parameters)
         self.running, self.count, self.valid = False, 0, None
 
     def begin(self, _module, args, kwargs) -> None:
-        named = dict(zip(inspect.signature(self.backbone.forward).parameters, args)) | kwargs
-        self.valid = _real_tokens(
+        named = dict(zip(self.names, args)) | kwargs
+        self.valid = real_tokens(
             named.get("input_ids"), named.get("inputs_embeds"), named.get("attention_mask"), self.pad_token_id
         )
         self.running, self.count = True, self.count + 1
@@ -260,7 +217,7 @@ class _Pass:
         self.running, self.valid = False, None
 
 
-def _real_tokens(ids, embeds, mask, pad_token_id: int | None) -> torch.Tensor | None:
+def real_tokens(ids, embeds, mask, pad_token_id: int | None) -> torch.Tensor | None:
     """Mask [B*T] of the tokens of this call that are not padding, None if all are real.
 
     The mask of a cached step covers the whole past, its last columns are the tokens of this call.
@@ -301,14 +258,14 @@ def record_routing(model: nn.Module, *, keep: str = "decisions", pad_token_id: i
         )
     if keep not in ("decisions", "counts"):
         raise UserError(f'keep is "decisions" or "counts", not {keep!r}')
-    if any(_is_sparsemixer(router) and router.block.training for router in routers):
+    if any(is_sparsemixer(router) and router.block.training for router in routers):
         raise UserError("this model samples its experts in train mode: call model.eval() before recording")
-    state, recording = _Pass(_backbone(model, routers), pad_token_id), Recording(routers, keep)
+    state, recording = _Pass(routed_backbone(model, routers), pad_token_id), Recording(routers, keep)
 
     def emit_to(record: LayerRecord):
         return lambda *decisions: record.add(*decisions, state.valid)
 
-    if _is_compiled(model):  # hooks put on what is already compiled are ignored without a word
+    if is_compiled(model):  # hooks put on what is already compiled are ignored without a word
         torch._dynamo.reset()
     handles = []
     try:
@@ -328,14 +285,14 @@ def record_routing(model: nn.Module, *, keep: str = "decisions", pad_token_id: i
         record.flush()
 
 
-def _backbone(model: nn.Module, routers: list[Router]) -> nn.Module:
+def routed_backbone(model: nn.Module, routers: list[Router]) -> nn.Module:
     """What every forward pass goes through, head or no head: the child of the LM that holds the blocks."""
     base = bare_model(model)
     child = base.get_submodule(routers[0].name.split(".")[0])
     return base if isinstance(child, nn.ModuleList) else child
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Any of it under torch.compile, `module.compile()`, or the compiled decoding of `generate`."""
     return any(
         hasattr(m, "_orig_mod")

@@ -198,15 +198,19 @@ ANSWER_SCHEMA = pa.schema(
     [
         ("model", pa.string()),
         ("prompt_id", pa.string()),
+        ("sample_idx", pa.int32()),  # 0 for greedy answers
         ("family", pa.string()),
         ("level", pa.string()),
         ("prompt", pa.string()),
         ("reference", pa.string()),
         ("text", pa.string()),
         ("answer", pa.string()),
+        ("final", pa.string()),  # what the verifier compares, in one spelling; null if it finds nothing
         ("verdict", pa.string()),
         ("finish_reason", pa.string()),
         ("tokens", pa.int32()),
+        ("thinking_tokens", pa.int32()),  # of these, up to and with the last </think>
+        ("logprob", pa.float64()),  # of the whole answer, natural log, temperature 1
         ("completion_ids", pa.list_(pa.int32())),
         ("error", pa.string()),
     ]

@@ -1,10 +1,8 @@
-"""The model that is trained: loaded or from scratch, full or with LoRA, and what really trains asserted.
+"""The model that is trained: loaded or from scratch, full, LoRA (distill/adapters.py) or QLoRA.
 
-PEFT 0.21 rewrites `gate_proj`-like targets of 14 MoE families to the routed experts without a word
-(DeepSeek-V3 among them), so the names of the trainable tensors are compared with those asked for.
-
-    student = build_student(recipe.student, recipe.train.precision, torch.device("cpu"), seed=0)
-    student.model, student.tokenizer, student.trainable
+student = build_student(recipe.student, recipe.train.precision, torch.device("cpu"), seed=0)
+student.model, student.tokenizer, student.trainable
+print(format_trainable(student.model))          # what trains, and what stays frozen
 """
 
 from dataclasses import dataclass
@@ -14,9 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.adapters import add_lora, plan_lora
 from distill.errors import UserError
-from distill.models import load_model, load_tokenizer
-from distill.train_sections import Lora, Student
+from distill.models import load_config, load_model, load_tokenizer, resolve_model
+from distill.quantize import check_quantize
+from distill.train_sections import Student
 
 
 @dataclass
@@ -48,29 +48,58 @@ def build_student(section: Student, precision: str, device: torch.device, seed: 
     """The student ready to train on `device`, deterministic in `seed`.
 
     Trained weights are float32 masters. Weights that LoRA leaves frozen keep their stored dtype when the
-    matmuls run in 16 bits anyway: half the memory and no loss of what was stored.
+    matmuls run in 16 bits anyway: half the memory and no loss of what was stored. Rounded ones (`quantize`)
+    compute in the dtype of `precision`.
     Raises UserError for anything that cannot be loaded or built, and where PEFT would train something else.
     """
     tokenizer = student_tokenizer(section)
+    check_student(section, precision, device)
     torch.manual_seed(seed)
     if section.config is not None:
         model = _from_config(section.config, tokenizer).to(device)
     else:
-        frozen_16_bit = section.adapter == "lora" and precision in ("bf16", "fp16", "fp8")
-        model = load_model(section.model, "auto" if frozen_16_bit else "fp32", device, training=True)
-        if hasattr(model, "get_base_model"):
-            raise UserError(
-                f"student '{section.model}' is an adapter; merge it first, or train from its base"
-            )
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"student '{section.model}': its tokenizer has more tokens than its embedding has rows"
-            )
+        model = _from_weights(section, tokenizer, precision, device)
     model.config.use_cache = False
     if section.adapter == "lora":
         torch.manual_seed(seed)  # loading may draw numbers; the adapter's start must not depend on it
-        model = add_lora(model, section.lora)
+        model = add_lora(model, section.lora, section.quantize)
     return BuiltStudent(model.train(), tokenizer)
+
+
+def check_student(section: Student, precision: str, device: torch.device) -> None:
+    """What can be known of a student before its weights are loaded. Raises UserError.
+
+    The adapter is planned on a skeleton built from the config alone.
+    """
+    if section.model is None:
+        return
+    if (Path(resolve_model(section.model)) / "adapter_config.json").is_file():
+        raise UserError(
+            f"student '{section.model}' is an adapter; merge it first (distill merge), or train from its base"
+        )
+    check_quantize(section.quantize, device)
+    if section.quantize != "none" and precision.startswith("fp8"):
+        raise UserError(
+            f"student.quantize={section.quantize} has matmuls of its own; use train.precision=bf16, not {precision}"
+        )
+    if section.adapter == "lora":
+        config = load_config(section.model)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        plan_lora(skeleton, section.lora, section.quantize)
+
+
+def _from_weights(section: Student, tokenizer, precision: str, device: torch.device) -> PreTrainedModel:
+    if section.quantize != "none":
+        dtype = precision
+    else:
+        dtype = "auto" if section.adapter == "lora" and precision != "fp32" else "fp32"
+    model = load_model(section.model, dtype, device, training=True, quantize=section.quantize)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"student '{section.model}': its tokenizer has more tokens than its embedding has rows"
+        )
+    return model
 
 
 def _from_config(values: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -90,63 +119,21 @@ def _from_config(values: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         raise UserError(f"student.config does not make a {values['model_type']} model: {reason}") from error
 
 
-def lora_targets(model: PreTrainedModel, which: str) -> list[str]:
-    """Full names of the nn.Linear modules LoRA is asked to adapt: all but the output head, or attention's."""
-    head = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    if which == "attention":
-        names = [n for n in names if "attn" in n or "attention" in n]
-    if not names:
-        raise UserError(f"student.lora.targets={which}: this model has no such linear layers")
-    return names
+def save_student(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    state_dict: dict | None = None,
+) -> None:
+    """An ordinary Hugging Face folder: weights or adapter (safetensors), config, tokenizer, model card.
 
-
-def add_lora(model: PreTrainedModel, lora: Lora) -> nn.Module:
-    """Wrap with PEFT LoRA and assert that exactly the asked-for modules train."""
-    from peft import LoraConfig, get_peft_model
-
-    wanted = lora_targets(model, lora.targets)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=_shortest_patterns(model, wanted),
-        task_type="CAUSAL_LM",
-    )
-    try:
-        wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(
-            f"PEFT refuses this LoRA: {str(error).splitlines()[0]}; try student.lora.targets=attention"
-        ) from None
-    prefix = "base_model.model."
-    trained = {n.removeprefix(prefix) for n, p in wrapped.named_parameters() if p.requires_grad}
-    asked = {f"{name}.lora_{side}.default.weight" for name in wanted for side in "AB"}
-    if trained != asked:
-        extra, lost = sorted(trained - asked), sorted(asked - trained)
-        raise UserError(
-            f"PEFT would not train what was asked: {len(lost)} tensors missing (first: {(lost or ['-'])[0]}), "
-            f"{len(extra)} others trained instead (first: {(extra or ['-'])[0]}); "
-            "for this MoE family use student.lora.targets=attention or student.adapter=full"
-        )
-    return wrapped
-
-
-def _shortest_patterns(model: PreTrainedModel, wanted: list[str]) -> list[str]:
-    """Last name components ("q_proj", ...) where they select exactly `wanted`; else the full names.
-
-    A short list keeps adapter_config.json readable and applies to the same architecture of another depth.
+    `state_dict`: the whole tensors of a model whose own are sharded.
     """
-    leaves = sorted({name.rpartition(".")[2] for name in wanted})
-    selected = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in leaves]
-    return leaves if sorted(selected) == sorted(wanted) else wanted
-
-
-def save_student(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """An ordinary Hugging Face folder: weights or adapter (safetensors), config, tokenizer, model card."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.config.use_cache = True
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(
+        folder, safe_serialization=True, **({"state_dict": state_dict} if state_dict else {})
+    )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -5,20 +5,50 @@ Read and checked as part of a `Recipe` (distill/config.py), which names them as 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from distill import objectives
 from distill.sections import Count, Fraction, Section
 
+Name = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
+
 
 class Lora(Section):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT."""
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/adapters.py for what each key reaches."""
 
-    rank: Count = 16
+    rank: Count = Field(16, description="of each adapted weight; of each expert with `experts`")
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    targets: Literal["all-linear", "attention"] = "all-linear"
+    dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
+    targets: Literal["all-linear", "attention"] | tuple[Name, ...] = Field(
+        "all-linear",
+        description="or endings of the names of linear layers, as [q_proj, mlp.down_proj]; [] is none",
+    )
+    experts: bool = Field(False, description="MoE: also the routed experts, each with its own rank")
+    router: bool = Field(False, description="MoE: also the routers")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_word(cls, value):
+        if isinstance(value, str) and value not in ("all-linear", "attention"):
+            raise ValueError(
+                f"'{value}' is not all-linear, attention or a list of endings like [q_proj, o_proj]"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _defined_on_parameters(self):
+        asked = " and ".join(name for name in ("experts", "router") if getattr(self, name))
+        if not self.targets and not asked:
+            raise ValueError("`targets: []` with neither `experts` nor `router` leaves nothing to train")
+        clash = [n for n, on in (("dora", self.dora), ("dropout above 0", self.dropout > 0)) if on]
+        if asked and clash:
+            raise ValueError(
+                f"PEFT adapts {asked} as bare parameters, where {' and '.join(clash)} does not exist; "
+                "go without one or the other"
+            )
+        return self
 
 
 class Student(Section):
@@ -29,6 +59,10 @@ class Student(Section):
     tokenizer: str = Field("embedded", description="with `config`: 'embedded', or a folder or hub name")
     adapter: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none",
+        description="keep the frozen base in 4 bits (QLoRA, arXiv 2305.14314) or 8; needs bitsandbytes",
+    )
 
     @model_validator(mode="after")
     def _one_start(self):
@@ -39,6 +73,8 @@ class Student(Section):
                 raise ValueError("`config` needs a `model_type`, for example qwen3 or deepseek_v3")
             if self.adapter == "lora":
                 raise ValueError("LoRA on random weights trains almost nothing: set `adapter: full`")
+        if self.quantize != "none" and self.adapter != "lora":
+            raise ValueError("`quantize` freezes the base: it goes with `adapter: lora`")
         return self
 
 
@@ -66,9 +102,61 @@ class Objective(Section):
     def signal(self) -> str:
         return objectives.OBJECTIVES[self.name].signal
 
+    @property
+    def live(self) -> bool:
+        return objectives.OBJECTIVES[self.name].live
+
+
+class OnPolicy(Section):
+    """The student writes some of the rows, the teacher scores them (GKD, arXiv 2306.13649)."""
+
+    fraction: Fraction = Field(
+        0.0, description="of the rows; GKD's lambda; 0 trains on the teacher's text only"
+    )
+    buffer_steps: Count = Field(8, description="optimizer steps whose rows are sampled together")
+    temperature: Annotated[float, Field(gt=0, le=5)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Count = 96
+    batch_size: Count = Field(256, description="answers decoded together")
+    most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
+
+
+class LiveTeachers(Section):
+    """Which teacher scores which row while the student trains. Empty: `teacher.model` scores them all."""
+
+    by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
+    models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
+    own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if self.own_start and self.models:
+            raise ValueError("`own_start` and `models` exclude each other: one teacher per row")
+        return self
+
+
+class Validation(Section):
+    """Rows of the dataset that are kept from training to look at the loss on."""
+
+    rows: Annotated[int, Field(ge=0)] = Field(0, description="held out; 0 is off")
+    every: Count = Field(50, description="optimizer steps between looks")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="looks without a better value until training ends"
+    )
+    keep_best: bool = Field(False, description="save the weights of the best look, not the last")
+
+    @model_validator(mode="after")
+    def _something_to_look_at(self):
+        if not self.rows and (self.patience or self.keep_best):
+            raise ValueError("`patience` and `keep_best` need `rows` to look at: set `rows` above 0")
+        return self
+
 
 class Train(Section):
     objectives: Annotated[list[Objective], Field(min_length=1)] = [Objective(name="cross_entropy")]
+    on_policy: OnPolicy = OnPolicy()
+    teachers: LiveTeachers = LiveTeachers()
+    validation: Validation = Validation()
     steps: Count = Field(400, description="optimizer steps")
     batch_size: Count = Field(64, description="rows per optimizer step over all processes and micro-batches")
     micro_batch_size: Count = Field(64, description="rows per forward pass of one process")
@@ -80,20 +168,66 @@ class Train(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field("bf16", description="what matmuls run in")
+    precision: Literal[
+        "auto",
+        "fp32",
+        "bf16",
+        "fp16",
+        "fp8",
+        "fp8-te",
+        "fp8-emulated",
+        "fp8-emulated-tensor",
+        "fp8-emulated-gradient-blocks",
+    ] = Field("bf16", description="what matmuls run in: distill/precision.py has the table")
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(100, description="steps; 0 keeps none")
     gradient_checkpointing: bool = False
+    micro_batch_tokens: Count | None = Field(
+        None,
+        description="and at most so many tokens per forward pass, padding included; rows of like length share one",
+    )
+    auto_micro_batch: bool = Field(
+        False, description="halve micro_batch_size when memory runs out, same result"
+    )
+    packing: bool = Field(
+        False, description="rows end to end without padding; refused where the model sees across"
+    )
+    compile: bool = Field(False, description="torch.compile of the decoder layers")
     expert_bias_step: Annotated[float, Field(ge=0)] = Field(
         0.0, description="MoE from scratch: bias balancing step u (DeepSeek-V3 section 2.1.2); 0 is off"
     )
     expert_bias_freeze: Fraction = Field(0.1, description="last share of steps with u = 0")
-    trackers: list[Literal["tensorboard"]] = Field([], description="besides metrics.jsonl")
+    keep_states: Count = Field(1, description="how many saved states stay until the end")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="besides metrics.jsonl"
+    )
 
     @model_validator(mode="after")
     def _sensible(self):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        if self.packing and any(o.name == "sequence_balance" for o in self.objectives):
+            raise ValueError(
+                "`packing` joins sequences, and sequence_balance is per sequence: use batch_balance"
+            )
+        aligned = [o for o in self.objectives if o.signal == "aligned"]
+        if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
+            raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
+        if aligned and (self.on_policy.fraction or self.teachers.models or self.teachers.own_start):
+            raise ValueError(
+                "uld goes with stored text and one teacher: leave out `on_policy` and `teachers`"
+            )
+        if self.on_policy.fraction and not any(o.signal == "dense" for o in self.objectives):
+            raise ValueError(
+                "`on_policy` needs a live divergence to score what the student writes: add {name: reverse_kl} or "
+                "{name: forward_kl} to `objectives`"
+            )
+        if self.on_policy.fraction and (
+            stored := [o.name for o in self.objectives if o.signal in ("sparse", "sampled")]
+        ):
+            raise ValueError(
+                f"`on_policy`: {stored[0]} reads stored signals, which the student's own text has none of"
+            )
         return self
 
 

@@ -225,6 +225,24 @@ class _MathWorker:
 _WORKER = _MathWorker()
 atexit.register(_WORKER.stop)
 
+
+def final_answer(verifier: str, text: str) -> str | None:
+    """What the verifier compares, in one spelling, so that equal answers can be counted; None if there is none.
+
+    numeric: the number (2.50 and 2.5 are one); choice: the letter; math and regex: what is stated as final.
+    """
+    answer = extract_answer(text)
+    if answer is None:
+        return None
+    name = verifier.partition(":")[0]
+    if name == "numeric":
+        number = _last_number(answer[-_TAIL:])
+        return None if number is None else str(number) if isinstance(number, int) else f"{number:.9g}"
+    if name == "choice":
+        return letter(answer)
+    return " ".join((answer if name == "exact" else stated(answer)).split())
+
+
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "exact": exact,
     "numeric": numeric,

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["DISTILL_THREADS"] = "1"  # tests run side by side
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import sys

@@ -205,10 +205,11 @@ def score(name: str, logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits)) if name == "sigmoid" else np.sqrt(np.log1p(np.exp(logits)))
 
 
-def decide(rule: Rule, block, config, inputs: list[np.ndarray], input_ids: np.ndarray):
+def decide(rule: Rule, block, config, inputs: list[np.ndarray], input_ids: np.ndarray, dropped=()):
     """Reference decisions of one block: scores [N, E], weights as a dense [N, E], sorted choices [N, k].
 
-    `inputs` are the positional and keyword arrays that the router was called with, flattened to [N, ...].
+    Nobody chooses the experts in `dropped`. `inputs` are the positional and keyword arrays that the router was
+    called with, flattened to [N, ...].
     """
     x, k = inputs[0], 1 if rule.special == "zaya" else TOP_K
     logits = _logits(rule, block, inputs)
@@ -221,6 +222,7 @@ def decide(rule: Rule, block, config, inputs: list[np.ndarray], input_ids: np.nd
         key = (logits if rule.select_on == "logits" else scores)[t].copy()
         if (bias := bias_of(rule, block)) is not None:
             key = key + bias.double().numpy().reshape(-1)
+        key[list(dropped)] = -np.inf
         if rule.groups:
             rows = np.sort(key.reshape(2, -1))
             worth = rows[:, -2:].sum(1) if rule.groups == "top2" else rows[:, -1]

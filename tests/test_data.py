@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.data import BatchPlan, TokenRows
+from distill.data import BatchPlan, TokenRows, micro_batches
 from distill.errors import UserError
 
 token_lists = st.lists(st.integers(1, 99), min_size=1, max_size=7)
@@ -39,9 +39,29 @@ def test_collate_is_the_definition(pairs):
 def test_any_split_over_processes_and_micro_batches_is_the_same_step(lengths, batch_size, micro, world, step):
     plan = BatchPlan(np.array(lengths), batch_size, seed=3)
     whole = plan.step_rows(step)
-    pieces = [i for rank in range(world) for m in plan.micro_batches(step, micro, rank, world) for i in m]
+    shares = [plan.share(step, rank, world) for rank in range(world)]
+    pieces = [i for share in shares for m in micro_batches(share, plan.lengths, micro) for i in m]
     assert sorted(pieces) == sorted(whole)
     assert len(whole) == batch_size
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.integers(1, 12),
+    st.integers(1, 120),
+    st.booleans(),
+)
+def test_pieces_stay_within_their_tokens(lengths, most_rows, most_tokens, padded):
+    lengths = np.sort(np.array(lengths))
+    every = np.arange(len(lengths))
+    pieces = list(micro_batches(every, lengths, most_rows, most_tokens, padded))
+    assert np.concatenate(pieces).tolist() == every.tolist()
+    for a, b in zip(pieces, [*pieces[1:], None]):
+        cost = lambda i: len(i) * lengths[i].max() if padded else lengths[i].sum()  # noqa: E731
+        assert len(a) == 1 or (cost(a) <= most_tokens and len(a) <= most_rows)
+        if b is not None:  # and none could have taken the next row too
+            more = np.append(a, b[0])
+            assert cost(more) > most_tokens or len(more) > most_rows
 
 
 @given(st.integers(1, 30), st.integers(1, 12))

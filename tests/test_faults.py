@@ -207,19 +207,19 @@ def test_nothing_left_to_train_on(make_recipe, run_cli):
 
 
 def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeypatch):
-    import distill.train as module
+    from distill.student_step import StudentStep
 
     path, run_dir = make_recipe()
     for command in ("generate", "filter"):
         assert run_cli(command, path)[0] == 0
-    real, calls = module.weighted_sum, []
+    real, calls = StudentStep.forward, []
 
     def breaks(*args):
         calls.append(1)
         total, terms = real(*args)
         return (total, terms * float("inf")) if len(calls) > 5 else (total, terms)
 
-    monkeypatch.setattr(module, "weighted_sum", breaks)
+    monkeypatch.setattr(StudentStep, "forward", breaks)
     check_refusal(run_cli("train", path), r"step 3: the loss is \[inf\]; lower train.learning_rate", code=1)
     assert list((run_dir / "student").glob("state-*")), "the last good state is kept"
 

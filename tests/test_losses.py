@@ -647,20 +647,25 @@ def test_stored_in_half_precision_and_empty():
 # ----------------------------------------------------------------------------------------------- the registry
 
 
+ELSEWHERE = ("hidden", "routers", "own_routers")  # not on logits: tests/test_state_objectives.py
+
+
 def test_registry_agrees_with_the_functions():
-    assert set(losses.__all__) == set(OBJECTIVES)
+    on_logits = {name: o for name, o in OBJECTIVES.items() if o.signal not in ELSEWHERE}
+    assert set(losses.__all__) == set(on_logits)
     positional = {"targets": ["targets"], "dense": ["teacher_logits"], "sparse": ["ids", "logprobs"]}
     positional["sampled"] = ["ids", "weights"]
-    for name, objective in OBJECTIVES.items():
+    positional["aligned"] = ["teacher_logits", "aligned"]
+    for name, objective in on_logits.items():
         parameters = inspect.signature(getattr(losses, name)).parameters
         keywords = {k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
         assert keywords == {k: option.default for k, option in objective.options.items()}, name
         others = [k for k, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         assert others == ["student_logits", *positional[objective.signal]], name
-        assert objective.name == name and objective.needs_teacher == (name != "cross_entropy")
+        assert objective.name == name and objective.live == (objective.signal in ("dense", "aligned"))
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(n for n, o in OBJECTIVES.items() if o.signal not in ELSEWHERE))
 def test_a_recipe_and_a_function_refuse_the_same_values(name):
     student = torch.randn(2, 4)
     signal = {
@@ -668,6 +673,7 @@ def test_a_recipe_and_a_function_refuse_the_same_values(name):
         "dense": (torch.randn(2, 4),),
         "sparse": (torch.tensor([[0], [1]]), torch.full((2, 1), -0.5)),
         "sampled": (torch.tensor([[0], [1]]), torch.ones(2, 1)),
+        "aligned": (torch.randn(2, 5), torch.tensor([True, False])),
     }[OBJECTIVES[name].signal]
     for key in OBJECTIVES[name].options:
         for value in (-1, 0, 0.5, 1, 2, float("inf"), "renormalise", "zero", None):

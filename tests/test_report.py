@@ -168,7 +168,7 @@ def fake_run(folder: Path, per_cell: int = 12, steps: int = 60) -> Path:
     models = {name: fake_model(name, rows) for name in SKILL}
     pairs = [("base", "control"), ("base", "student"), ("control", "student"), ("student", "teacher")]
     compared = [fake_comparison(models[a], models[b], (a, b), level) for a, b in pairs for level in LEVELS]
-    metrics = {"schema_version": 1, "models": models, "comparisons": compared}
+    metrics = {"schema_version": 2, "models": models, "comparisons": compared}
     (folder / "eval" / "answers").mkdir(parents=True)
     half = len(rows) // 2
     for part, chunk in enumerate([rows[:half], rows[half:]]):
@@ -563,8 +563,8 @@ def test_damaged_files_are_named(run):
         file.write('{"step": 61, "lo')
     with pytest.raises(UserError, match=r"student/metrics\.jsonl is damaged"):
         build_report(run)
-    edit(run, lambda metrics: metrics.update(schema_version=2))
-    with pytest.raises(UserError, match="schema_version 2"):
+    edit(run, lambda metrics: metrics.update(schema_version=99))
+    with pytest.raises(UserError, match="schema_version 99"):
         build_report(run)
 
 

@@ -21,9 +21,25 @@ def test_discovery_is_not_empty_and_the_reference_knows_every_family():
     assert set(found) <= set(reference.FAMILIES), f"new families: {set(found) - set(reference.FAMILIES)}"
 
 
+def built(family: str):
+    try:
+        return reference.build(family)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        pytest.fail(f"{family} ({reference.moe_families()[family]}) cannot be built: {reason}", pytrace=False)
+
+
+def test_a_family_that_cannot_be_built_is_named_with_the_reason(monkeypatch):
+    monkeypatch.setitem(reference.SMALL, "num_attention_heads", "four")
+    with pytest.raises(
+        pytest.fail.Exception, match=r"mixtral \(MixtralForCausalLM\) cannot be built: \w+: .*four"
+    ):
+        built("mixtral")
+
+
 @pytest.mark.parametrize("family", reference.moe_families())
 def test_every_family_matches_the_reference(family):
-    rule, model = reference.FAMILIES[family], reference.build(family)
+    rule, model = reference.FAMILIES[family], built(family)
     ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(7))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

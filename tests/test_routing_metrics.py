@@ -113,7 +113,8 @@ def test_coactivation_counts_all_pairs():
     }.items():
         for j, share in row.items():
             expected[i, j] = share
-    got = metrics.coactivation(chosen, 6)
+    counts = torch.bincount(chosen.flatten(), minlength=6)
+    got = metrics.coactivation(metrics.pair_counts(chosen, 6), counts)
     torch.testing.assert_close(got, expected)
     assert got.sum(1)[:5].tolist() == pytest.approx([2] * 5) and got[5].sum() == 0
 
@@ -125,7 +126,109 @@ def test_coactivation_of_many_tokens_equals_a_loop():
     member = torch.zeros(70000, 6, dtype=torch.float64).scatter_(1, chosen, 1.0)
     pairs = member.T @ member
     expected = (pairs / pairs.diagonal()[:, None]).fill_diagonal_(0)
-    torch.testing.assert_close(metrics.coactivation(chosen, 6), expected)
+    got = metrics.pair_counts(chosen, 6)
+    torch.testing.assert_close(got.double(), pairs.clone().fill_diagonal_(0))
+    torch.testing.assert_close(metrics.coactivation(got, pairs.diagonal()), expected)
+
+
+def test_strongest_pairs_leave_out_experts_hardly_seen():
+    pairs = torch.tensor([[0, 30, 10, 0], [30, 0, 10, 0], [10, 10, 0, 2], [0, 0, 2, 0]])
+    counts = torch.tensor([40, 40, 22, 2])  # expert 3 always meets 2, but was seen twice
+    got = metrics.strongest_pairs(pairs, counts, limit=3)
+    assert got[:2] == [[0, 1, 0.75], [1, 0, 0.75]] and got[2][0] == 2
+    assert [3, 2, 1.0] in metrics.strongest_pairs(pairs, counts, limit=3, seen=1)
+    assert metrics.strongest_pairs(torch.zeros(2, 2), torch.tensor([50, 50]), limit=9) == []
+
+
+def test_violation_per_batch_by_hand_and_experts_that_take_turns():
+    per_batch = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])
+    assert metrics.max_violation_per_batch(per_batch).tolist() == [2.0, 0.0]
+    turns = torch.tensor([[8, 0], [0, 8]])  # even over both batches, as uneven as can be in each
+    assert metrics.max_violation(turns.sum(0)) == 0
+    assert metrics.max_violation_per_batch(turns).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="at least one assignment"):
+        metrics.max_violation_per_batch(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "counts, factor, dropped",
+    [
+        ([6, 2, 0, 0], 1.0, 4),  # capacity 2
+        ([6, 2, 0, 0], 1.25, 3),  # ceil(2.5) = 3
+        ([6, 2, 0, 0], 2.0, 2),
+        ([6, 2, 0, 0], 3.0, 0),
+        ([5, 4, 3, 3], 1.0, 1),  # 15 assignments: capacity ceil(3.75) = 4
+        ([12, 12, 10, 8, 8], 1.1, 2),  # capacity 11: 50 * 1.1 / 5 is 11.000000000000002 in floating point
+    ],
+)
+def test_token_drop_by_hand(counts, factor, dropped):
+    assert int(metrics.token_drop(torch.tensor(counts), factor)) == dropped
+
+
+def test_token_drop_of_many_batches_and_factors_is_that_of_each():
+    counts = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2], [7, 0, 7, 2]])
+    factors = [1.0, 1.25, 2.0]
+    got = metrics.token_drop(counts, torch.tensor(factors).view(-1, 1, 1))
+    assert got.tolist() == [[int(metrics.token_drop(row, f)) for row in counts] for f in factors]
+    with pytest.raises(ValueError, match="capacity_factor"):
+        metrics.token_drop(counts, 0)
+
+
+def test_overlap_by_hand():
+    a, b = torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[1, 0], [3, 7], [6, 7]])
+    assert metrics.overlap(a, b).tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="same tokens"):
+        metrics.overlap(a, b[:2])
+
+
+def test_overlap_of_unrelated_routers_is_k_over_e():
+    first, second = (
+        torch.rand(20000, 16, generator=torch.Generator().manual_seed(seed)).topk(4).indices
+        for seed in (0, 1)
+    )
+    assert float(metrics.overlap(first, second).mean()) == pytest.approx(4 / 16, abs=0.005)
+
+
+def layer(**changes) -> dict:
+    same = {"tokens": 100, "experts": 4, "experts_per_token": 1, "dead_experts": 0, "router_entropy": 0.7}
+    keys = (
+        "max_violation",
+        "max_violation_noise_floor",
+        "max_violation_batch_mean",
+        "max_violation_batch_max",
+    )
+    keys += ("max_violation_batch_noise_floor", "load_entropy_normalised", "load_cv", "confidence")
+    drop = {"token_drop": {"1.0": 0.0}, "token_drop_batch": {"1.0": 0.0}}
+    return same | dict.fromkeys(keys, 0.0) | drop | changes
+
+
+def test_whole_model_does_not_pool_layers():
+    """Two collapsed layers on different experts: pooled counts are even, as the auxiliary loss sees them."""
+    first, second = torch.tensor([100, 0]), torch.tensor([0, 100])
+    assert metrics.max_violation(first + second) == 0
+    layers = {
+        name: layer(experts=2, max_violation=metrics.max_violation(counts), dead_experts=1)
+        for name, counts in (("a", first), ("b", second))
+    }
+    found = metrics.whole_model(layers)
+    assert found["max_violation"] == 1 and found["dead_experts"] == 2 and found["routed_layers"] == 2
+
+
+def test_whole_model_weighs_by_assignments_and_tokens():
+    layers = {
+        "a": layer(tokens=100, experts_per_token=3, load_cv=1.0, confidence=0.5, max_violation=2.0),
+        "b": layer(tokens=300, load_cv=2.0, confidence=0.9, max_violation=3.0, router_entropy=1.4),
+    }
+    layers["b"]["token_drop"] = {"1.0": 0.5}
+    found = metrics.whole_model(layers)
+    assert found["load_cv"] == pytest.approx((300 * 1 + 300 * 2) / 600)
+    assert found["token_drop"]["1.0"] == pytest.approx(0.25)
+    assert found["confidence"] == pytest.approx((100 * 0.5 + 300 * 0.9) / 400)
+    assert found["router_entropy_normalised"] == pytest.approx((0.7 + 3 * 1.4) / 4 / math.log(4))
+    assert (found["max_violation_worst"], found["max_violation_worst_layer"]) == (3.0, "b")
+    layers["a"] |= {"router_entropy": None, "confidence": None}
+    unknown = metrics.whole_model(layers)
+    assert unknown["router_entropy_normalised"] is None and unknown["load_cv"] == found["load_cv"]
 
 
 def test_specialisation_by_hand():

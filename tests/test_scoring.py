@@ -123,7 +123,7 @@ def test_every_token_stored_exactly_trains_as_the_live_teacher(make_recipe, run_
     options = [*SGD, "train.steps=5"]
     kl = "train.objectives=[{name: forward_kl, temperature: 2.0}, {name: cross_entropy, weight: 0.5}]"
     live = trained(run_cli, live_path, live_dir, *options, kl)
-    monkeypatch.setattr(distill.arms, "load_live_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(distill.arms, "live_teachers", lambda *_: pytest.fail("the teacher was loaded"))
     sparse = kl.replace("forward_kl", "sparse_forward_kl")
     stored = trained(run_cli, path, run_dir, WHOLE, *options, sparse)
     assert stored == pytest.approx(live, abs=1e-5) and stored[-1] < stored[0]
@@ -132,7 +132,7 @@ def test_every_token_stored_exactly_trains_as_the_live_teacher(make_recipe, run_
 def test_accumulation_and_resume_with_stored_signals(make_recipe, run_cli, monkeypatch):
     from safetensors.torch import load_file
 
-    import distill.train as module
+    from distill.student_step import StudentStep
 
     def train(name, *overrides):
         path, run_dir = make_recipe(name=name)
@@ -146,7 +146,7 @@ def test_accumulation_and_resume_with_stored_signals(make_recipe, run_cli, monke
     assert_same(whole, split, 2e-6)
     assert split_losses == pytest.approx(losses, abs=2e-6)
 
-    real, calls = module.weighted_sum, []
+    real, calls = StudentStep.forward, []
 
     def stops(*arguments):
         calls.append(1)
@@ -156,9 +156,9 @@ def test_accumulation_and_resume_with_stored_signals(make_recipe, run_cli, monke
 
     path, _ = make_recipe(name="stopped")
     made(run_cli, path, SAMPLED)
-    monkeypatch.setattr(module, "weighted_sum", stops)
+    monkeypatch.setattr(StudentStep, "forward", stops)
     assert run_cli("train", path, SAMPLED, TRAIN_SAMPLED, *SGD, "train.micro_batch_size=2")[0] == 130
-    monkeypatch.setattr(module, "weighted_sum", real)
+    monkeypatch.setattr(StudentStep, "forward", real)
     resumed, resumed_losses = train("stopped", "train.micro_batch_size=2")
     assert all(torch.equal(split[name], resumed[name]) for name in split) and resumed_losses == split_losses
 

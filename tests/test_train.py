@@ -8,14 +8,14 @@ import torch
 from conftest import QWEN3_MOE, ROOT, byte_tokenizer
 from safetensors.torch import load_file
 
-from distill import losses
 from distill.arms import train_arms
 from distill.config import load_recipe
 from distill.data import TokenRows
 from distill.errors import RunError, UserError
 from distill.kept import KeptLogits
+from distill.optimization import learning_rate
 from distill.shards import DATASET_SCHEMA, PartWriter, fingerprint, read_json, write_json
-from distill.train import learning_rate
+from distill.student_step import StudentStep
 
 
 def fake_dataset(run_dir, rows: int = 40, seed: int = 0, longest: int = 20) -> None:
@@ -31,7 +31,10 @@ def fake_dataset(run_dir, rows: int = 40, seed: int = 0, longest: int = 20) -> N
             "sample_idx": 0,
             "prompt_ids": ids(1),
             "completion_ids": [*ids(0), 1],
+            "messages": [{"role": "user", "content": f"question {i}"}],
             "text": "x",
+            "family": "any",
+            "level": ("easy", "hard")[i % 2],
         }
         for i in range(rows)
     ]
@@ -139,9 +142,8 @@ def test_kept_logits_are_the_models_own(hub):
 def test_resume_is_exact(trained, make_recipe, monkeypatch, options):
     """Stopped after 2 of 4 steps and continued: bit for bit the uninterrupted weights."""
     whole, whole_dir = trained("whole", *options, "control.enabled=false")
-    import distill.train as module
 
-    real, calls = module.weighted_sum, []
+    real, calls = StudentStep.forward, []
 
     def stops(*args):
         calls.append(1)
@@ -149,10 +151,10 @@ def test_resume_is_exact(trained, make_recipe, monkeypatch, options):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "weighted_sum", stops)
+    monkeypatch.setattr(StudentStep, "forward", stops)
     with pytest.raises(KeyboardInterrupt):
         trained("stopped", *options, "control.enabled=false")
-    monkeypatch.setattr(module, "weighted_sum", real)
+    monkeypatch.setattr(StudentStep, "forward", real)
     resumed, run_dir = trained("stopped", *options, "control.enabled=false")
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
@@ -247,15 +249,14 @@ def test_bias_update_is_the_papers_rule(hub):
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_state(trained, make_recipe, monkeypatch):
-    import distill.train as module
+    real, calls = StudentStep.forward, []
 
-    real, calls = losses.cross_entropy, []
-
-    def explodes(logits, targets):
+    def explodes(*args):
         calls.append(1)
-        return real(logits, targets) * (float("nan") if len(calls) > 4 else 1.0)
+        total, terms = real(*args)
+        return total, terms * (float("nan") if len(calls) > 4 else 1.0)
 
-    monkeypatch.setattr(module.losses, "cross_entropy", explodes)
+    monkeypatch.setattr(StudentStep, "forward", explodes)
     with pytest.raises(RunError, match=r"step 3: the loss is \[nan\]; lower"):
         trained("nan", "control.enabled=false", "train.objectives=[{name: cross_entropy}]")
 

@@ -1,0 +1,298 @@
+"""Output head and loss in one: no tensor of [tokens, vocabulary] exists, for student or teacher.
+
+At V = 151,936 the logits of 1,024 tokens are 0.6 GB, for each model, once more for every gradient, and the time
+goes into page faults rather than arithmetic. Here the head is applied to a chunk of kept hidden states, the
+chunk's losses and their gradient with respect to the logits are formed while it is there, and only
+d loss / d hidden [N, d] and (if the head trains) d loss / d weight [V, d] stay for `backward`:
+
+    head = Head(weight, bias)                                   # student's; a live teacher brings its own
+    total, sums = fused_loss(hidden, head, terms, {"targets": Targets(ids), "dense": Projected(states, head_t)})
+    (total / tokens_in_step).backward()
+
+Equal to autograd through the whole logits (tests/test_fused.py), for tied and untied heads, frozen heads (no
+head gradient is computed), autocast, accumulation, and under DDP and FSDP2 where it runs inside the wrapped
+forward. The loss must be used linearly: there are no second derivatives. The idea of forming the head's
+gradient in the forward pass is that of Liger Kernel (arXiv 2410.10989, section 3.2).
+
+Shapes: N kept tokens, V vocabulary, d hidden size, n rows of a chunk, m rows of a piece that fits the cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import losses
+from distill.gradients import Rows, closed
+from distill.rowwise import CPU_CHUNK
+
+# Elements of a chunk of logits. Below 64 rows a matrix product loses half its speed; more rows only cost memory.
+CHUNK, LEAST_ROWS, MOST_ROWS = 2**24, 64, 8192
+ACCELERATOR_CHUNK = 2**26
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = transform(hidden @ weight.T + bias): weight [V, d], bias [V].
+
+    `scale` and `softcap` are what the model's own forward does after its head (see `distill.student_step`):
+    logits * scale, then softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def raw(self, hidden: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+        """Logits [n, V] before the transform, written into `out`; `weight` is this head's, in out's dtype."""
+        torch.mm(hidden, weight.t(), out=out)
+        if self.bias is not None:
+            out += self.bias.to(out.dtype)
+        return out
+
+    @property
+    def plain(self) -> bool:
+        return self.scale == 1 and self.softcap is None
+
+    def transform(self, raw: Tensor) -> Tensor:
+        if self.plain:
+            return raw
+        logits = raw * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def pull_back(self, gradient: Tensor, raw: Tensor) -> Tensor:
+        """d loss / d raw from d loss / d logits, both [m, V]."""
+        if self.plain:
+            return gradient
+        if self.softcap is not None:
+            gradient = gradient * (1 - torch.tanh(raw * (self.scale / self.softcap)).square())
+        return gradient * self.scale
+
+
+@dataclass
+class Term:
+    """One objective of the sum: weight, name in `distill.losses`, the signal form it reads, its options."""
+
+    name: str
+    form: str
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.closed = closed(self.name, self.options)
+
+    def formula(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(value [m], gradient [m, V]) by autograd through the objective's formula."""
+        function = getattr(losses, self.name)
+        with torch.enable_grad():
+            student = rows.student.detach().requires_grad_()
+            value = function(student, *rows.given[self.form], **self.options)
+            return value.detach(), torch.autograd.grad(value.sum(), student)[0]
+
+    def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.closed is None:
+            return self.formula(rows)
+        value, gradient = self.closed(rows)
+        # -inf in a logit: the formula knows what it is worth.
+        return (value, gradient) if bool(value.isfinite().all()) else self.formula(rows)
+
+
+# ---- what the teacher says of N tokens, readable a chunk at a time ----------------------------------------
+
+
+@dataclass(frozen=True)
+class Given:
+    """Tensors of N rows as they are: targets, dense logits, ids with log-probabilities or weights."""
+
+    tensors: tuple[Tensor, ...]
+
+    def chunk(self, part: slice, _like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t[part] for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class WholeLogits:
+    """A teacher's logits [N, V'] that exist already: its head is not one plain matrix."""
+
+    logits: Tensor
+
+    def chunk(self, part: slice, like: Tensor | None) -> tuple[Tensor, ...]:
+        logits = self.logits[part]
+        return (logits if like is None else match_vocabulary(logits, like.shape[1]),)
+
+
+class Projected:
+    """A live teacher's logits, made a chunk at a time from its hidden states [N, d'] and its head."""
+
+    def __init__(self, hidden: Tensor, head: Head):
+        self.hidden, self.head = hidden.detach(), head
+        self._buffer: Tensor | None = None
+        self._weight = head.weight.detach().to(hidden.dtype)
+
+    def chunk(self, part: slice, like: Tensor | None) -> tuple[Tensor, ...]:
+        """The teacher's logits for a student chunk `like` [n, V]: cut, or padded with -inf, to its V.
+
+        Without `like` they keep the teacher's own vocabulary.
+        """
+        hidden = self.hidden[part]
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = hidden.new_empty(len(hidden), len(self._weight))
+        logits = self.head.raw(hidden, self._buffer[: len(hidden)], self._weight)
+        logits = self.head.transform(logits)
+        return (logits if like is None else match_vocabulary(logits, like.shape[1]),)
+
+
+def match_vocabulary(logits: Tensor, vocabulary: int) -> Tensor:
+    """Teacher logits [N, V'] cut, or padded with -inf, to the student's V.
+
+    For two tokenizers that are equal by content: rows beyond them are padding of the embedding (151,936
+    against 152,064 in the Qwen family) and stand for no token.
+    """
+    missing = vocabulary - logits.shape[-1]
+    if missing > 0:
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+    return logits[:, :vocabulary]
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------
+
+
+def fused_loss(
+    hidden: Tensor, head: Head, terms: list[Term], signals: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """(sum over N tokens of the weighted terms, each term's own sum [terms]) for student states [N, d].
+
+    `signals` by form: objects with `chunk(slice, student_chunk) -> tensors`; with "from_teacher" [N], tokens
+    that are 0 there count for no objective on targets: nobody but the student said them. The first result is
+    differentiable in `hidden` and, where it requires grad, in the head's weight and bias; both results are
+    float32 (the terms float64). Products run in autocast's dtype where autocast is on, else in `hidden`'s;
+    everything elementwise in float32 (float64 for float64 states).
+    """
+    if (
+        not terms
+    ):  # every objective is on the way to the logits; a gradient of 0 still reaches the head (DDP waits)
+        nothing = [t.sum() for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
+        return sum(nothing, hidden.new_zeros(())).float() * 0, hidden.new_zeros(0, dtype=torch.float64)
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.autocast(hidden.device.type, enabled=False):
+        grad = torch.is_grad_enabled()
+        return _FusedLoss.apply(
+            hidden if grad else hidden.detach(), head.weight if grad else head.weight.detach(), head.bias,
+            head, terms, signals, dtype,
+        )  # fmt: skip
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype):
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight_low = weight.detach().to(dtype)
+        d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+        d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if wants_bias else None
+        wants = wants_hidden or wants_weight or wants_bias
+        size = chunk_rows(len(weight), hidden.device)
+        buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=dtype)
+        for start in range(0, len(hidden), size):
+            part = slice(start, min(start + size, len(hidden)))
+            states = hidden[part].detach().to(dtype)
+            logits = head.raw(states, buffer[: len(states)], weight_low)
+            given = {form: signal.chunk(part, logits) for form, signal in signals.items()}
+            scales = _pieces(logits, given, head, terms, sums, wants)
+            if not wants:
+                continue
+            # From here on `logits` holds d loss / d raw logits, each row divided by its scale.
+            if d_hidden is not None:
+                d_hidden[part] = _unscaled(torch.mm(logits, weight_low), scales, wide)
+            if d_weight is not None:
+                rows = states if scales is None else states * scales[:, None].to(dtype)
+                if d_weight.dtype == dtype:
+                    d_weight.addmm_(logits.t(), rows)
+                else:
+                    d_weight += torch.mm(logits.t(), rows)
+            if d_bias is not None:
+                d_bias += _unscaled(logits, scales, wide).sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        ctx.mark_non_differentiable(sums)
+        weights = torch.tensor([t.weight for t in terms], dtype=torch.float64, device=sums.device)
+        return (sums * weights).sum().to(wide), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _sums):
+        found = [
+            None if saved is None else saved.mul_(upstream).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *found, None, None, None, None
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time."""
+    elements = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+    return min(max(elements // vocabulary, LEAST_ROWS), MOST_ROWS)
+
+
+def _pieces(
+    logits: Tensor,
+    given: dict[str, tuple[Tensor, ...]],
+    head: Head,
+    terms: list[Term],
+    sums: Tensor,
+    wants: bool,
+) -> Tensor | None:
+    """Losses of a chunk [n, V] of raw logits, a few rows at a time so that temporaries stay in the cache.
+
+    Adds to `sums`, and overwrites `logits` with their gradient. A float16 gradient would vanish (the loss
+    scaler multiplies it only in `backward`), so its rows are divided by their largest entry, which is returned.
+    """
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    scales = logits.new_empty(len(logits), dtype=wide) if logits.dtype == torch.float16 else None
+    rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_CHUNK // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        raw = logits[part].to(wide)
+        piece = Rows(head.transform(raw), {form: tuple(t[part] for t in ts) for form, ts in given.items()})
+        gradient = None
+        for i, term in enumerate(terms):
+            value, own = term(piece)
+            if term.form == "targets" and "from_teacher" in given:
+                (written,) = piece.given["from_teacher"]
+                value, own = value * written, own.mul_(written[:, None])
+            sums[i] += value.sum()
+            gradient = own.mul_(term.weight) if gradient is None else gradient.add_(own, alpha=term.weight)
+        if not wants:
+            continue
+        gradient = head.pull_back(gradient, raw)
+        if scales is not None:
+            scales[part] = gradient.abs().amax(-1).clamp(min=torch.finfo(wide).tiny)
+            gradient = gradient / scales[part, None]
+        logits[part] = gradient
+    return scales
+
+
+def _unscaled(rows: Tensor, scales: Tensor | None, wide: torch.dtype) -> Tensor:
+    return rows.to(wide) if scales is None else rows.to(wide) * scales[:, None]
+
+
+def whole_loss(logits: Tensor, terms: list[Term], signals: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same two results from logits [N, V] that exist already: for heads that are not one matrix."""
+    part, total = slice(0, len(logits)), logits.new_zeros((), dtype=torch.float32)
+    sums = []
+    for term in terms:
+        function: Callable[..., Tensor] = getattr(losses, term.name)
+        value = function(logits, *signals[term.form].chunk(part, logits), **term.options)
+        if term.form == "targets" and "from_teacher" in signals:
+            value = value * signals["from_teacher"].tensors[0]
+        value = value.sum()
+        total = total + term.weight * value
+        sums.append(value.detach().double())
+    return total, torch.stack(sums)

@@ -1,0 +1,227 @@
+"""The fused head and loss equals autograd through whole logits, whatever the head, the chunk or the objective."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill import fused, losses
+from distill.fused import Given, Head, Projected, Term, fused_loss, whole_loss
+from distill.gradients import Rows, closed
+from distill.objectives import OBJECTIVES, resolve
+
+N, V, D, DT, K = 37, 23, 6, 5, 4
+DENSE = [name for name, objective in OBJECTIVES.items() if objective.signal == "dense"]
+
+
+def term(name: str, weight: float = 1.0, **options) -> Term:
+    filled = resolve({"name": name, **options})
+    return Term(
+        name,
+        OBJECTIVES[name].signal,
+        weight,
+        {k: v for k, v in filled.items() if k not in ("name", "weight")},
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks of several pieces even at this size."""
+    monkeypatch.setattr(fused, "CHUNK", 10 * V)
+    monkeypatch.setattr(fused, "LEAST_ROWS", 8)
+    monkeypatch.setattr(fused, "CPU_CHUNK", 3 * V)
+
+
+def parts(seed: int = 0, dtype=torch.float64, teacher_vocabulary: int = V):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    hidden, weight, bias = normal(N, D), normal(V, D), normal(V)
+    states, teacher = normal(N, DT), Head(normal(teacher_vocabulary, DT), normal(teacher_vocabulary))
+    logprobs, ids = (states @ teacher.weight.T)[:, :V].log_softmax(-1).topk(K, dim=-1)
+    signals = {
+        "targets": Given((torch.randint(0, V, (N,), generator=g),)),
+        "dense": Projected(states, teacher),
+        "sparse": Given((ids, logprobs)),
+        "sampled": Given((ids, torch.full((N, K), 1 / K, dtype=dtype))),
+    }
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), signals
+
+
+def both_ways(terms, make_head, seed=0, upstream=0.37, **kwargs):
+    """[(total, sums, d hidden, d weight, d bias)] of the fused form and of plain autograd."""
+    found = []
+    for fuse in (True, False):
+        hidden, weight, bias, signals = parts(seed, **kwargs)
+        head = make_head(weight, bias)
+        if fuse:
+            total, sums = fused_loss(hidden, head, terms, signals)
+        else:
+            raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
+            total, sums = whole_loss(head.transform(raw), terms, signals)
+        (upstream * total).backward()
+        found.append((total.detach(), sums, hidden.grad, weight.grad, bias.grad))
+    return found
+
+
+def assert_equal(ours, theirs, tolerance=1e-10):
+    for a, b in zip(ours, theirs):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_every_objective_equals_autograd(name):
+    if OBJECTIVES[name].signal not in ("targets", "dense", "sparse", "sampled"):
+        pytest.skip("does not read the head's logits")
+    known = OBJECTIVES[name].options
+    options = {k: v for k, v in {"temperature": 1.7, "temperature_squared": True}.items() if k in known}
+    assert_equal(*both_ways([term(name, 0.6, **options)], lambda w, b: Head(w, b)))
+
+
+HEADS = {
+    "without a bias": lambda w, _b: Head(w),
+    "frozen": lambda w, b: Head(w.detach(), b.detach()),
+    "scaled": lambda w, b: Head(w, b, scale=0.3),
+    "capped": lambda w, b: Head(w, b, scale=2.0, softcap=1.5),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_equals_autograd(head):
+    """A mixture of closed forms and a formula, one temperature apart, against every kind of head."""
+    terms = [term("cross_entropy"), term("forward_kl", 0.5, temperature=2.0), term("total_variation", 0.25)]
+    assert_equal(*both_ways(terms, HEADS[head]))
+
+
+def test_a_frozen_head_gets_no_gradient_and_costs_none():
+    hidden, weight, _, signals = parts()
+    fused_loss(hidden, Head(weight.detach()), [term("forward_kl")], signals)[0].backward()
+    assert weight.grad is None and hidden.grad is not None
+
+
+def test_a_tied_head_sums_both_uses_of_the_matrix():
+    _, weight, _, signals = parts()
+    ids = torch.arange(N) % V
+    embedded = weight[ids]
+    total, _ = fused_loss(embedded, Head(weight), [term("cross_entropy")], signals)
+    total.backward()
+    ours, weight.grad = weight.grad, None
+    whole_loss(weight[ids] @ weight.T, [term("cross_entropy")], signals)[0].backward()
+    torch.testing.assert_close(ours, weight.grad)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    chunk=st.integers(1, 60),
+    piece=st.integers(1, 60),
+    name=st.sampled_from(["forward_kl", "skew_reverse_kl"]),
+)
+def test_chunk_and_piece_size_change_nothing(chunk, piece, name):
+    hidden, weight, _, signals = parts()
+    saved = fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK
+    try:
+        fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = chunk * V, 1, piece * V
+        total, _ = fused_loss(hidden, Head(weight), [term(name)], signals)
+        total.backward()
+    finally:
+        fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = saved
+    again, other, _, signals = parts()
+    whole, _ = whole_loss(again @ other.T, [term(name)], signals)
+    whole.backward()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(hidden.grad, again.grad)
+    torch.testing.assert_close(weight.grad, other.grad)
+
+
+@pytest.mark.parametrize("teacher_vocabulary", [V - 3, V + 3])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
+def test_a_padded_vocabulary_is_what_the_formula_says(name, teacher_vocabulary):
+    """-inf in the teacher's logits: the closed form steps aside."""
+    ours, theirs = both_ways([term(name)], lambda w, b: Head(w, b), teacher_vocabulary=teacher_vocabulary)
+    assert_equal(ours, theirs)
+    assert all(bool(t.isfinite().all()) for t in ours)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+def test_autocast_and_single_precision_stay_near_double(dtype, tolerance):
+    terms = [term("cross_entropy"), term("forward_kl", 0.5)]
+    exact = both_ways(terms, lambda w, b: Head(w, b))[1]
+    hidden, weight, bias, signals = parts(dtype=torch.float32)
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        total, _ = fused_loss(hidden, Head(weight, bias), terms, signals)
+    (0.37 * total).backward()
+    assert total.dtype == torch.float32 and weight.grad.dtype == torch.float32
+    for a, b in zip((total.detach(), hidden.grad, weight.grad, bias.grad), (exact[0], *exact[2:])):
+        assert float((a.double() - b).norm() / b.norm()) < tolerance
+
+
+def test_float16_gradients_do_not_vanish():
+    """A confident student's gradient is far below float16's smallest number until the loss scale arrives."""
+    hidden, weight, _, signals = parts(dtype=torch.float32)
+    with torch.no_grad():
+        weight.mul_(1e-3)
+    low, head = hidden.detach().half().requires_grad_(), Head(weight.detach().half())
+    tiny = term("forward_kl", 1e-6)
+    signals["dense"] = Given((torch.zeros(N, V),))
+    total, _ = fused_loss(low, head, [tiny], signals)
+    (total * 2.0**34).backward()
+    again = low.detach().float().requires_grad_()
+    reference, _ = whole_loss(again @ head.weight.float().T, [tiny], signals)
+    (reference * 2.0**34).backward()
+    assert float((low.grad.float() - again.grad).norm() / again.grad.norm()) < 0.02
+
+
+def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made():
+    """Every storage that autograd keeps or the forward allocates is below [N, V]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    hidden, weight, bias, signals = parts()
+    with Watch():
+        total, _ = fused_loss(
+            hidden, Head(weight, bias), [term("forward_kl"), term("skew_forward_kl")], signals
+        )
+        total.backward()
+    assert 0 < largest <= 10 * V < N * V
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_closed_forms_are_their_formulas(beta, temperature):
+    student, teacher = torch.randn(9, V, dtype=torch.float64), torch.randn(9, V, dtype=torch.float64)
+    options = {"temperature": temperature, "temperature_squared": False}
+    for name, extra in (("forward_kl", {}), ("reverse_kl", {}), ("generalized_jsd", {"beta": beta})):
+        value, gradient = closed(name, options | extra)(Rows(student, {"dense": (teacher,)}))
+        leaf = student.clone().requires_grad_()
+        expected = getattr(losses, name)(leaf, teacher, **options, **extra)
+        expected.sum().backward()
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_second_objective_does_not_see_the_first_ones_scratch():
+    """Closed forms share softmaxes: none may write to them."""
+    student, teacher = torch.randn(5, V, dtype=torch.float64), torch.randn(5, V, dtype=torch.float64)
+    options = {"temperature": 1.0, "temperature_squared": False}
+    alone = closed("generalized_jsd", {**options, "beta": 0.4})(Rows(student, {"dense": (teacher,)}))
+    shared = Rows(student, {"dense": (teacher,), "targets": (torch.arange(5),)})
+    for name in ("forward_kl", "reverse_kl"):
+        closed(name, options)(shared)
+    closed("cross_entropy", {})(shared)
+    again = closed("generalized_jsd", {**options, "beta": 0.4})(shared)
+    for a, b in zip(alone, again):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

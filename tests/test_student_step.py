@@ -1,0 +1,196 @@
+"""The trained module equals plain autograd on any model: heads that scale and cap, LoRA, packing, compilation."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill import losses
+from distill.data import TokenRows
+from distill.errors import UserError
+from distill.kept import AtHead, KeptLogits
+from distill.live import LiveTeacher
+from distill.packing import check_packing
+from distill.student_step import StudentStep
+from distill.train_sections import Objective
+
+V = 61
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "vocab_size": V, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
+    "bos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "qwen3": {},
+    "qwen3 tied": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 3.0},
+    "granite": {"logits_scaling": 7.0},
+    "cohere": {"logit_scale": 0.2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "attn_pdrop": 0,
+        "embd_pdrop": 0,
+        "resid_pdrop": 0,
+    },
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0},
+}
+MIXED = [
+    Objective(name="cross_entropy", weight=0.5),
+    Objective(name="forward_kl", temperature=2.0, temperature_squared=True),
+    Objective(name="skew_reverse_kl", weight=0.25),
+]
+
+
+def build(family: str, seed: int = 0):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family.split()[0], **{**SIZES, **FAMILIES[family]})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+def rows(seed: int = 0, n: int = 7) -> TokenRows:
+    rng = np.random.default_rng(seed)
+    draw = lambda: rng.integers(3, V, rng.integers(1, 9)).tolist()  # noqa: E731
+    return TokenRows([draw() for _ in range(n)], [draw() for _ in range(n)])
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def plainly(model, teacher, batch, objectives):
+    """Whole logits of the whole batch, then autograd: what everything else must equal."""
+    q = model(**batch.inputs()).logits[batch.keep]
+    with torch.no_grad():
+        p = teacher(**batch.inputs()).logits[batch.keep]
+    total = 0.0
+    for o in objectives:
+        of = batch.targets if o.signal == "targets" else p
+        total = total + o.weight * getattr(losses, o.name)(q, of, **o.options).sum()
+    return total
+
+
+def assert_close(a: dict, b: dict, tolerance: float = 1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert float((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-4)) < tolerance, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_model_equals_plain_autograd(family):
+    model, teacher = build(family), build("gemma2" if family == "granite" else "qwen3", seed=1).eval()
+    step, batch = StudentStep(model, MIXED), rows().collate(np.arange(7), 0)
+    assert step.head_form.startswith("fused")
+    total, sums = step(batch, LiveTeacher(teacher)(batch))
+    total.backward()
+    ours = gradients(model)
+    expected = plainly(model, teacher, batch, MIXED)
+    expected.backward()
+    assert_close(ours, gradients(model))
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert float(sum(o.weight * s for o, s in zip(MIXED, sums))) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_follows_the_head_is_found_by_asking():
+    found = {
+        f: (AtHead(build(f)).scale, AtHead(build(f)).softcap)
+        for f in ("qwen3", "gemma2", "granite", "cohere")
+    }
+    assert found == {
+        "qwen3": (1.0, None),
+        "gemma2": (1.0, 3.0),
+        "granite": (pytest.approx(1 / 7), None),
+        "cohere": (pytest.approx(0.2), None),
+    }
+    model = build("qwen3")
+    model.forward = lambda forward=model.forward, **k: _squared(forward(**k))
+    assert not AtHead(model).fusable, "an unknown transform is not guessed"
+    assert StudentStep(model, MIXED).head_form.startswith("on whole logits")
+
+
+def _squared(output):
+    output.logits = output.logits * output.logits.abs()
+    return output
+
+
+def test_an_unknown_transform_still_trains_exactly():
+    model, teacher = build("qwen3"), build("qwen3", seed=1).eval()
+    model.forward = lambda forward=model.forward, **k: _squared(forward(**k))
+    batch = rows().collate(np.arange(7), 0)
+    StudentStep(model, MIXED)(batch, LiveTeacher(teacher)(batch))[0].backward()
+    ours = gradients(model)
+    model._forward_pre_hooks.clear()
+    plainly(model, teacher, batch, MIXED).backward()
+    assert_close(ours, gradients(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_the_same_with_a_frozen_head(checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    base, teacher = build("qwen3"), build("qwen3", seed=1).eval()
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    batch = rows().collate(np.arange(7), 0)
+    plainly(model, teacher, batch, MIXED).backward()
+    expected = gradients(model)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    StudentStep(model, MIXED)(batch, LiveTeacher(teacher)(batch))[0].backward()
+    assert_close(gradients(model), expected)
+    assert base.lm_head.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "family, attention",
+    [("qwen3", "eager"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("olmoe", "sdpa"), ("gpt2", "eager")],
+)
+def test_packed_equals_padded(family, attention):
+    model, teacher = build(family), build("qwen3", seed=1).eval()
+    model.set_attn_implementation(attention)
+    check_packing(model, V)
+    step, data = StudentStep(model, MIXED), rows()
+    found = []
+    for batch in (data.collate(np.arange(7), 0), data.pack(np.arange(7))):
+        total, _ = step(batch, LiveTeacher(teacher)(batch))
+        total.backward()
+        found.append((total.item(), gradients(model)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert_close(found[0][1], found[1][1])
+
+
+def test_a_model_that_sees_across_packed_rows_is_refused():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UserError, match=r"train.packing: .*set train.packing=false"):
+        check_packing(AutoModelForCausalLM.from_config(config), V)
+
+
+def test_the_heads_forward_is_back_after_an_error():
+    model = build("qwen3")
+    at = AtHead(model)
+    with pytest.raises(RuntimeError, match="mine"):
+        at(
+            lambda _hidden: (_ for _ in ()).throw(RuntimeError("mine")),
+            input_ids=torch.zeros(1, 2, dtype=torch.long),
+        )
+    assert (
+        "forward" not in vars(model.lm_head)
+        and model(torch.zeros(1, 2, dtype=torch.long)).logits.shape[-1] == V
+    )
+
+
+def test_kept_logits_serve_packed_rows_too():
+    model, data = build("qwen3").eval(), rows()
+    batch, packed = data.collate(np.arange(7), 0), data.pack(np.arange(7))
+    with torch.no_grad(), KeptLogits(model) as kept:
+        a = kept(keep=batch.keep, **batch.inputs())
+        b = kept(keep=packed.keep, attention_mask=None, **packed.inputs())
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
