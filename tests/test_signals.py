@@ -121,9 +121,11 @@ def test_sampled_comes_back_exactly(tokens, k, vocabulary, data):
     assert (found == ids).all() and (weights == np.float32(1 / k)).all()
     distinct = sum(len(set(row)) for row in ids.tolist())
     assert len(blobs[0]) == -(-distinct * stored.id_bits // 8) and len(blobs[1]) == -(-tokens * k // 8)
-    total = stored.bytes_per_token(distinct / tokens) * tokens
+    # Whole bits, not mean bytes a token times tokens: that product rounds up to 26.000000000000004.
+    total = (distinct * stored.id_bits + tokens * k) / 8
     assert total <= len(blobs[0]) + len(blobs[1]) < total + 2
-    assert stored.bytes_per_token(distinct / tokens) <= stored.bytes_per_token()
+    assert stored.bytes_per_token(distinct / tokens) * tokens == pytest.approx(total)
+    assert distinct < tokens * k or stored.bytes_per_token() * tokens == pytest.approx(total)
 
 
 def test_stated_bytes():
