@@ -1,0 +1,80 @@
+"""What the documentation tells a reader to type works, and what it links to exists."""
+
+import os
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from docs_examples import DEMO, PAGES, command, examples, lay_over_demo, recipe_examples, resolve
+
+from distill.config import load_recipe
+
+EXAMPLES = [e for page in PAGES for e in examples(page)]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = [e for path in RECIPES for e in recipe_examples(path)]
+CHEAP = [e for e in EXAMPLES if e.kind == "sh"]
+
+
+def test_something_is_checked():
+    """A page whose blocks lost their marks would pass everything."""
+    kinds = [e.kind for e in EXAMPLES]
+    assert kinds.count("sh") >= 5 and kinds.count("sh slow") >= 12
+    assert kinds.count("yaml") >= 2 and kinds.count("overrides") >= 12
+    assert len(SHIPPED) >= 5
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES + SHIPPED if e.kind.startswith("sh")], ids=str)
+def test_commands_parse_and_their_keys_resolve(example):
+    arguments, module = command(example.text)
+    if arguments is not None:
+        resolve(arguments)
+    if module is not None:
+        assert '__name__ == "__main__"' in module.read_text(), f"{module.name} is no command"
+
+
+@pytest.mark.parametrize("example", CHEAP, ids=str)
+def test_cheap_commands_run(example, run_cli, tmp_path, monkeypatch):
+    arguments, _ = command(example.text)
+    assert arguments is not None, "only `distill` runs here; mark the block as sh slow"
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_cli(*arguments)
+    assert code == 0 and out and not err, err
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.kind == "overrides"], ids=str)
+def test_overrides_resolve(example):
+    load_recipe(DEMO, shlex.split(example.text, comments=True))
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.kind == "yaml"], ids=str)
+def test_parts_of_recipes_are_valid(example):
+    lay_over_demo(example.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    """Relative links name files that exist, and their #anchors headings that exist."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        found = page.parent / name if name else page
+        assert found.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name}: {target}"
+
+
+def anchors(page) -> set[str]:
+    """The anchors GitHub gives a page's headings: lower case, punctuation away, spaces to hyphens."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", h).lower()) for h in headings)
+    return {h.replace(" ", "-") for h in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_named_in_the_text_exist(page):
+    for name in re.findall(r"`((?:distill|recipes|tests|docs)/[\w./-]+\.\w+)`", page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+    assert os.sep + "work" + os.sep not in page.read_text()
