@@ -11,8 +11,7 @@ that ran out of tokens is `truncated`, and neither is silently a wrong answer.
 import time
 from typing import Any
 
-from tqdm import tqdm
-
+from distill import console
 from distill.decode import Completion, Sampling, decode
 from distill.eval_sections import Evaluate
 from distill.models import eos_ids, prompt_ids
@@ -34,9 +33,7 @@ def answer_problems(
     prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
     asked = [(p, i) for p in range(len(problems)) for i in range(section.samples)]
     start = time.perf_counter()
-    with tqdm(
-        total=len(asked), desc=f"evaluate {name}", unit="answer", mininterval=0.5, disable=not bar
-    ) as shown:
+    with console.bar(total=len(asked), desc=f"evaluate {name}", unit="answer", main=bar) as shown:
         completions = decode(
             model,
             [prompts[p] for p, _ in asked],

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from distill.data_sections import Filter, Prompts, nearest
-from distill.errors import UserError
+from distill.data_sections import Filter, Prompts
+from distill.errors import UserError, nearest
 from distill.eval_sections import Evaluate
 from distill.presets import held_out_preset
 from distill.sections import Count, Fraction, Section, Signal

@@ -1,10 +1,10 @@
 """The recipe's sections about data: which questions, and which answers are kept. See distill/config.py."""
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from distill.errors import nearest
 from distill.presets import PRESETS, fill_in
 from distill.sections import Count, Section
 from distill.tasks import FAMILIES, LEVELS
@@ -95,10 +95,3 @@ class Filter(Section):
     )
     decontaminate_ngram: Count = Field(8, description="words in a row that count as shared")
     decontaminate_share: Share = Field(0.5, description="share of its n-grams from which a prompt is dropped")
-
-
-def nearest(name: str, valid) -> str:
-    """How an error names the valid name closest to a wrong one, or all of them."""
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"

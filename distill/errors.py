@@ -6,6 +6,9 @@ Both carry every problem found, one line each, every line naming its fix. `disti
 without a traceback; code called from Python sees ordinary exceptions.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DistillError(Exception):
     """Base class: `problems` holds one line of text per problem."""
@@ -27,3 +30,10 @@ class RunError(DistillError):
     """A run that had begun cannot continue; finished parts stay on disk. Exit code 1."""
 
     exit_code = 1
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """How an error names the valid name closest to a wrong one, or all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"

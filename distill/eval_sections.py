@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.data_sections import PresetName, nearest
+from distill.data_sections import PresetName
+from distill.errors import nearest
 from distill.presets import fill_in
 from distill.sections import Count, Section
 from distill.tasks import SPLITS

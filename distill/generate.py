@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from distill import console
 from distill.budget import LIMITS, Limits
 from distill.config import Recipe
 from distill.decode import Sampling
@@ -73,9 +72,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     total = prompts * recipe.generate.samples
     limits = Limits(recipe, stage.folder, ranks.num_processes)
     writer = PartWriter(stage.folder, GENERATION_SCHEMA)
-    with tqdm(
-        total=total, desc="generate", unit="answer", mininterval=0.5, disable=not ranks.is_main_process
-    ) as bar:
+    with console.bar(total=total, desc="generate", unit="answer", main=ranks.is_main_process) as bar:
         bar.update(row_count(parts(stage.folder)))
         meter = Meter(bar, ranks.num_processes)
         for index, chunk in enumerate(chunks(read_rows(folder), recipe.generate.part_size)):
@@ -119,7 +116,7 @@ class Meter:
     The other processes are taken to be as fast as this one: their parts have the same size.
     """
 
-    def __init__(self, bar: tqdm, processes: int = 1):
+    def __init__(self, bar, processes: int = 1):
         self.bar, self.processes, self.tokens = bar, processes, 0
 
     def __call__(self, answer: Answer) -> None:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill import console
 from distill.config import find_file
 from distill.errors import UserError
 from distill.shards import fingerprint
@@ -215,8 +216,10 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own warnings and bars out of ours."""
+    """Keep the libraries' own warnings and bars out of ours; with --verbose their warnings are shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if console.verbose():
+        return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per 8-bit matmul otherwise

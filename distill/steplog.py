@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from distill import console
 from distill.devices import peak_flops
 from distill.sources import Lot
 from distill.train_sections import Train
@@ -46,10 +46,10 @@ class StepLog:
             self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
             self.file.writelines(line + "\n" for line in kept)
 
-    def progress(self, first: int, steps: int, title: str) -> tqdm:
-        self.bar = tqdm(
+    def progress(self, first: int, steps: int, title: str) -> Any:
+        self.bar = console.bar(
             range(first, steps), initial=first, total=steps, desc=title, unit="step",
-            disable=not self.accelerator.is_main_process, mininterval=0.5,
+            main=self.accelerator.is_main_process,
         )  # fmt: skip
         return self.bar
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from distill import console
 from distill.answers import answer_problems
 from distill.describe import DEFAULT_CONTEXT, describe_model
 from distill.errors import UserError
@@ -80,8 +80,7 @@ def intervention_sweep(
     changes = _planned(model, top_k, drop, drop_each, route, seed)
     answered: dict[str, Rows] = dict(done or {})
     todo = [(UNCHANGED, None), *((change.label, change.made) for change in changes)]
-    bar = tqdm(total=len(todo), desc="interventions", unit="setting", mininterval=0.5)
-    with bar:
+    with console.bar(total=len(todo), desc="interventions", unit="setting") as bar:
         for label, made in todo:
             if label not in answered:
                 if made is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from conftest import ROOT
 
-from distill import commands
+from distill import evaluate_command
 from distill.cli import parse
 from distill.config import Recipe, load_evaluate, load_prompts, load_recipe
 
@@ -132,11 +132,11 @@ def resolve(arguments: list[str]) -> None:
         words = getattr(parsed, "overrides", None)
         overrides = list(parsed.targets[1:]) if words is None else list(words)
         if parsed.command == "evaluate":
-            overrides += commands.evaluate_overrides(parsed)
+            overrides += evaluate_command.evaluate_overrides(parsed)
         load_recipe(path, overrides)
     elif parsed.command == "evaluate":
         load_prompts([w for w in parsed.targets if "=" in w])
-        load_evaluate({"levels": {"easy": 1}, **commands.evaluate_options(parsed)})
+        load_evaluate({"levels": {"easy": 1}, **evaluate_command.evaluate_options(parsed)})
 
 
 def lay_over_demo(fragment: str) -> Recipe:

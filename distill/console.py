@@ -1,0 +1,97 @@
+"""What a person sees while a command runs: lines, progress, colour, and how much of each.
+
+    with console.bar(total=512, desc="generate", unit="answer") as bar: bar.update()
+    console.say("dataset: done")                       # on one process of a launch, not under --quiet
+    console.paint("FAIL", "red", sys.stdout)           # colour on a terminal only, and never under NO_COLOR
+
+A bar redraws itself on a terminal. Where standard error is a file or a pipe it is a plain line at most every
+`INTERVAL` seconds, and nothing at all for work that is done sooner. `--quiet` leaves out bars and lines, so that what
+was asked for, warnings and errors remain; `--verbose` adds what the libraries say, notes and tracebacks.
+"""
+
+import os
+import sys
+from typing import Any, TextIO
+
+INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "bold": 1}
+_verbosity = 0
+
+
+def set_verbosity(level: int) -> None:
+    """-1 quiet, 0 as usual, 1 verbose. For this process, until it is set again."""
+    global _verbosity
+    _verbosity = level
+
+
+def quiet() -> bool:
+    return _verbosity < 0
+
+
+def verbose() -> bool:
+    return _verbosity > 0
+
+
+def first_process() -> bool:
+    """Whether this is the process of a launch that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """A line about how far the work is, on standard output."""
+    if first_process() and not quiet():
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """A line that matters even under --quiet, on standard error."""
+    if first_process():
+        print(f"distill: {line}", file=sys.stderr, flush=True)
+
+
+def coloured(stream: TextIO) -> bool:
+    """Colour only on a terminal that has some, and not where NO_COLOR is set (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if coloured(stream) else text
+
+
+def hush_foreign_bars() -> None:
+    """No bars of other libraries where nothing can redraw them. Before tqdm is imported, which reads this once."""
+    if quiet() or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+class _Lines:
+    """A stream for tqdm where nothing can be redrawn: every state of a bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def bar(*iterable: Any, main: bool = True, **options: Any) -> Any:
+    """A tqdm bar with tqdm's own options (`total`, `initial`, `desc`, `unit`); `main` False shows none.
+
+    Imported here, so that the command's help need not wait for it.
+    """
+    from tqdm import tqdm
+
+    hidden = quiet() or not main
+    if sys.stderr.isatty():
+        return tqdm(*iterable, disable=hidden, mininterval=0.5, **options)
+    return tqdm(
+        *iterable,
+        disable=hidden,
+        file=_Lines(),
+        mininterval=INTERVAL,
+        maxinterval=INTERVAL,
+        delay=INTERVAL,
+        bar_format="{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        **options,
+    )
