@@ -158,6 +158,31 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _signals_of_whole_answers(self):
+        stored = [o.name for o in self.train.objectives if o.signal in ("sparse", "sampled")]
+        if stored and self.filter.completions != "whole":
+            raise ValueError(
+                f"{stored[0]} reads signals stored with the whole answer, and filter.completions="
+                f"{self.filter.completions} trains on another text; use filter.completions=whole, or cross_entropy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_to_measure(self):
+        if self.evaluate.models:
+            there = {
+                "base": bool(self.student.model),
+                "control": self.control.enabled,
+                "student": True,
+                "teacher": bool(self.teacher and not self.teacher.endpoint),
+            }
+            if absent := [name for name in self.evaluate.models if not there[name]]:
+                raise ValueError(
+                    f"evaluate.models: this recipe has no {' and no '.join(absent)}; leave it out"
+                )
+        return self
+
     @property
     def path(self) -> Path:
         return Path(self.run_dir)

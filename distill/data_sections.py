@@ -76,6 +76,11 @@ class Filter(Section):
     """Which teacher answers become training rows. What is empty or off drops nothing."""
 
     correct_only: bool = Field(True, description="rejection sampling: keep what the verifier accepts")
+    completions: Literal["whole", "teacher_answer", "reference_answer", "shuffled"] = Field(
+        "whole",
+        description="what of a kept answer is trained on: all of it, its final answer, the public one, or (as a "
+        "control) another prompt's",
+    )
     deduplicate: bool = Field(True, description="identical completions of one prompt are kept once")
     max_per_prompt: Count | None = Field(None, description="at most this many completions per prompt")
     max_tokens: Count | None = Field(None, description="prompt plus completion at most this long")

@@ -1,7 +1,7 @@
 """Batched decoding: many prompts, one Hugging Face causal LM, no waiting for the slowest row.
 
 Teacher generation, evaluation and on-policy rollouts all sample through `decode`. It needs the plain forward
-call only (`input_ids, attention_mask, position_ids, past_key_values, use_cache`), so dense, MoE, MLA,
+call only (`input_ids, attention_mask, position_ids, cache, use_cache`), so dense, MoE, MLA,
 sliding-window and PEFT models take the same path on CPU and CUDA:
 
     rows = decode(model, prompts, Sampling(temperature=0.6, top_p=0.95, max_new_tokens=512),
@@ -30,6 +30,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from distill.errors import UserError
+from distill.models import cache_name
 
 _DROP_AT = 0.25  # finished rows leave once they are this share of the batch
 _REFILL = {"cpu": False}  # whether waiting prompts take the places of those rows; elsewhere they do
@@ -235,14 +236,19 @@ class _Decoder:
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.accepted = inspect.signature(inner.forward).parameters
-        if "past_key_values" not in self.accepted:
-            raise UserError(f"{type(inner).__name__} takes no past_key_values; decode needs that cache")
+        self.cache_name = cache_name(model)
         self.config = model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=self.config).layers
+        recurrent = bool(layers) and not any(hasattr(layer, "get_seq_length") for layer in layers)
+        if self.cache_name is None or recurrent:
+            raise UserError(
+                f"{type(inner).__name__} keeps no keys and values of attention; decode needs that cache"
+            )
         # Rows of plain attention caches can be padded, dropped and joined. Recurrent states, sparse-attention
         # indexers and the like keep transformers' layers and run in whole batches of one prompt length:
         # slower, and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
         attention = (DynamicLayer, DynamicSlidingWindowLayer)
-        self.elastic = all(type(layer) in attention for layer in DynamicCache(config=self.config).layers)
+        self.elastic = all(type(layer) in attention for layer in layers)
         self.refill = _REFILL.get(self.device.type, True)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
@@ -296,7 +302,7 @@ class _Decoder:
         """Logits [B, V] of the last position."""
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self.accepted}
-        given |= {"attention_mask": mask.long(), "past_key_values": cache, "use_cache": True}
+        given |= {"attention_mask": mask.long(), self.cache_name: cache, "use_cache": True}
         return self.model(input_ids=ids, **given).logits[:, -1]
 
     def _choose(self, batch: _Batch, logits: torch.Tensor) -> None:

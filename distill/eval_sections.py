@@ -55,6 +55,9 @@ class Evaluate(Section):
     config: str | None = Field(None, description="hub: the dataset's config; empty: that of `prompts`")
     split: str = Field("test", description="embedded tasks: validation or test; hub: the dataset's split")
     limit: Count | None = Field(None, description="files and hub: use the first rows only")
+    models: list[Literal["base", "control", "student", "teacher"]] = Field(
+        [], description="of a recipe's checkpoints, these alone; empty: all it has"
+    )
     max_new_tokens: Count = 96
     batch_size: Count = 256
     samples: Count = Field(1, description="answers per problem; above 1 needs a temperature")

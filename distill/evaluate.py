@@ -45,9 +45,11 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         checkpoints = {"control": str(run / "control"), **checkpoints}
     if recipe.student.model:
         checkpoints = {BASE: recipe.student.model, **checkpoints}
-    local = recipe.teacher and not recipe.teacher.endpoint
-    if local:
+    if recipe.teacher and not recipe.teacher.endpoint:
         checkpoints["teacher"] = recipe.teacher.model
+    if recipe.evaluate.models:
+        checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
+    local = "teacher" in checkpoints
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     plan = _plan(
         problems,

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distill import completions
 from distill.config import Recipe
 from distill.dataset_card import write_card
 from distill.errors import UserError
@@ -56,6 +57,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if recipe.teacher:
         answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])
         rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
+        rows = completions.reduced(
+            rows, recipe.filter.completions, prompts, lambda row, text: _remade(row, text, tokenizer)
+        )
     else:
         rows = (_row(p, 0, p["solution"], tokenizer) for p in prompts.values())
     try:
@@ -175,7 +179,7 @@ def explain(run_dir: Path, examples: int = 3) -> str:
             asked, answered = _cut(questions[row["prompt_id"]], 60), _cut(row["text"] or "", 60)
             shown[row["rule"]].append(f"    {asked}  ->  {answered}{detail}")
     lines = [f"kept {counts['kept']:,}, dropped {counts['dropped']:,}"]
-    for rule in sorted(shown, key=ORDER.index):
+    for rule in sorted(shown, key=[*ORDER, *completions.RULES].index):
         lines += [f"  {rule}: {counts['dropped_by_rule'][rule]:,}", *shown[rule]]
     return "\n".join(lines)
 
@@ -188,24 +192,37 @@ def _cut(text: str, width: int) -> str:
 
 def _usable_signal(recipe: Recipe, tokenizer: dict[str, str]) -> dict[str, Any] | None:
     """What the generations' manifest says of stored signals, if the student reads the very same tokens."""
-    if recipe.teacher is None:
+    if recipe.teacher is None or recipe.filter.completions != "whole":
         return None
     stored = read_json(recipe.path / "generations" / MANIFEST).get("signal")
     form = SignalFormat.from_manifest(stored)
     return stored if form and not form.problems(tokenizer) else None
 
 
-def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:
-    """One training row. Completion ids always end with the student's end token: it must learn to stop."""
+def _remade(row: dict, text: str, tokenizer) -> dict:
+    """A kept row with another text; stored signals go, they were said of the old one."""
+    plain = {name: value for name, value in row.items() if name not in SIGNAL_COLUMNS}
+    return plain | {"text": text, "completion_ids": _completion(text, tokenizer)}
+
+
+def _completion(text: str, tokenizer, ids: list[int] | None = None) -> list[int]:
+    """Token ids of an answer. They always end with the student's end token: it must learn to stop."""
     completion = list(ids) if ids is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not completion or completion[-1] != tokenizer.eos_token_id:
-        completion = [*completion, tokenizer.eos_token_id]
+    return (
+        completion
+        if completion and completion[-1] == tokenizer.eos_token_id
+        else [*completion, tokenizer.eos_token_id]
+    )
+
+
+def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:
+    """One training row."""
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_idx": sample_idx,
         "messages": prompt["messages"],
         "prompt_ids": prompt_ids(tokenizer, prompt["messages"]),
-        "completion_ids": completion,
+        "completion_ids": _completion(text, tokenizer, ids),
         "text": text,
         "family": prompt["family"],
         "level": prompt["level"],

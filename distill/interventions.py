@@ -30,6 +30,7 @@ from torch import nn
 from distill.decode import row_seed, uniforms
 from distill.errors import RunError, UserError
 from distill.masked_choice import experts_left, groups_of, holders_of_k, masked_choice, without_scores
+from distill.models import CACHE_NAMES
 from distill.routers import Router, bare, bare_model, find_routers
 from distill.routing import is_compiled, real_tokens, routed_backbone
 from distill.routing_scores import is_sparsemixer
@@ -297,7 +298,7 @@ def _positions(ids: torch.Tensor, mask: torch.Tensor | None, named: dict) -> tor
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if (positions := named.get("position_ids")) is not None and positions.ndim == 2:
         return positions.expand_as(ids)
-    cache = named.get("past_key_values")
+    cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
     past = int(cache.get_seq_length()) if cache is not None else 0
     return torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
 

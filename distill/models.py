@@ -4,6 +4,7 @@ Local folders and hub names take the same path: `AutoTokenizer`, `AutoModelForCa
 folders. Weights are safetensors only (pickle can execute code), and no code from a checkpoint runs.
 """
 
+import inspect
 import json
 import logging
 import os
@@ -29,12 +30,22 @@ from distill.shards import fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 
+# The keyword under which a model's forward takes its cache: transformers 5.24 renamed the second to the first.
+CACHE_NAMES = ("cache", "past_key_values")
+
 # For tokenizers that bring no chat template: stated in the README, and saved with the student so that
 # plain transformers renders prompts exactly as they were trained.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+
+
+def cache_name(model: torch.nn.Module) -> str | None:
+    """The keyword of CACHE_NAMES that this model's forward takes; None for a model without such a cache."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    accepted = inspect.signature(inner.forward).parameters
+    return next((name for name in CACHE_NAMES if name in accepted), None)
 
 
 def resolve_model(name: str) -> str:

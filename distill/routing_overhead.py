@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from distill.devices import describe_device
-from distill.models import fit_for_inference, load_model
+from distill.models import cache_name, fit_for_inference, load_model
 from distill.routing import record_routing
 
 FORWARD, STEPS = (16, 128), 32  # rows and tokens of a pass; decoding steps of a unit
@@ -71,12 +71,13 @@ def _passes(model) -> Callable[[], None]:
 
 def _steps(model) -> Callable[[], None]:
     cache, new = DynamicCache(config=model.config), _ids(8, 1)
+    given = {cache_name(model): cache, "use_cache": True}
     with torch.inference_mode():
-        model(input_ids=_ids(8, 64), past_key_values=cache, use_cache=True)
+        model(input_ids=_ids(8, 64), **given)
 
     def unit() -> None:
         for _ in range(STEPS):
-            model(input_ids=new, past_key_values=cache, use_cache=True)
+            model(input_ids=new, **given)
         cache.crop(-STEPS)
 
     return unit

@@ -21,6 +21,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -417,8 +419,10 @@ def test_wrong_arguments_are_all_named():
     with pytest.raises(UserError, match=r"(?s)temperature=-1.*top_p=0.*top_k=-1.*min_p=1.*max_new_tokens=0"):
         Sampling(temperature=-1, top_p=0, top_k=-1, min_p=1, max_new_tokens=0)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(UserError, match="MambaForCausalLM takes no past_key_values"):
-        decode(mamba, [[9]], Sampling(), eos_ids=EOS, pad_id=PAD, batch_size=1)
+    gpt = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=V, n_embd=16, n_layer=1, n_head=2))
+    for model in (mamba, gpt):  # one has a cache of another kind, one has none
+        with pytest.raises(UserError, match=f"{type(model).__name__} keeps no keys and values"):
+            decode(model, [[9]], Sampling(), eos_ids=EOS, pad_id=PAD, batch_size=1)
 
 
 def test_stop_strings_end_a_row_at_the_token_that_completes_them(tmp_path):

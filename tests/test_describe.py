@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from distill.describe import describe, describe_config, describe_model, format_description
 from distill.errors import UserError
+from distill.models import cache_name
 
 # The sizes in the models' own config.json files.
 PUBLISHED = {
@@ -238,7 +239,7 @@ def test_cache_bytes_match_a_real_cache(family, tokens):
     model = tiny_model(family)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.arange(tokens)[None], past_key_values=cache, use_cache=True)
+        model(input_ids=torch.arange(tokens)[None], **{cache_name(model): cache, "use_cache": True})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     found = describe_model(model, context=tokens)
     assert found["kv_bytes_at_context"] == held

@@ -81,7 +81,7 @@ def test_kill_during_generate_and_train_changes_nothing(make_recipe):
     ):
         log = run / arm / "metrics.jsonl"
         lines = lambda f=log: f.read_text().count("\n") if f.is_file() else 0  # noqa: E731
-        kill_when(start("train", path, *slow), lambda n=step: lines() >= n)
+        kill_when(start("train", path, *slow), lambda n=step, count=lines: count() >= n)
     finish("train", path, *slow)
     for arm in ("student", "control"):
         file = "adapter_model.safetensors"

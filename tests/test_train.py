@@ -1,5 +1,6 @@
 """The loop's arithmetic: invariances under SGD with ragged lengths, exact resume, and the flat twin."""
 
+import itertools
 import math
 
 import numpy as np
@@ -222,9 +223,10 @@ def test_bias_update_is_the_papers_rule(hub):
 
     from distill.balance import ExpertBiasBalancer
 
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(**QWEN3_MOE, **small, intermediate_size=8, vocab_size=9)
     with pytest.raises(UserError, match="selection bias"):
-        ExpertBiasBalancer(AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN3_MOE, hidden_size=32,
-            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, vocab_size=9)))  # fmt: skip
+        ExpertBiasBalancer(AutoModelForCausalLM.from_config(config))
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "deepseek_v3", hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0, moe_intermediate_size=8,
@@ -268,7 +270,7 @@ def test_learning_rate_schedule(make_recipe):
     assert rates[0] == rates[1] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 9)))
-    assert all(a >= b for a, b in zip(rates[1:], rates[2:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_rows_longer_than_the_model_are_refused(make_recipe):

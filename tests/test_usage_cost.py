@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.describe import describe_model
-from distill.models import load_model, load_tokenizer
+from distill.models import cache_name, load_model, load_tokenizer
 from distill.usage_cost import measure_speed, usage_cost, usd_per_million
 
 
@@ -50,7 +50,7 @@ def test_flops_per_token_are_what_torch_counts(family):
     context = 24
     ids = torch.randint(64, (1, context))
     with torch.no_grad():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        cache = model(ids[:, :-1], use_cache=True)[cache_name(model)]
         with FlopCounterMode(display=False) as counter:
-            model(ids[:, -1:], past_key_values=cache, use_cache=True)
+            model(ids[:, -1:], **{cache_name(model): cache, "use_cache": True})
     assert counter.get_total_flops() == describe_model(model, context=context)["flops_per_token"]
