@@ -1,10 +1,11 @@
 # make demo   the whole story on this machine          make test     the test suite
 # make teacher, make base                              rebuild the shipped checkpoints from their recipes
+# make docs   the generated pages: docs/recipes.md, docs/api.md, the result tables of the READMEs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint teacher base clean
+.PHONY: install demo test lint docs teacher base clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +24,11 @@ test: install
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: install
+	$(BIN)/python -m distill.recipe_reference
+	$(BIN)/python -m distill.api_reference
+	$(BIN)/python -m distill.readme
 
 teacher: install
 	$(BIN)/distill run recipes/teacher.yaml

@@ -81,6 +81,8 @@ class Endpoint(Section):
 
 
 class Teacher(Section):
+    """Whose outputs train the student: any causal LM from a folder or the hub, or one behind a server."""
+
     model: str = Field(description="folder or hub name of any causal LM")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu: offloaded while it scores for training")
@@ -92,9 +94,13 @@ class Teacher(Section):
 
 
 class Generate(Section):
+    """How the teacher answers the training prompts."""
+
     samples: Count = Field(2, description="completions per prompt")
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.7, description="0 is greedy")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="nucleus: smallest set of tokens with this share of the probability; 1 is off"
+    )
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 is off")
     min_p: Fraction = Field(0.0, description="0 is off")
     max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
@@ -104,7 +110,9 @@ class Generate(Section):
     batch_size: Count = Field(256, description="completions decoded together")
     part_size: Count = Field(512, description="prompts per Parquet part, the unit of resuming")
     signal: Signal = Signal()
-    max_tokens: Count | None = Field(None, description="stop after the part that reaches as many")
+    max_tokens: Count | None = Field(
+        None, description="tokens of answers: stop after the part that reaches as many"
+    )
     max_cost_usd: Annotated[float, Field(gt=0)] | None = Field(
         None, description="stop after the part that reaches this cost, at `prices`"
     )
@@ -113,15 +121,25 @@ class Generate(Section):
 class Prices(Section):
     """What things cost you, for forecasts and `generate.max_cost_usd`. Nothing is assumed."""
 
-    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = None
-    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = None
-    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = None
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD per million tokens of prompts; empty: unknown"
+    )
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD per million tokens of answers, thinking included; empty: unknown"
+    )
+    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD for an hour of one device; empty: unknown"
+    )
 
 
 class Recipe(Section):
+    """One page, one whole experiment."""
+
     run_dir: str = Field(description="the run lives here; one folder per stage")
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="of prompts, sampling, initial adapter and order of rows"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 uses every core")
     prompts: Prompts = Prompts()
     teacher: Teacher | None = None

@@ -24,6 +24,8 @@ from distill.signals import Sampled, SignalFormat, StoredSignals, TopK
 
 @dataclass
 class Batch:
+    """Rows of one forward pass: B rows of T tokens, N of which are kept for a loss."""
+
     input_ids: torch.Tensor  # [B, T] right-padded; packed: [1, T], rows end to end
     attention_mask: torch.Tensor | None  # [B, T]; packed: None, nothing is padding
     keep: torch.Tensor  # [B, T] bool: the *next* token is a completion token

@@ -43,6 +43,8 @@ class Interventions(Section):
 
 
 class Evaluate(Section):
+    """Which held-out problems, how they are answered, and what else is measured."""
+
     levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
@@ -58,8 +60,8 @@ class Evaluate(Section):
     models: list[Literal["base", "control", "student", "teacher"]] = Field(
         [], description="of a recipe's checkpoints, these alone; empty: all it has"
     )
-    max_new_tokens: Count = 96
-    batch_size: Count = 256
+    max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
+    batch_size: Count = Field(256, description="answers decoded together")
     samples: Count = Field(1, description="answers per problem; above 1 needs a temperature")
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1 is off")

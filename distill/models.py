@@ -208,6 +208,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """The same token for every id: sizes alone say nothing (151,936 and 152,064 are one tokenizer, padded)."""
     return a.get_vocab() == b.get_vocab()
 
 

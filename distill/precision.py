@@ -40,6 +40,8 @@ _LIBRARIES = {"fp8": "torchao", "fp8-te": "transformer_engine"}
 
 @dataclass(frozen=True)
 class Precision:
+    """What a run computes in, and why; from `resolve_precision`."""
+
     name: str
     accelerate: str  # what `Accelerator(mixed_precision=...)` is given
     reason: str  # printed and kept in the manifest

@@ -44,6 +44,7 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
 
 
 def training_prompts(section: Prompts, seed: int) -> list[dict]:
+    """The rows of the stage `prompts/` (keys as above), drawn or read as the section says. Raises UserError."""
     if section.source != "tasks":
         return file_prompts(section.source, section, split="train")
     return task_prompts("train", section.levels, section, seed)

@@ -112,6 +112,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict]:
+    """Every row of a stage folder, part by part; `columns` alone where given. Raises UserError for a damaged part."""
     for path in parts(folder):
         yield from read_table(path, columns).to_pylist()
 

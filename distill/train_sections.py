@@ -17,8 +17,12 @@ class Lora(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/adapters.py for what each key reaches."""
 
     rank: Count = Field(16, description="of each adapted weight; of each expert with `experts`")
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32, description="the adapter is scaled by alpha / rank before it is added"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the adapter's inputs set to zero in training"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
     targets: Literal["all-linear", "attention"] | tuple[Name, ...] = Field(
@@ -52,12 +56,16 @@ class Lora(Section):
 
 
 class Student(Section):
+    """The model that trains: where it starts and what of it moves."""
+
     model: str | None = Field(None, description="folder or hub name to start from")
     config: dict[str, Any] | None = Field(
         None, description="or a transformers config (with model_type) to start from random weights"
     )
     tokenizer: str = Field("embedded", description="with `config`: 'embedded', or a folder or hub name")
-    adapter: Literal["lora", "full"] = "lora"
+    adapter: Literal["lora", "full"] = Field(
+        "lora", description="lora: the base stays frozen; full: every weight trains"
+    )
     lora: Lora = Lora()
     quantize: Literal["none", "4bit", "8bit"] = Field(
         "none",
@@ -82,8 +90,8 @@ class Objective(Section):
     """One term of the training loss: a name, a weight, and the named objective's own options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-    weight: float = 1.0
+    name: str = Field(description="of a function in the table of objectives")
+    weight: float = Field(1.0, description="above 0; its share of the sum of losses")
 
     @model_validator(mode="after")
     def _known(self):
@@ -114,9 +122,9 @@ class OnPolicy(Section):
         0.0, description="of the rows; GKD's lambda; 0 trains on the teacher's text only"
     )
     buffer_steps: Count = Field(8, description="optimizer steps whose rows are sampled together")
-    temperature: Annotated[float, Field(gt=0, le=5)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Count = 96
+    temperature: Annotated[float, Field(gt=0, le=5)] = Field(1.0, description="of the student's sampling")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of the student's sampling; 1 is off")
+    max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
     batch_size: Count = Field(256, description="answers decoded together")
     most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
 
@@ -153,21 +161,36 @@ class Validation(Section):
 
 
 class Train(Section):
-    objectives: Annotated[list[Objective], Field(min_length=1)] = [Objective(name="cross_entropy")]
+    """How it trains. The same loop for student and control arm, one process or many."""
+
+    objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
+        [Objective(name="cross_entropy")], description="terms of the loss, each a name, a weight and options"
+    )
     on_policy: OnPolicy = OnPolicy()
     teachers: LiveTeachers = LiveTeachers()
     validation: Validation = Validation()
     steps: Count = Field(400, description="optimizer steps")
     batch_size: Count = Field(64, description="rows per optimizer step over all processes and micro-batches")
     micro_batch_size: Count = Field(64, description="rows per forward pass of one process")
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-2,
+        description="peak; suits a million parameters. Billions want less; LoRA about 10x that of full training",
+    )
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        20, description="optimizer steps of linear rise; below `steps`"
+    )
     final_fraction: Fraction = Field(0.1, description="learning rate at the last step over its peak")
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, for exact comparisons")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), description="adamw: what its two moments keep of a step"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of matrices; norms and biases never decay"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="gradients with a larger Euclidean norm are scaled down to it"
+    )
     precision: Literal[
         "auto",
         "fp32",
@@ -181,7 +204,9 @@ class Train(Section):
     ] = Field("bf16", description="what matmuls run in: distill/precision.py has the table")
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(100, description="steps; 0 keeps none")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
     micro_batch_tokens: Count | None = Field(
         None,
         description="and at most so many tokens per forward pass, padding included; rows of like length share one",
@@ -234,4 +259,4 @@ class Train(Section):
 class Control(Section):
     """The same base, prompts, steps and adapter, on question + final answer, without a teacher."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="train this arm too: without it a gain could be more training")

@@ -1,10 +1,11 @@
-"""The README's numbers are those of the committed result file, and its commands exist."""
+"""The README's numbers are those of the committed result file, its commands exist, generated pages are current."""
 
 import json
 import re
 
 from conftest import ROOT
 
+from distill import api_reference, recipe_reference
 from distill.cli import build_parser
 from distill.readme import results_section
 
@@ -34,3 +35,24 @@ def test_commands_in_the_readme_exist():
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
     named = set(re.findall(r"^distill (\w+)", README, re.M)) | {"filter", "train", "report"}
     assert named <= set(commands) and set(commands) <= named
+
+
+def test_recipe_reference_is_current_and_explains_every_key():
+    assert recipe_reference.PAGE.read_text() == recipe_reference.page(), (
+        "a recipe's keys changed: run `python -m distill.recipe_reference`"
+    )
+    found = [entry for _, _, own in recipe_reference.entries() for entry in own]
+    silent = [entry.key for entry in found if len(entry.description) < 5]
+    assert not silent, f"give these a Field(description=...) with the unit: {silent}"
+    sections = [path for path, section, _ in recipe_reference.entries() if not section.__doc__]
+    assert not sections, f"say what these sections are for in a docstring: {sections}"
+    keys = {entry.key for entry in found}
+    assert {"train.steps", "teacher.endpoint.base_url", "evaluate.interventions.top_k"} <= keys and len(
+        keys
+    ) > 140
+
+
+def test_api_reference_is_current():
+    assert api_reference.PAGE.read_text() == api_reference.page(), (
+        "a public docstring or signature changed: run `python -m distill.api_reference`"
+    )
