@@ -26,11 +26,15 @@ structure. What the keys mean, since published numbers mean different things:
 - `weight_bytes`: `parameters_total` in `dtype`; a quantised file on disk is smaller.
 - `experts`, `experts_per_token`: E and k; 0 for a dense model.
 
+A model that goes through some layers several times (`loop_num_passes`) holds their weights once, multiplies with
+them and caches once a pass; its message gates, which the first pass leaves out, are counted in each.
+
 Known limit: falcon's and mimo_v2_flash's configs name their key-value heads in ways of their own, so their
 cache sizes come out wrong. Some seventy other families agree with the cache that transformers fills.
 """
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,8 +151,11 @@ def _describe_skeleton(
         raise UserError(f"context is {context}; give at least 1 token")
     text = config.get_text_config(decoder=True)
     routers = [router if k is None else replace(router, top_k=k) for router in find_routers(skeleton)]
-    counts = _count_parameters(skeleton, routers)
-    layers = _attention_layers(text)
+    passes = _passes(text)
+    counts = _count_parameters(skeleton, routers, passes)
+    layers = [  # a looped layer has a cache of its own for each pass
+        found for number, found in _attention_layers(text) for _ in range(passes.get(number, 1))
+    ]
     attention = sum(2 * min(context, window) * width for width, _, window in layers)
     return {
         "architecture": type(skeleton).__name__,
@@ -173,8 +180,16 @@ def _describe_skeleton(
     }
 
 
-def _count_parameters(model: nn.Module, routers: list[Router]) -> dict[str, int]:
-    """Parameters held (total), used by one token (active), and of those looked up and multiplied."""
+def _passes(config: PreTrainedConfig) -> dict[int, int]:
+    """{layer: how many times a token goes through it}, of the layers of a looped model."""
+    passes = getattr(config, "loop_num_passes", None) or 1
+    if passes == 1:
+        return {}
+    return dict.fromkeys(range(config.loop_layer_index_start, config.loop_layer_index_end), passes)
+
+
+def _count_parameters(model: nn.Module, routers: list[Router], passes: dict[int, int]) -> dict[str, int]:
+    """Parameters held (total), used by one token (active), of those looked up, and products per token (multiplied)."""
     share = {id(p): (r.top_k, r.num_experts) for r in routers for p in _routed_parameters(r)}
     head = model.get_output_embeddings()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - share.keys()
@@ -188,7 +203,8 @@ def _count_parameters(model: nn.Module, routers: list[Router]) -> dict[str, int]
         if id(parameter) in tables:
             counts["looked_up"] += used
         elif parameter.ndim > 1 and not name.endswith("bias"):  # stacked expert biases are 2-D: [E, width]
-            counts["multiplied"] += used
+            layer = re.search(r"\.layers\.(\d+)\.", name)
+            counts["multiplied"] += used * (passes.get(int(layer[1]), 1) if layer else 1)
     return counts
 
 
@@ -200,17 +216,18 @@ def _routed_parameters(router: Router) -> list[nn.Parameter]:
     return [p for c in children for p in c.parameters() if p.ndim > 1 and p.shape[0] == router.num_experts]
 
 
-def _attention_layers(config: PreTrainedConfig) -> list[tuple[int, int, int | float]]:
-    """Per layer with a key-value cache: n_heads * (d_qk + d_v), values cached per token, window (or inf).
+def _attention_layers(config: PreTrainedConfig) -> list[tuple[int, tuple[int, int, int | float]]]:
+    """(layer, (n_heads * (d_qk + d_v), values cached per token, window or inf)) of those with a key-value cache.
 
     Which layers have a cache, and which slide, is what transformers' own cache for this config says.
     """
     found = []
-    for cache, layer in zip(DynamicCache(config=config).layers, config.per_layer_config):
+    layers = zip(DynamicCache(config=config).layers, config.per_layer_config)
+    for number, (cache, layer) in enumerate(layers):
         heads = getattr(layer, "num_attention_heads", None)
         if heads and isinstance(cache, DynamicLayer):
             window = getattr(cache, "sliding_window", None) or float("inf")
-            found.append((*_attention_sizes(layer, heads), window))
+            found.append((number, (*_attention_sizes(layer, heads), window)))
     return found
 
 

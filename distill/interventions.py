@@ -7,8 +7,8 @@
 
 The model decides as its own family would: `use_top_k` sets the number that the router itself reads, so its
 bias, group limit, renormalisation and scale apply; `drop_experts` masks the scores inside the router's own
-top-k; `route` and `how="zero"` rewrite the indices and weights on their way into `experts`, the call that 55 of
-the 58 families of transformers make. What cannot be done exactly is refused before anything runs.
+top-k; `route` and `how="zero"` rewrite the indices and weights on their way into `experts`, the call that 57 of
+the 60 families of transformers 5.24 make. What cannot be done exactly is refused before anything runs.
 
 No parameter, buffer or config is written (gemma4 alone reads k from its config, which is put back): on exit the
 model gives the same bits. Prefill, cached decoding, `distill.decode`, `generate` and PEFT all pass through the

@@ -209,9 +209,14 @@ def loss_curves(title: str, curves: dict[str, tuple[list, list]], window: dict[s
 
 
 def layer_labels(names: list[str]) -> list[str]:
-    """ "layer 3" for a router's full name where that stays unique, the shortened name where it does not."""
-    numbers = [re.search(r"\blayers?\.(\d+)", name) for name in names]
-    labels = [f"layer {found.group(1)}" if found else shorten(name) for name, found in zip(names, numbers)]
+    """ "layer 3" for a router's full name where that stays unique, the shortened name where it does not.
+
+    "layer 3 pass 2" where a model goes through its layers more than once.
+    """
+    numbers = [re.search(r"\blayers?\.(\d+)(?:.*?( pass \d+)$)?", name) for name in names]
+    labels = [
+        f"layer {found[1]}{found[2] or ''}" if found else shorten(name) for name, found in zip(names, numbers)
+    ]
     return labels if len(set(labels)) == len(names) else [shorten(name) for name in names]
 
 

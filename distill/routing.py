@@ -12,6 +12,7 @@ tokens pass is in `distill.routing_load` and `distill.routing_scores`; whose tok
 `distill.route_rows`. What the hooks cost: `python -m distill.routing_overhead`.
 
 Over several processes each records its own tokens; `recording.reduce(sum_over_processes)` before `summary()`.
+A model that goes through the same layers several times (inkling2_loop) has a record for each time: "NAME pass 2".
 
 Shapes: B batch, T tokens, E experts (all that the router chooses among), k experts per token.
 """
@@ -19,6 +20,7 @@ Shapes: B batch, T tokens, E experts (all that the router chooses among), k expe
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -167,7 +169,20 @@ class Recording:
 
     def __init__(self, routers: list[Router], keep: str):
         self.layers = {router.name: LayerRecord(router, keep) for router in routers}
-        self._reduced = False
+        self._order, self._keep, self._reduced = [router.name for router in routers], keep, False
+
+    def record_of(self, router: Router, visit: int) -> LayerRecord:
+        """The record of a router that decides for the `visit`-th time, from 1, in one forward pass."""
+        if visit == 1:
+            return self.layers[router.name]
+        name = f"{router.name} pass {visit}"
+        if name not in self.layers:
+            self.layers[name] = LayerRecord(replace(router, name=name), self._keep)
+            places = {name: place for place, name in enumerate(self._order)}
+            found = sorted(self.layers.items(), key=lambda item: places[item[0].split(" pass ")[0]])
+            self.layers.clear()
+            self.layers.update(found)  # in model order, the passes of one layer together
+        return self.layers[name]
 
     def reduce(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sum counts, pairs and score sums over the processes of torch.distributed, ratios come after.
@@ -262,8 +277,14 @@ def record_routing(model: nn.Module, *, keep: str = "decisions", pad_token_id: i
         raise UserError("this model samples its experts in train mode: call model.eval() before recording")
     state, recording = _Pass(routed_backbone(model, routers), pad_token_id), Recording(routers, keep)
 
-    def emit_to(record: LayerRecord):
-        return lambda *decisions: record.add(*decisions, state.valid)
+    def emit_to(router: Router):
+        seen = [0, 0]  # the forward pass, and the calls of this router in it
+
+        def emit(*decisions) -> None:
+            seen[:] = state.count, 1 + (seen[1] if seen[0] == state.count else 0)
+            recording.record_of(router, seen[1]).add(*decisions, state.valid)
+
+        return emit
 
     if is_compiled(model):  # hooks put on what is already compiled are ignored without a word
         torch._dynamo.reset()
@@ -273,7 +294,7 @@ def record_routing(model: nn.Module, *, keep: str = "decisions", pad_token_id: i
         handles.append(state.backbone.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(state.backbone.register_forward_hook(end, always_call=True))
         for router in routers:
-            handles += listen(router, lambda: state.running, emit_to(recording.layers[router.name]))
+            handles += listen(router, lambda: state.running, emit_to(router))
         yield recording
     finally:
         for handle in handles:

@@ -34,7 +34,7 @@ from distill.errors import RunError
 from distill.eval_sections import Evaluate
 from distill.models import prompt_ids
 from distill.route_rows import CLASSES, RoutedBatch, route_rows, token_classes
-from distill.routers import find_routers
+from distill.routers import Router
 from distill.routes import spread, token_pieces, write_routes
 from distill.routing import Decisions, Recording
 from distill.routing_metrics import whole_model
@@ -56,7 +56,7 @@ def routing_section(
     routes: also write there the decisions on `section.routes` answers (`distill.routes`).
     Where no answer can be routed (all failed) `layers` is empty and `error` says so. UserError for a dense model.
     """
-    report, chosen = _report(
+    report, chosen, routers = _report(
         model,
         tokenizer,
         rows,
@@ -73,7 +73,7 @@ def routing_section(
             tokenizer,
             [k[0] for k in kept],
             [k[1] for k in kept],
-            find_routers(model),
+            routers,
         )
     return report
 
@@ -99,29 +99,34 @@ def token_pairs(tokenizer, rows: list[dict], problems: list[dict]) -> list[tuple
     return [(prompts[row["prompt_id"]], list(row["completion_ids"])) for row in rows]
 
 
-def _report(model, tokenizer, rows, problems, limit: int, batch_size: int, routes: int) -> tuple[dict, dict]:
-    """(the report, {place of a row: (row for write_routes, its decisions)} of `routes` answers)."""
+def _report(
+    model, tokenizer, rows, problems, limit: int, batch_size: int, routes: int
+) -> tuple[dict, dict, list[Router]]:
+    """(the report, {place of a row: (row for write_routes, its decisions)} of `routes` answers, the routers)."""
     answers = finished(rows, limit)
     if not answers:
-        return {
-            "layers": {},
-            "answers": 0,
-            "answers_total": len(rows),
-            "error": "no answer could be routed",
-        }, {}
+        return (
+            {
+                "layers": {},
+                "answers": 0,
+                "answers_total": len(rows),
+                "error": "no answer could be routed",
+            },
+            {},
+            [],
+        )
     pairs = token_pairs(tokenizer, answers, problems)
     labels = _Labels(tokenizer, answers, pairs)
-    tables = {
-        router.name: {
-            kind: GroupShares(router.num_experts, router.top_k, groups)
-            for kind, groups in labels.groups.items()
-        }
-        for router in find_routers(model)
-    }
+    tables: dict[str, dict[str, GroupShares]] = {}
     chosen: dict[int, tuple] = dict.fromkeys(spread(answers, routes))
     for batch in route_rows(model, pairs, tokenizer.pad_token_id, batch_size):
         of_tokens = labels.of(batch)
         for name, decisions in batch.layers.items():
+            router = batch.recording.layers[name].router
+            tables[name] = tables.get(name) or {
+                kind: GroupShares(router.num_experts, router.top_k, groups)
+                for kind, groups in labels.groups.items()
+            }
             for kind, table in tables[name].items():
                 table.add(decisions.indices, of_tokens[kind], batch.answer)
         for place in chosen.keys() & set(batch.answer.tolist()):
@@ -136,7 +141,7 @@ def _report(model, tokenizer, rows, problems, limit: int, batch_size: int, route
     }
     if undecided := [layer["undecided"] for layer in layers.values() if "undecided" in layer]:
         report["error"] = f"{len(undecided)} of {len(layers)} layers lack router entropy: {undecided[0]}"
-    return report, chosen
+    return report, chosen, [record.router for record in batch.recording.layers.values()]
 
 
 def _layers(

@@ -55,14 +55,15 @@ def saturation_between(
         raise UserError(
             "saturation compares checkpoints of one model; these two have other layers or experts"
         )
-    sums: dict[str, dict[str, float]] = {name: {"overlap": 0.0, "top1": 0.0} for name, *_ in shapes[0]}
+    sums: dict[str, dict[str, float]] = {}
     tokens = 0
     both = (route_rows(model, rows, pad_id, batch_size) for model in (model_a, model_b))
     for a, b in zip(*both, strict=True):
         tokens += len(a.answer)
         for name, found in saturation(a.layers, b.layers).items():
+            total = sums.setdefault(name, {"overlap": 0.0, "top1": 0.0})
             for key, value in found.items():
-                sums[name][key] += value * len(a.answer)
+                total[key] += value * len(a.answer)
     layers = {name: {key: value / tokens for key, value in found.items()} for name, found in sums.items()}
     means = {key: sum(found[key] for found in layers.values()) / len(layers) for key in ("overlap", "top1")}
     uniform = sum(k / experts for _, experts, k in shapes[0]) / len(shapes[0])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from distill.describe import describe, describe_config, describe_model, format_description
 from distill.errors import UserError
@@ -415,3 +415,26 @@ def test_the_table_of_a_dense_model_and_of_an_adapter():
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     text = format_description(describe_model(model))
     assert "routed experts" in text and "none" in text and "384 parameters" in text
+
+
+def test_layers_passed_several_times_multiply_and_cache_that_often():
+    family = "inkling2_loop_text"
+    if family not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no looped model")
+    sizes = {"vocab_size": 64, "unpadded_vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 1,
+        "swa_head_dim": 16,
+        "loop_gate_rank": 4,
+    }
+    sizes |= {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2}
+    sizes |= {"n_routed_experts": 8, "num_experts_per_tok": 2}
+    found = [describe_config(AutoConfig.for_model(family, **sizes, loop_num_passes=n), T) for n in (1, 2, 4)]
+    once, twice, four = (d["flops_per_token"] for d in found)
+    assert len({d["parameters_total"] for d in found}) == 1
+    assert [d["kv_bytes_per_token"] / found[0]["kv_bytes_per_token"] for d in found] == [1, 4 / 3, 2]
+    assert four - once == 3 * (twice - once) > 0
+    # Of the pass: 2 of 8 experts of 3 * 16 * 32, at least, and the whole layer at most.
+    assert 2 * 2 * 3 * 16 * 32 < twice - once < once

@@ -13,6 +13,7 @@ from distill import route_rows as module
 from distill.decode import Sampling, decode
 from distill.errors import RunError, UserError
 from distill.eval_sections import Evaluate
+from distill.plots import layer_labels
 from distill.route_rows import CLASSES, route_rows, token_classes
 from distill.routes import read_routes, spread, token_pieces, write_routes
 from distill.routing import Decisions, find_routers, record_routing
@@ -235,6 +236,21 @@ def test_nothing_to_route_and_an_undecidable_router_are_said_not_raised(tokenize
     layer = found["layers"]["model.layers.0.mlp"]
     assert layer["score_function"] is layer["router_entropy"] is None and "cannot tell" in layer["undecided"]
     assert layer["max_violation"] == pytest.approx(2.0) and found["model"]["confidence"] is None
+
+
+def test_a_layer_passed_twice_has_a_record_for_each_time(tokenizer, answers, tmp_path):
+    problems, rows = answers
+    looped = make()
+    looped.model.layers.append(looped.model.layers[1])
+    looped.config.num_hidden_layers = 3
+    names = ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp pass 2"]
+    found = routing_section(looped, tokenizer, rows, problems, Evaluate(), tmp_path / "looped.parquet")
+    assert list(found["layers"]) == names == read_routes(tmp_path / "looped.parquet").layers
+    assert {layer["tokens"] for layer in found["layers"].values()} == {found["tokens"]}
+    assert found["layers"][names[1]]["load"] != found["layers"][names[2]]["load"]
+    assert layer_labels(names) == ["layer 0", "layer 1", "layer 1 pass 2"]
+    same = saturation_between(looped, looped, ragged(), 0)
+    assert list(same["layers"]) == names and same["overlap"] == 1
 
 
 # ------------------------------------------------------------------------------------- on disk
