@@ -1,9 +1,9 @@
-"""The README's result section, written from a committed result file, so that text and numbers cannot part.
+"""The result section of both READMEs, written from a committed result file, so that text and numbers cannot part.
 
     distill demo && python -m distill.readme checkpoints/demo        (after a measured run)
 
 copies the run's scores to recipes/results/demo.json (small JSON, no answers) and rewrites the section of
-README.md between its two markers. A test compares the two.
+README.md and README.zh-CN.md between its two markers. A test compares them.
 """
 
 import re
@@ -15,6 +15,32 @@ from distill.errors import DistillError
 from distill.shards import read_json, write_atomic, write_json
 
 RESULTS = PROJECT_ROOT / "recipes" / "results" / "demo.json"
+PAGES = {"en": PROJECT_ROOT / "README.md", "zh": PROJECT_ROOT / "README.zh-CN.md"}
+_WORDS = {
+    "en": {
+        "score": "correct, % [95 % interval]",
+        "size": "parameters (active)",
+        "task": "{task} (n = {n})",
+        "sentence": "{device}; {minutes:.1f} minutes in all: teacher answers {generations:.0f} s, student "
+        "{student:.0f} s, control {control:.0f} s, evaluation of all four {eval:.0f} s. On the teacher's own answers "
+        "the student's most likely next token is the teacher's for {agreement:.1f} % of tokens.",
+    },
+    "zh": {
+        "score": "正确率，% [95 % 区间]",
+        "size": "参数量（激活）",
+        "task": "{task}（n = {n}）",
+        "easy": "简单 easy",
+        "medium": "中等 medium",
+        "hard": "困难 hard",
+        "base": "base（训练前的学生）",
+        "control": "control（对照）",
+        "student": "student（学生）",
+        "teacher": "teacher（教师）",
+        "sentence": "{device}；全程 {minutes:.1f} 分钟：教师作答 {generations:.0f} 秒，学生 {student:.0f} 秒，"
+        "对照 {control:.0f} 秒，四个模型的评测 {eval:.0f} 秒。在教师自己的答案上，"
+        "学生最可能的下一个词元有 {agreement:.1f} % 与教师相同。",
+    },
+}
 _STAGES = ("generations", "dataset", "student", "control", "eval")
 
 
@@ -39,29 +65,28 @@ def collect(run_dir: Path) -> dict:
     }
 
 
-def results_section(results: dict) -> str:
-    """The table and the sentence under it, as markdown."""
+def results_section(results: dict, language: str = "en") -> str:
+    """The table and the sentence under it, as markdown. language: "en" or "zh"."""
+    words = _WORDS[language]
     tasks = list(next(iter(results["models"].values()))["tasks"])
-    head = [f"{t} (n = {next(iter(results['models'].values()))['tasks'][t]['n']})" for t in tasks]
-    lines = ["", f"| correct, % [95 % interval] | parameters (active) | {' | '.join(head)} |"]
+    head = [
+        words["task"].format(task=words.get(t, t), n=next(iter(results["models"].values()))["tasks"][t]["n"])
+        for t in tasks
+    ]
+    lines = ["", f"| {words['score']} | {words['size']} | {' | '.join(head)} |"]
     lines.append("|---|---|" + "---|" * len(tasks))
     for name, model in results["models"].items():
         cells = [_cell(model["tasks"][t]) for t in tasks]
         size = f"{model['parameters_total'] / 1e6:.2f} M"
         if model["parameters_active"] != model["parameters_total"]:
             size += f" ({model['parameters_active'] / 1e6:.2f} M)"
-        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+        lines.append(f"| {words.get(name, name)} | {size} | {' | '.join(cells)} |")
     seconds = results["seconds"]
     agreement = results["models"]["student"]["fidelity"]["top1_agreement"]
-    lines += [
-        "",
-        f"{results['device']}; {sum(seconds.values()) / 60:.1f} minutes in all: teacher answers "
-        f"{seconds['generations']:.0f} s, student {seconds['student']:.0f} s, control {seconds['control']:.0f} s, "
-        f"evaluation of all four {seconds['eval']:.0f} s. On the teacher's own answers the student's most likely "
-        f"next token is the teacher's for {100 * agreement:.1f} % of tokens.",
-        "",
-    ]
-    return "\n".join(lines)
+    sentence = words["sentence"].format(
+        device=results["device"], minutes=sum(seconds.values()) / 60, agreement=100 * agreement, **seconds
+    )
+    return "\n".join([*lines, "", sentence, ""])
 
 
 def _cell(score: dict) -> str:
@@ -73,10 +98,10 @@ def main() -> int:
     try:
         if len(sys.argv) > 1:
             write_json(RESULTS, collect(Path(sys.argv[1])))
-        path = PROJECT_ROOT / "README.md"
-        section = results_section(read_json(RESULTS))
         pattern = r"(<!-- results: .*?-->\n).*?(<!-- end of results -->)"
-        write_atomic(path, re.sub(pattern, lambda m: m[1] + section + m[2], path.read_text(), flags=re.S))
+        for language, path in PAGES.items():
+            section = results_section(read_json(RESULTS), language)
+            write_atomic(path, re.sub(pattern, lambda m: m[1] + section + m[2], path.read_text(), flags=re.S))  # noqa: B023
     except DistillError as error:
         print(f"distill: {error}", file=sys.stderr)
         return error.exit_code

@@ -196,7 +196,7 @@ def _objectives() -> str:
         "An entry of `train.objectives` is `{name: ..., weight: ...}` and the options of that name. `weight` "
         f"(number, {bounds_text([Gt(WEIGHT.low)])}; default {WEIGHT.default:g}) multiplies its loss before the sum. "
         "Definitions, directions and sources: [api.md](api.md#distilllosses); which one to take: "
-        "[training.md](training.md#what-it-learns-from).\n",
+        "[objectives.md](objectives.md).\n",
         "| name | compares with | option | type | default |",
         "|---|---|---|---|---|",
     ]

@@ -1,5 +1,6 @@
 """What the documentation tells a reader to type works, and what it links to exists."""
 
+import ast
 import os
 import re
 import shlex
@@ -78,3 +79,67 @@ def test_files_named_in_the_text_exist(page):
     for name in re.findall(r"`((?:distill|recipes|tests|docs)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
     assert os.sep + "work" + os.sep not in page.read_text()
+
+
+def test_tests_named_in_the_text_exist():
+    """CONTRIBUTING names the test that each addition needs, alone or as file::test."""
+    named = 0
+    for page in PAGES:
+        text = page.read_text()
+        for file, test in re.findall(r"`(tests/\w+\.py)::(test_\w+)`", text):
+            assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
+            named += 1
+        sources = "".join((ROOT / f).read_text() for f in re.findall(r"`(tests/\w+\.py)[`:]", text))
+        for test in re.findall(r"`(test_\w+)`", text):
+            assert f"def {test}(" in sources, f"{page.name} names {test}, which is in none of its files"
+            named += 1
+    assert named >= 5
+
+
+def test_glossary_has_both_languages_and_only_terms_in_use():
+    page = ROOT / "docs" / "glossary.md"
+    rows = re.findall(r"^\| (?!term|---)(.*?) \| (.*?) \| (.*?) \|$", page.read_text(), re.M)
+    assert len(rows) > 60
+    others = [p for p in PAGES if p != page] + sorted((ROOT / "distill").glob("*.py"))
+    others += sorted((ROOT / "distill" / "templates").glob("*.j2"))
+    text = " ".join(" ".join(p.read_text().split()) for p in others).lower()
+    for term, chinese, meaning in rows:
+        assert chinese.strip(), term
+        assert re.search("[\u4e00-\u9fff]", meaning) and re.search("[A-Za-z]{3}", meaning), term
+        for word in term.split(", "):
+            assert word.lower() in text or word.lower().replace("-", "") in text, f"nobody says '{word}'"
+
+
+def test_error_lines_are_those_of_the_program():
+    """Every quoted `distill: ...` line is a message of the source, word for word between its variable parts."""
+    sources = messages()
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^distill: (.*)$", page, re.M)
+    assert len(quoted) > 35
+    for line in quoted:
+        parts = [part for part in line.split("…") if part.strip(" ;:,.()'=")]
+        assert max(len(part) for part in parts) > 10, f"too vague to be checked: {line}"
+        assert any(in_order(parts, source) for source in sources), f"nowhere in the source: {line}"
+    assert not any(in_order(["a message that nobody ever prints"], source) for source in sources)
+
+
+def messages() -> list[str]:
+    """All texts of the package: string constants, with … where an f-string has a value."""
+    found = []
+    for path in (ROOT / "distill").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def in_order(parts: list[str], source: str) -> bool:
+    place = 0
+    for part in parts:
+        place = source.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return True

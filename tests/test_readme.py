@@ -3,19 +3,33 @@
 import json
 import re
 
+import pytest
 from conftest import ROOT
 
 from distill import api_reference, recipe_reference
 from distill.cli import build_parser
-from distill.readme import results_section
-
-README = (ROOT / "README.md").read_text()
+from distill.readme import PAGES, results_section
 
 
-def test_results_are_those_of_the_result_file():
-    shown = re.search(r"<!-- results: .*?-->\n(.*?)<!-- end of results -->", README, re.S).group(1)
+@pytest.mark.parametrize("language", PAGES)
+def test_results_are_those_of_the_result_file(language):
+    text = PAGES[language].read_text()
+    shown = re.search(r"<!-- results: .*?-->\n(.*?)<!-- end of results -->", text, re.S).group(1)
     results = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())
-    assert shown == results_section(results), "run `python -m distill.readme` after a new result file"
+    again = "run `python -m distill.readme` after a new result file"
+    assert shown == results_section(results, language), again
+    low, high = results["models"]["student"]["tasks"]["hard"]["ci95"]
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in shown
+
+
+def test_both_readmes_have_the_same_parts():
+    """Translated headings aside: as many sections and blocks, the same commands, links to the same pages."""
+    english, chinese = (PAGES[language].read_text() for language in ("en", "zh"))
+    assert [h.count("#") for h in re.findall(r"^#+ ", english, re.M)] == [
+        h.count("#") for h in re.findall(r"^#+ ", chinese, re.M)
+    ], "README.md and README.zh-CN.md differ in their sections"
+    links = [set(re.findall(r"\]\((docs/\w+\.md|CONTRIBUTING\.md)", text)) for text in (english, chinese)]
+    assert links[0] == links[1], "a page is linked in one language only"
 
 
 def test_the_demo_proves_what_the_page_says():
@@ -31,10 +45,17 @@ def test_the_demo_proves_what_the_page_says():
     assert models["teacher"]["tasks"]["hard"]["accuracy"] >= 0.95
 
 
-def test_commands_in_the_readme_exist():
+@pytest.mark.parametrize("language", PAGES)
+def test_commands_in_the_readme_exist(language):
+    """Every command of the program stands under "Commands" ("命令"), and nothing else does."""
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
-    named = set(re.findall(r"^distill (\w+)", README, re.M)) | {"filter", "train", "report"}
-    assert named <= set(commands) and set(commands) <= named
+    named = set(re.findall(r"^distill (\w+)", PAGES[language].read_text(), re.M)) | {
+        "filter",
+        "train",
+        "report",
+    }
+    assert named <= set(commands)
+    assert set(commands) <= named, f"add a line to {PAGES[language].name}: {set(commands) - named}"
 
 
 def test_recipe_reference_is_current_and_explains_every_key():
