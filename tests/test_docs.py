@@ -10,6 +10,7 @@ from conftest import ROOT
 from docs_examples import DEMO, PAGES, command, examples, lay_over_demo, recipe_examples, resolve
 
 from distill.config import load_recipe
+from distill.errors import UserError
 
 EXAMPLES = [e for page in PAGES for e in examples(page)]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -143,3 +144,22 @@ def in_order(parts: list[str], source: str) -> bool:
             return False
         place += len(part)
     return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "distill train recipes/demo.yaml train.stepz=3",
+        "distill train recipes/none.yaml",
+        "distill evaluate checkpoints/base --temprature 0.7",
+        "distill evaluate checkpoints/base --temperature 70",
+        "distill nothing",
+        "accelerate launch --config_file recipes/accelerate/none.yaml -m distill train recipes/demo.yaml",
+        "make nothing",
+        'pip install -e ".[nothing]"',
+        "python -m distill.nothing",
+    ],
+)
+def test_a_wrong_example_would_be_caught(text):
+    with pytest.raises((AssertionError, UserError, SystemExit)):
+        resolve(command(text)[0] or [])
