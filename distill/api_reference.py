@@ -79,7 +79,10 @@ PUBLIC: dict[str, dict[str, str]] = {
         "calibration": "Reliability answer_calibration",
         "text_nll": "text_nll",
         "describe": "describe describe_config describe_model",
-        "cost": "deepseek_v3_bill run_ledger",
+        "ledger": "run_ledger",
+        "cost_v3": "deepseek_v3_bill",
+        "cost_r1": "deepseek_r1_bill",
+        "break_even": "Costs cheapest segments solve",
     },
     "Pages and provenance": {
         "provenance": "provenance",

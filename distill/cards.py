@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from distill.config import Recipe
-from distill.cost import run_ledger
+from distill.ledger import run_ledger
 from distill.shards import MANIFEST, read_json, write_atomic
 from distill.terms import describe
 

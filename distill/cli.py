@@ -15,6 +15,7 @@ from distill import (
     artifact_commands,
     commands,
     console,
+    cost_command,
     evaluate_command,
     recipe_commands,
     setup_commands,
@@ -22,7 +23,7 @@ from distill import (
 from distill.command import Command
 from distill.errors import DistillError, nearest
 
-_MODULES = (recipe_commands, evaluate_command, setup_commands, commands, artifact_commands)
+_MODULES = (recipe_commands, evaluate_command, setup_commands, commands, cost_command, artifact_commands)
 COMMANDS: dict[str, Command] = {c.name: c for module in _MODULES for c in module.COMMANDS}
 
 

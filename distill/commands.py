@@ -1,4 +1,4 @@
-"""The commands that measure or describe without a recipe: bench, cost, describe.
+"""The commands that measure or describe without a recipe: bench, describe.
 
 Each is a function that adds its arguments and one that runs, listed in `COMMANDS`. Heavy imports stay inside, so that
 a mistake in the arguments is told in a fraction of a second.
@@ -50,32 +50,6 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def cost_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("what", nargs="?", default="deepseek-v3", metavar="deepseek-v3 | RUN_DIR | RECIPE")
-    add("--usd-per-hour", type=float, metavar="USD", help="price of one device-hour, for a run")
-    json_argument(parser)
-
-
-def cost(arguments: argparse.Namespace) -> int:
-    from distill import cost
-
-    if arguments.what == "deepseek-v3":
-        bill, text = cost.deepseek_v3_bill(), cost.format_bill
-    else:
-        run_dir = Path(arguments.what)
-        if arguments.what.endswith((".yaml", ".yml")):
-            from distill.config import load_recipe
-
-            run_dir = load_recipe(arguments.what).path
-        prices = (
-            {"usd_per_device_hour": arguments.usd_per_hour} if arguments.usd_per_hour is not None else None
-        )
-        bill, text = cost.run_ledger(run_dir, prices), cost.format_ledger
-    print(json.dumps(bill, indent=2) if arguments.json else text(bill))
-    return 0
-
-
 def describe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_CONFIG_DIR")
     json_argument(parser)
@@ -93,7 +67,6 @@ def describe(arguments: argparse.Namespace) -> int:
 
 COMMANDS = [
     Command("bench", "how fast it is here, against its peers in the same run", bench_arguments, bench),
-    Command("cost", "the bill of DeepSeek-V3, or the ledger of a run", cost_arguments, cost),
     Command(
         "describe",
         "parameters, FLOPs, KV bytes, experts: from the config alone",

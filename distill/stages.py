@@ -8,7 +8,7 @@ Every stage reads the same:
     ...write parts...
     stage.finish(counts=..., extra=...)
 
-The identity of a stage is the hash of its own configuration and of its inputs' fingerprints; seconds,
+The identity of a stage is the hash of its own configuration and of its inputs' fingerprints; seconds, energy,
 device and versions are recorded but do not take part, so a rebuilt but identical input changes nothing.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import __version__
+from distill.energy import GPU, Meter, open_meter
 from distill.errors import UserError
 from distill.shards import MANIFEST, fingerprint, hash_file, is_leftover, read_json, write_json
 
@@ -58,6 +59,8 @@ class Stage:
         self._lock = None
         self._start = time.perf_counter()
         self._earlier_seconds = 0.0
+        self._meter: Meter | None = None
+        self._earlier_energy: dict[str, Any] = {"seconds": 0.0, "kwh": {}}
 
     def done(self, redo: bool = False) -> bool:
         """True if the finished folder was made from exactly these inputs.
@@ -98,17 +101,43 @@ class Stage:
             self.folder.mkdir()
         begun = self.folder / IDENTITY
         if begun.is_file():
-            self._earlier_seconds = read_json(begun).get("seconds", 0.0)
+            earlier = read_json(begun)
+            self._earlier_seconds = earlier.get("seconds", 0.0)
+            self._earlier_energy = earlier.get("energy", self._earlier_energy)
+        self._meter, self._metered_from = open_meter(), time.perf_counter()
         self.checkpoint_clock()
         # Unfinished again, until all of it is there. Only now: a kill before this line must leave one of the two.
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def checkpoint_clock(self) -> None:
-        """Remember the seconds spent so far, so that a resumed stage reports all of its time."""
-        write_json(self.folder / IDENTITY, {**self.identity, "seconds": self.seconds()})
+        """Remember seconds and energy spent so far, so that a resumed stage reports all of them."""
+        spent = {"seconds": self.seconds(), "energy": self._energy()}
+        write_json(self.folder / IDENTITY, {**self.identity, **spent})
 
     def seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._start
+
+    def _energy(self) -> dict[str, Any]:
+        """`seconds` that were metered and `kwh` by counter, interrupted runs included."""
+        read = self._meter.kwh() if self._meter else None
+        earlier = self._earlier_energy
+        if read is None:
+            return earlier
+        kwh = {name: earlier["kwh"].get(name, 0.0) + read.get(name, 0.0) for name in earlier["kwh"] | read}
+        return {"seconds": earlier["seconds"] + time.perf_counter() - self._metered_from, "kwh": kwh}
+
+    def _energy_record(self, device: str) -> dict[str, Any] | None:
+        """`kwh` in all, `seconds` they cover, and `counters`. None without a counter. A stage on a CPU has no GPU's."""
+        found = self._energy()
+        counters = {
+            name: round(kwh, 9)
+            for name, kwh in found["kwh"].items()
+            if not (name.startswith(GPU) and "cpu" in device)
+        }
+        if not counters:
+            return None
+        kwh = round(sum(counters.values()), 9)
+        return {"kwh": kwh, "seconds": round(found["seconds"], 3), "counters": counters}
 
     def finish(self, counts: dict[str, Any], device: str, **extra: Any) -> dict[str, Any]:
         """Write the manifest, last of all files, and release the folder."""
@@ -118,6 +147,7 @@ class Stage:
             "inputs": self.inputs,
             "counts": counts,
             "seconds": round(self.seconds(), 3),
+            "energy": self._energy_record(device),
             "device": device,
             "versions": versions(),
             **extra,
@@ -138,6 +168,9 @@ class Stage:
         self.release()
 
     def release(self) -> None:
+        if self._meter:
+            self._meter.close()
+            self._meter = None
         if self._lock:
             os.unlink(self._lock.name)
             self._lock.close()

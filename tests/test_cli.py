@@ -25,7 +25,7 @@ def test_help_never_imports_torch():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train"], ["nope"], ["train", "r.yaml", "--nope"], ["cost", "a", "b"]]
+    "arguments", [["train"], ["nope"], ["train", "r.yaml", "--nope"], ["describe", "a", "b"]]
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

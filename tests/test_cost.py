@@ -1,34 +1,18 @@
-"""The published bill to the dollar, and a ledger that adds up and invents nothing."""
+"""Published bills to the dollar, held to each other, to their papers' other figures, and to `describe`."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from distill.cost import STAGES, deepseek_v3_bill, format_bill, format_ledger, run_ledger
-from distill.devices import describe_device
+from distill import cost_v3
+from distill.cli import main
+from distill.cost_r1 import deepseek_r1_bill, format_r1
+from distill.cost_v3 import deepseek_v3_bill, format_bill
+from distill.describe import describe_config
 from distill.errors import UserError
-
-
-def write_manifest(run_dir, stage, **manifest):
-    (run_dir / stage).mkdir(parents=True)
-    (run_dir / stage / "manifest.json").write_text(json.dumps({"stage": stage, "counts": {}, **manifest}))
-
-
-@pytest.fixture
-def finished_run(tmp_path):
-    """Two finished stages whose numbers are easy to check by hand, and one that was interrupted."""
-    write_manifest(tmp_path, "generations", counts={"tokens": 1000}, seconds=1800.0, device="cpu (2 threads)")
-    write_manifest(
-        tmp_path, "student", counts={"tokens": 500}, seconds=3600.0, flops=7e12, device="4 x NVIDIA H200"
-    )
-    (tmp_path / "eval").mkdir()
-    return tmp_path
-
 
 # ----------------------------------------------------------------------------------------- DeepSeek-V3's bill
 
@@ -79,138 +63,152 @@ def test_a_caller_cannot_change_the_next_bill():
     assert deepseek_v3_bill()["first_principles"]["peak_flops_per_second"]
 
 
-# ----------------------------------------------------------------------------------------------------- ledger
+def test_v3_sizes_are_those_that_describe_counts():
+    """A dozen numbers of the config against the model that transformers builds from it."""
+    found = describe_config(AutoConfig.for_model("deepseek_v3"), context=4096)
+    # describe counts norms too, a hundred-thousandth.
+    weights = found["parameters_active_without_embeddings"]
+    assert cost_v3.multiplied_weights() == pytest.approx(weights, rel=1e-4)
+    attention = (
+        found["flops_per_token"] - 2 * weights
+    )  # all 4,096 keys; a causal pass averages half and half a key
+    assert cost_v3.attention_flops(4096, 61) == pytest.approx(attention / 2 * 4097 / 4096, rel=1e-4)
+    whole = 3 * (found["flops_per_token"] - attention / 2)
+    assert cost_v3.training_flops_per_token() == pytest.approx(whole, rel=2e-4)
 
 
-def test_ledger_by_hand(finished_run):
-    ledger = run_ledger(finished_run, {"usd_per_device_hour": 2.0})
-    assert ledger["stages"] == {
-        "generations": {
-            "tokens": 1000,
-            "flops": None,
-            "seconds": 1800.0,
-            "device": "cpu (2 threads)",
-            "devices": 1,
-            "device_hours": 0.5,
-            "usd": 1.0,
-        },
-        "student": {
-            "tokens": 500,
-            "flops": 7e12,
-            "seconds": 3600.0,
-            "device": "4 x NVIDIA H200",
-            "devices": 4,
-            "device_hours": 4.0,
-            "usd": 8.0,
-        },
-    }
-    assert ledger["totals"] == {
-        "tokens": 1500,
-        "flops": 7e12,
-        "seconds": 5400.0,
-        "device_hours": 4.5,
-        "usd": 9.0,
-    }
+def test_counting_more_work_implies_more_utilisation():
+    counts = deepseek_v3_bill()["first_principles"]["counts"]
+    shares = [count["utilisation"]["bf16"] for count in counts]
+    assert shares == pytest.approx([0.346, 0.391, 0.407], abs=1e-3)
+    assert all(0 < c["utilisation"]["fp8"] < c["utilisation"]["bf16"] < 1 for c in counts)
 
 
-def test_what_was_not_recorded_is_null_and_named(finished_run):
-    ledger = run_ledger(finished_run)
-    items = [entry["item"] for entry in ledger["not_counted"]]
-    assert ledger["totals"]["usd"] is None and all(s["usd"] is None for s in ledger["stages"].values())
-    assert "USD" in items and "FLOPs of generations" in items
-    assert any("eval" in item and "prompts" in item for item in items if "without a manifest" in item)
-    text = " ".join(items)
-    assert all(word in text for word in ("teacher", "energy", "people", "failed attempts"))
-    assert not [item for item in items if item.startswith(("tokens of", "time of"))]
+def test_the_implied_utilisation_gives_the_table_back():
+    for count in deepseek_v3_bill()["first_principles"]["counts"]:
+        again = cost_v3.bill(count["flops"], count["utilisation"]["bf16"], 2)
+        assert again["gpu_hours"] == pytest.approx(2_664_000) and again["usd"] == pytest.approx(5_328_000)
+        usd = [b["usd"] for b in count["bills_at_bf16_utilisation"]]
+        assert usd == sorted(usd, reverse=True), "GPUs used better cost less"
 
 
-def test_a_total_is_null_where_no_stage_recorded_it(tmp_path):
-    write_manifest(tmp_path, "prompts")
-    totals = run_ledger(tmp_path, {"usd_per_device_hour": 1.0})["totals"]
-    assert set(totals.values()) == {None}
+def test_context_extension_is_attention_for_the_most_part():
+    longer = deepseek_v3_bill()["first_principles"]["context_extension"]
+    assert longer["tokens"] == 1000 * 1920 * 32768 + 1000 * 480 * 131072
+    assert 0.2 < longer["utilisation"]["bf16"] < 0.4
+    weights = 3 * 2 * (cost_v3.multiplied_weights() + cost_v3.prediction_weights()) * longer["tokens"]
+    assert longer["flops"] > 2 * weights
 
 
-@pytest.mark.parametrize("processes", [1, 2, 16])
-def test_every_rank_of_a_stage_is_paid_for(tmp_path, processes):
-    device = describe_device(torch.device("cpu"), processes)
-    write_manifest(tmp_path, "student", seconds=3600.0, device=device)
-    assert run_ledger(tmp_path)["stages"]["student"]["device_hours"] == processes
+def test_another_price_keeps_the_hours():
+    bill = deepseek_v3_bill(3.5)
+    assert bill["gpu_hours"] == 2_788_000 and bill["usd"] == 2_788_000 * 3.5
+    assert "(the paper: $2)" in format_bill(bill)
+    for price in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="above 0"):
+            deepseek_v3_bill(price)
 
 
-amounts = st.none() | st.integers(0, 10**15) | st.floats(0, 1e9)
+# ---- R1 ------------------------------------------------------------------------------------------------
 
 
-@given(
-    recorded=st.dictionaries(st.sampled_from(STAGES), st.tuples(amounts, amounts, amounts), min_size=1),
-    price=st.floats(1e-6, 1e3),
-)
-def test_totals_are_the_sum_of_the_stages_and_scale_with_the_price(tmp_path_factory, recorded, price):
-    run_dir = tmp_path_factory.mktemp("run")
-    for stage, (tokens, flops, seconds) in recorded.items():
-        write_manifest(run_dir, stage, counts={"tokens": tokens}, flops=flops, seconds=seconds)
-    ledger = run_ledger(run_dir, {"usd_per_device_hour": price})
-    assert list(ledger["stages"]) == [name for name in STAGES if name in recorded]
-    for key, total in ledger["totals"].items():
-        known = [stage[key] for stage in ledger["stages"].values() if stage[key] is not None]
-        assert total == pytest.approx(sum(known)) if known else total is None
-    if ledger["totals"]["seconds"] is not None:
-        assert ledger["totals"]["usd"] == pytest.approx(ledger["totals"]["seconds"] / 3600 * price)
-    assert json.loads(json.dumps(ledger)) == ledger
-    assert len(format_ledger(ledger).splitlines()) == 4 + len(recorded) + len(ledger["not_counted"])
+def test_r1_table_adds_up_and_stands_on_v3():
+    bill = deepseek_r1_bill()
+    assert (bill["gpu_hours"], bill["usd"]) == (147_000, 294_000)
+    assert all(stage["usd"] == 2 * stage["gpu_hours"] for stage in bill["stages"].values())
+    assert bill["with_v3"]["usd"] == 294_000 + 5_576_000 and round(bill["with_v3"]["share_of_r1"], 2) == 0.05
+    assert json.loads(json.dumps(bill)) == bill and "$294,000" in format_r1(bill)
+    assert bill["source_quality"] and all(entry["source_quality"] for entry in bill["not_counted"])
+    assert deepseek_r1_bill(1)["usd"] == 147_000
 
 
-def test_ledger_prints_a_dash_for_null(finished_run):
-    lines = format_ledger(run_ledger(finished_run)).splitlines()
-    assert "no price given" in lines[0]
-    generations = next(line for line in lines if line.startswith("  generations"))
-    assert " ".join(generations.split()) == "generations 1,000 - 1,800.0 0.5000 - cpu (2 threads)"
+def test_r1_checks_tell_what_agrees_from_what_does_not():
+    agrees = {check["gives"]: check["agrees"] for check in deepseek_r1_bill()["checks"]}
+    assert agrees == {512 * 198: True, 512 * 80: True, 512 * 96: False, 648 * 198: False}
 
 
-@pytest.mark.parametrize(
-    "prices",
-    [
-        {"usd_per_device_hour": 0},
-        {"usd_per_device_hour": -1.0},
-        {"usd_per_device_hour": float("nan")},
-        {"usd_per_device_hour": "2"},
-        {"usd_per_device_hour": True},
-        {"usd_per_gpu": 2.0},
-        {"usd_per_device_hour": 2.0, "usd_per_kwh": 0.3},
-        {},
-    ],
-)
-def test_what_is_not_a_price_is_refused(finished_run, prices):
-    with pytest.raises(UserError, match="usd_per_device_hour"):
-        run_ledger(finished_run, prices)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{half a mani",
-        "[]",
-        '{"seconds": 1}',
-        '{"counts": 3}',
-        '{"counts": {"tokens": -1}}',
-        '{"counts": {}, "seconds": "long"}',
-        '{"counts": {}, "flops": true}',
-        '{"counts": {}, "seconds": NaN}',
-    ],
-)
-def test_a_damaged_manifest_is_refused(tmp_path, text):
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="run the stage again"):
-        run_ledger(tmp_path)
-
-
-def test_a_folder_without_a_finished_stage_is_refused(tmp_path):
-    (tmp_path / "student").mkdir()
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match="no finished stage"):
-            run_ledger(folder)
-
-
-def test_importing_cost_loads_no_torch():
-    code = "import sys, distill.cost; raise SystemExit('torch' in sys.modules)"
+def test_importing_the_bills_loads_no_torch():
+    code = "import sys, distill.cost_r1, distill.ledger, distill.break_even; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_cost(capsys):
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["cost", *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe with a price, and the run folder that it left."""
+    run_dir = tmp_path / "run"
+    (run_dir / "student").mkdir(parents=True)
+    manifest = {"counts": {"tokens": 5}, "seconds": 7200.0, "device": "NVIDIA H200"}
+    (run_dir / "student" / "manifest.json").write_text(json.dumps(manifest))
+    text = f"run_dir: {run_dir}\nteacher: {{model: t}}\nstudent: {{model: s}}\nprices: {{usd_per_device_hour: 1.5}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    (run_dir / "recipe.yaml").write_text(text)
+    return tmp_path / "recipe.yaml", run_dir
+
+
+def test_bills_as_json(run_cost):
+    for words in (("deepseek-v3", "--json"), ("--json",)):
+        code, out, _ = run_cost(*words)
+        found = json.loads(out)
+        assert code == 0 and (found["gpu_hours"], found["usd"]) == (2_788_000, 5_576_000)
+    assert json.loads(run_cost("deepseek-r1", "--json")[1])["usd"] == 294_000
+
+
+def test_a_ledger_is_at_the_recipe_s_prices(run_cost, recipe):
+    path, run_dir = recipe
+    for words, usd in [
+        ((str(run_dir),), 3.0),
+        ((str(path),), 3.0),
+        ((str(path), "prices.usd_per_device_hour=4"), 8.0),
+        ((str(run_dir), "--usd-per-hour", "2"), 4.0),
+    ]:
+        code, out, _ = run_cost(*words, "--json")
+        assert code == 0 and json.loads(out)["totals"]["usd"] == usd, words
+    (run_dir / "recipe.yaml").unlink()
+    assert json.loads(run_cost(str(run_dir), "--json")[1])["totals"]["usd"] is None
+
+
+def test_break_even_by_hand_and_by_the_committed_measurement(run_cost, tmp_path):
+    amounts = (
+        "--teacher-query",
+        "3",
+        "--student-query",
+        "1",
+        "--teacher-outputs",
+        "6",
+        "--distil-student",
+        "4",
+    )
+    code, out, _ = run_cost("--break-even", *amounts, "--queries", "5", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["by_queries"][0]["to"] == 5.0 and found["cheapest"] == ["teacher", "distil"]
+    code, out, _ = run_cost("--break-even")
+    assert code == 0 and "keep calling the teacher up to" in out and "FLOPs" in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("a", "b"), "'b': key=value goes with a RECIPE"),
+        (("deepseek-v3", "--out", "x"), "--out goes with --break-even"),
+        (("deepseek-r1", "--break-even"), "not with deepseek-r1"),
+        (("--break-even", "--student-query", "1"), "--teacher-query is missing; give it, or a RUN_DIR"),
+        (("--break-even", "--usd-per-hour", "1"), "needs a RUN_DIR"),
+        (("absent", "--break-even"), "no finished stage"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run_cost, words, said):
+    code, out, err = run_cost(*words)
+    assert code == 2 and said in err and not out and "Traceback" not in err
