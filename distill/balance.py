@@ -37,7 +37,9 @@ class ExpertBiasBalancer:
             router.experts.register_forward_pre_hook(self._counter(layer))
 
     def _counter(self, layer: int) -> Callable:
-        def count(_module, args):
+        def count(module, args):
+            if not module.training:  # a look at held-out rows: not this step's tokens, nor its mask
+                return
             # Experts are called with (hidden [N, d], indices [N, k], weights [N, k]), N = B * T flattened.
             # Recomputation under gradient checkpointing counts every expert twice: no sign changes.
             indices = args[1]

@@ -13,6 +13,7 @@ import traceback
 from distill import (
     __version__,
     artifact_commands,
+    bench_command,
     commands,
     console,
     cost_command,
@@ -23,7 +24,9 @@ from distill import (
 from distill.command import Command
 from distill.errors import DistillError, nearest
 
-_MODULES = (recipe_commands, evaluate_command, setup_commands, commands, cost_command, artifact_commands)
+_MODULES = (
+    recipe_commands, evaluate_command, bench_command, setup_commands, commands, cost_command, artifact_commands
+)  # fmt: skip
 COMMANDS: dict[str, Command] = {c.name: c for module in _MODULES for c in module.COMMANDS}
 
 

@@ -220,6 +220,16 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     Raises UserError with one line per problem: unreadable file, unknown key (with the nearest valid
     one), wrong type, value out of bounds, contradiction.
     """
+    file, data = read_recipe(path)
+    if "arms" in data:
+        raise UserError(
+            f"{file} is a grid of arms over a recipe, not one recipe; run it with `distill bench {path}`"
+        )
+    return make_recipe(data, overrides, file)
+
+
+def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
+    """(file, what it holds) of a recipe or bench file. Raises UserError where it is missing or no mapping."""
     file = find_file(path)
     if not file.is_file():
         known = sorted(p.name for p in (PROJECT_ROOT / "recipes").glob("*.yaml"))
@@ -230,6 +240,11 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values, see recipes/demo.yaml")
+    return file, data
+
+
+def make_recipe(data: dict[str, Any], overrides: list[str], file: Path) -> Recipe:
+    """`data` (changed in place by the overrides) as a checked recipe; `file` is named by its problems."""
     problems: list[str] = []
     for override in overrides:
         problem = _apply_override(data, override)
@@ -238,7 +253,7 @@ def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems += [_explain(e, file) for e in error.errors()]
+        problems += [explain_error(e, file) for e in error.errors()]
     if problems:
         raise UserError(*problems)
     return recipe
@@ -251,7 +266,9 @@ def load_prompts(overrides: list[str]) -> Prompts:
     try:
         prompts = Prompts.model_validate(data["prompts"])
     except ValidationError as error:
-        problems += [_explain({**e, "loc": ("prompts", *e["loc"])}, Path("--tasks")) for e in error.errors()]
+        problems += [
+            explain_error({**e, "loc": ("prompts", *e["loc"])}, Path("--tasks")) for e in error.errors()
+        ]
     if problems:
         raise UserError(*problems)
     return prompts
@@ -264,7 +281,7 @@ def load_evaluate(values: dict) -> Evaluate:
     except ValidationError as error:
         where = Path("distill evaluate")
         raise UserError(
-            *(_explain({**e, "loc": ("evaluate", *e["loc"])}, where) for e in error.errors())
+            *(explain_error({**e, "loc": ("evaluate", *e["loc"])}, where) for e in error.errors())
         ) from None
 
 
@@ -297,11 +314,11 @@ def _apply_override(data: dict, override: str) -> str | None:
     return None
 
 
-def _explain(error: dict, file: Path) -> str:
+def explain_error(error: dict, file: Path, root: type[Section] | None = None) -> str:
     """One pydantic error as one line: where, what, and the nearest valid name for an unknown key."""
     where = ".".join(str(part) for part in error["loc"]) or "recipe"
     if error["type"] == "extra_forbidden":
-        section: Any = Recipe
+        section: Any = root or Recipe
         for part in error["loc"][:-1]:
             section = _section_type(section, part)
         name = str(error["loc"][-1])

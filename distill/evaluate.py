@@ -50,17 +50,24 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if recipe.evaluate.models:
         checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
     local = "teacher" in checkpoints
-    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
-    plan = _plan(
-        problems,
-        recipe.evaluate,
-        pick_device(recipe.device, recipe.threads),
-        recipe.prices.usd_per_device_hour,
-    )
-    stage = Stage(run, "eval", _identity(plan, checkpoints), inputs)
-    manifest = _run(stage, checkpoints, plan, "teacher" if local else None, redo)
+    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo)
     refresh_cards(run, recipe.prices.usd_per_device_hour)
     return manifest
+
+
+def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = False) -> dict[str, Any]:
+    """Stage `eval/` of the recipe's run folder for these checkpoints alone, whatever the run itself has trained."""
+    return _stage_of(recipe, checkpoints, {}, None, redo)
+
+
+def _stage_of(
+    recipe: Recipe, checkpoints: dict[str, str], inputs: dict, teacher: str | None, redo: bool
+) -> dict:
+    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
+    device = pick_device(recipe.device, recipe.threads)
+    plan = _plan(problems, recipe.evaluate, device, recipe.prices.usd_per_device_hour)
+    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs)
+    return _run(stage, checkpoints, plan, teacher, redo)
 
 
 def evaluate_checkpoints(

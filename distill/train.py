@@ -25,6 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
+from distill.attention import training_attention
 from distill.balance import ExpertBiasBalancer
 from distill.checkpoint import latest_state, load_state, save_state
 from distill.config import Recipe
@@ -113,7 +114,9 @@ def train_student(
             _check_lot(train, student, lot, world)
 
             # ---- forward and backward, micro-batch by micro-batch ----------------------------------
-            sums = micro.accumulate(model, optimizer, lot, teacher, balancer)
+            longest = int(lot.rows.lengths[lot.share].max(initial=0))
+            with training_attention(accelerator.device, accelerator.mixed_precision, longest):
+                sums = micro.accumulate(model, optimizer, lot, teacher, balancer)
 
             # ---- check, clip, step -----------------------------------------------------------------
             # One number more than objectives travels along: how many processes were told to stop.

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT
 
 from distill import evaluate_command
+from distill.bench_grid import load_bench, pick_budget, plan
 from distill.cli import parse
 from distill.config import Recipe, load_evaluate, load_prompts, load_recipe
 
@@ -127,7 +128,10 @@ def resolve(arguments: list[str]) -> None:
     """
     parsed = parse(arguments)
     recipe = next((w for w in arguments[1:] if w.endswith((".yaml", ".yml"))), None)
-    if parsed.command == "demo" or (recipe and "=" not in recipe and hasattr(parsed, "redo")):
+    if parsed.command == "bench" and recipe:
+        bench, file = load_bench(recipe)
+        plan(bench, pick_budget(bench, parsed.budget), file)
+    elif parsed.command == "demo" or (recipe and "=" not in recipe and hasattr(parsed, "redo")):
         path = DEMO if parsed.command == "demo" or recipe.startswith("checkpoints/") else recipe
         words = getattr(parsed, "overrides", None)
         overrides = list(parsed.targets[1:]) if words is None else list(words)

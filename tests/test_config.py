@@ -6,7 +6,8 @@ from conftest import ROOT
 from distill.config import Recipe, load_recipe
 from distill.errors import UserError
 
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+# A grid of arms is checked in tests/test_bench.py.
+SHIPPED = sorted(p for p in (ROOT / "recipes").glob("*.yaml") if "\narms:" not in p.read_text())
 
 
 def test_every_shipped_recipe_parses():

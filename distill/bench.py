@@ -1,0 +1,242 @@
+"""`distill bench RECIPE`: arms x seeds over a recipe, every run an ordinary resumable run folder, and verdicts.
+
+    distill bench recipes/claims.yaml --budget small             (2 CPU cores: recipes/results/claims-small.json says
+    distill bench recipes/claims.yaml --budget full --jobs 8      how long it took)
+    distill bench recipes/claims.yaml --dry-run                  the runs, and what they share
+
+Runs go to worker processes, `--jobs` at a time (as many as cores by default, one thread each; with a GPU one).
+A failed run does not stop the others, and the same command does what is left. It leaves in the bench's `run_dir`
+`results.json` (distill/bench_results.py describes it), `results.parquet` (arm, seed, metric, value) and `bench.html`.
+"""
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from distill import console
+from distill.bench_grid import Task, load_bench, pick_budget, plan
+from distill.bench_metrics import read_metrics
+from distill.bench_results import collect, write_results
+from distill.bench_run import prepare, run_task, start_worker
+from distill.errors import DistillError, RunError, UserError
+from distill.shards import MANIFEST, read_json, write_json
+
+CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
+
+
+def bench(
+    path: str,
+    budget: str | None = None,
+    jobs: int = 0,
+    redo: bool = False,
+    say: Callable[[str], None] = console.say,
+) -> dict[str, Any]:
+    """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed."""
+    recipe, file = load_bench(path)
+    budget = pick_budget(recipe, budget)
+    prepare(recipe.prepare)
+    tasks = plan(recipe, budget, file)
+    _check(tasks)
+    jobs = jobs or _jobs()
+    root = Path(recipe.run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    clock = _Clock(root / CLOCK, budget)
+    say(f"{recipe.title}: {len(tasks)} tasks in budget '{budget}', {jobs} at a time")
+    failed = run_tasks(tasks, jobs, redo, clock, say)
+    if failed:
+        lines = [f"{name}: {line}" for name, lines in failed.items() for line in lines]
+        more = len(tasks) - len(clock.known(tasks)) - len(failed)
+        raise RunError(
+            f"{len(failed)} of {len(tasks)} tasks failed{f' and {more} wait for them' if more > 0 else ''}; what is "
+            "finished is kept, and the same command does the rest:",
+            *lines,
+        )
+    results = collect(recipe, budget, file, tasks, clock.data, jobs)
+    write_results(results, root)
+    return results
+
+
+def _jobs() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return 1  # a second process would fight for the same memory
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(tasks: dict[str, Task]) -> None:
+    """The same pre-flight as before any run, once per arm, where its models are there already."""
+    from distill.preflight import check_model
+    from distill.terms import require
+
+    problems: list[str] = []
+    models: set[str] = set()
+    for task in tasks.values():
+        if task.kind != "run":
+            continue
+        made_here = [need for need in task.needs if not need.startswith("rows-")]
+        try:
+            if not made_here:
+                models |= {task.recipe.student.model} - {None}
+                if task.recipe.teacher and not task.recipe.teacher.endpoint:
+                    models.add(task.recipe.teacher.model)
+            if not task.checkpoint and not made_here:
+                require(task.recipe)
+        except UserError as error:
+            problems += [f"arm {task.arm}: {line}" for line in error.problems]
+    for model in sorted(models):
+        try:
+            check_model(model)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+
+
+# ------------------------------------------------------------------------------------------- the schedule
+
+
+def run_tasks(
+    tasks: dict[str, Task], jobs: int, redo: bool, clock: "_Clock", say: Callable[[str], None]
+) -> dict[str, list[str]]:
+    """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
+    threads = max(1, _cores() // jobs)
+    waiting, running, done, failed = dict(tasks), {}, set(), {}
+    dependants = _dependants(tasks)
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads,)
+    ) as pool:
+        try:
+            while waiting or running:
+                ready = [t for t in waiting.values() if done.issuperset(t.needs)]
+                ready.sort(key=lambda t: (-dependants[t.name], t.seed, list(tasks).index(t.name)))
+                for task in ready[: 2 * jobs - len(running)]:
+                    running[pool.submit(run_task, task, redo)] = waiting.pop(task.name)
+                if not running:
+                    break  # what is left waits for tasks that failed
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task = running.pop(future)
+                    _take(task, future, done, failed, clock)
+                    left = [*waiting.values(), *running.values()]
+                    say(_line(task, len(done), len(tasks), failed, clock, left, jobs))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock") -> None:
+    try:
+        clock.add(task, future.result())
+        done.add(task.name)
+    except DistillError as error:
+        failed[task.name] = error.problems
+    except BrokenProcessPool:
+        failed[task.name] = [
+            "its process ended (memory?); use a smaller --jobs, and see log.txt in its folder"
+        ]
+    except Exception as error:  # a bug of ours must not lose the other runs
+        failed[task.name] = [f"{type(error).__name__}: {error}"]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dependants(tasks: dict[str, Task]) -> dict[str, int]:
+    """How many tasks wait, directly or not, for each."""
+    users: dict[str, set[str]] = {name: set() for name in tasks}
+
+    def note(name: str, user: str) -> None:
+        for need in tasks[name].needs:
+            if user not in users[need]:
+                users[need].add(user)
+                note(need, user)
+
+    for name in tasks:
+        note(name, name)
+    return {name: len(found) for name, found in users.items()}
+
+
+def _line(
+    task: Task, done: int, total: int, failed: dict, clock: "_Clock", left: list[Task], jobs: int
+) -> str:
+    """One finished task for a person: what it found, how long it took, and how long the rest may take."""
+    counted = f"[{done + len(failed)}/{total}]"
+    if task.name in failed:
+        return f"{counted} {task.name}: FAILED, {failed[task.name][0]}"
+    found = read_metrics(task.folder) if task.kind == "run" else {}
+    shown = f", hard {100 * found['accuracy.hard']:.1f} %" if "accuracy.hard" in found else ""
+    remaining = clock.estimate(left)
+    wait_for = f"; about {remaining / jobs / 60:.0f} min left" if remaining else ""
+    return f"{counted} {task.name}: {clock.seconds(task.name):.0f} s{shown}{wait_for}"
+
+
+class _Clock:
+    """Seconds of every task over all invocations, and of each budget on the wall; kept in the bench's folder."""
+
+    def __init__(self, path: Path, budget: str):
+        self.path, self.budget = path, budget
+        self.data: dict[str, Any] = {"tasks": {}, "wall": {}}
+        if path.is_file():
+            self.data = read_json(path)
+        self._begun = time.perf_counter()
+
+    def add(self, task: Task, seconds: float) -> None:
+        kept = self.data["tasks"].setdefault(task.name, {"arm": task.arm or task.kind, "seconds": 0.0})
+        kept["seconds"] = round(kept["seconds"] + seconds, 2)
+        now = time.perf_counter()
+        wall = self.data["wall"]
+        wall[self.budget] = round(wall.get(self.budget, 0.0) + now - self._begun, 1)
+        self._begun = now
+        write_json(self.path, self.data)
+
+    def seconds(self, name: str) -> float:
+        return self.data["tasks"][name]["seconds"]
+
+    def known(self, tasks: dict[str, Task]) -> list[str]:
+        return [name for name in tasks if name in self.data["tasks"]]
+
+    def estimate(self, left: list[Task]) -> float | None:
+        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first."""
+        by_arm: dict[str, list[float]] = {}
+        for kept in self.data["tasks"].values():
+            by_arm.setdefault(kept["arm"], []).append(kept["seconds"])
+        runs = [s for arm, of in by_arm.items() if arm not in ("answers", "rows") for s in of]
+        if not runs:
+            return None
+        mean = statistics.fmean(runs)
+        return sum(
+            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0])) for t in left
+        )
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
+    """What a budget would run, for --dry-run: arms, seeds, tasks, steps and rows, from recipes alone."""
+    recipe, file = load_bench(path)
+    budget = pick_budget(recipe, budget)
+    tasks = plan(recipe, budget, file)
+    runs = [t for t in tasks.values() if t.kind == "run"]
+    trained = [t for t in runs if not t.checkpoint]
+    return {
+        "budget": budget,
+        "seeds": recipe.budgets[budget].seeds,
+        "arms": {arm: sum(t.arm == arm for t in runs) for arm in dict.fromkeys(t.arm for t in runs)},
+        "runs": len(runs),
+        "shared_generations": sum(t.kind == "answers" for t in tasks.values()),
+        "shared_datasets": sum(t.kind == "rows" for t in tasks.values()),
+        "optimizer_steps": sum(t.recipe.train.steps for t in trained),
+        "rows_trained": sum(t.recipe.train.steps * t.recipe.train.batch_size for t in trained),
+        "finished": sum((t.folder / "eval" / MANIFEST).is_file() for t in runs),
+        "claims": [c.id for c in recipe.claims if recipe.within(budget, c)],
+    }

@@ -1,0 +1,159 @@
+"""What a finished run is compared by: names for numbers that its manifests and metrics.json already hold.
+
+    read_metrics(Path("checkpoints/claims/student-0"))     # {"accuracy.hard": 0.61, "train.flops": 1.3e12, ...}
+
+A metric a run does not have (routing of a dense model, training of a checkpoint) is absent. Each has a unit for
+tables and says which way is better; shares are 0 to 1 in files and per cent on pages.
+"""
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.shards import MANIFEST, read_json
+
+SMOOTHING = 0.9  # of the loss curve, as in DeepSeek-V3 appendix B.1
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str  # "%" for shares
+    words: str
+    better: str = "higher"  # or "lower", or "" where neither is
+
+
+METRICS = {
+    "accuracy.easy": Metric("%", "easy problems solved"),
+    "accuracy.medium": Metric("%", "medium problems solved"),
+    "accuracy.hard": Metric("%", "hard problems solved"),
+    "accuracy.mean": Metric("%", "problems solved, mean of the levels"),
+    "tokens.answer": Metric("tokens", "mean length of an answer", ""),
+    "loss.train": Metric("nats/token", "training loss, smoothed", "lower"),
+    "loss.held_out": Metric("nats/token", "loss on held-out rows", "lower"),
+    "moe.max_violation": Metric("", "MaxVio, the worst layer (0 is perfect balance)", "lower"),
+    "moe.load_entropy": Metric("", "load entropy over its maximum, mean of the layers"),
+    "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean", ""),
+    "train.flops": Metric("FLOPs", "training FLOPs", "lower"),
+    "train.tokens": Metric("tokens", "completion tokens trained on", ""),
+    "train.seconds": Metric("s", "training seconds", "lower"),
+    "train.steps": Metric("", "optimizer steps", ""),
+    "parameters.total": Metric("", "parameters", "lower"),
+    "parameters.active": Metric("", "parameters active per token", "lower"),
+    "parameters.trainable": Metric("", "parameters that train", "lower"),
+    "bytes.training_state": Metric("B", "gradients and Adam moments of what trains", "lower"),
+    "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer", "lower"),
+    "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token", "lower"),
+    "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run", "lower"),
+}
+_WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.flops_per_token)")
+MODEL = "student"  # the name under which every run's model is measured
+
+
+def metric(name: str) -> Metric:
+    """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token.
+
+    KeyError for another."""
+    if name.startswith("flaw."):
+        return Metric("%", f"probes that show {name[5:].replace('_', ' ')}", "")
+    if found := _WITH_K.fullmatch(name):
+        of = METRICS[found[2]]
+        return Metric(of.unit, f"{of.words}, {found[1]} experts per token", of.better)
+    return METRICS[name]
+
+
+def is_metric(name: str) -> bool:
+    return name in METRICS or name.startswith("flaw.") or bool(_WITH_K.fullmatch(name))
+
+
+def read_metrics(run: Path) -> dict[str, float]:
+    """All metrics of METRICS that this run folder has."""
+    found: dict[str, float] = {}
+    if (run / "eval" / "metrics.json").is_file():
+        model = read_json(run / "eval" / "metrics.json")["models"][MODEL]
+        found |= _measured(model)
+        if price := _price(run):
+            found["cost.usd_per_million"] = price / 3600 / model["cost"]["decode_tokens_per_second"] * 1e6
+    if (run / "student" / MANIFEST).is_file():
+        found |= _trained(run / "student")
+    if (run / "probes.json").is_file():
+        found |= {
+            f"flaw.{name}": flaw["share"] for name, flaw in read_json(run / "probes.json")["flaws"].items()
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _price(run: Path) -> float | None:
+    """USD per device-hour of the run's recipe."""
+    import yaml
+
+    recipe = run / "recipe.yaml"
+    return (
+        yaml.safe_load(recipe.read_text(encoding="utf-8"))["prices"]["usd_per_device_hour"]
+        if recipe.is_file()
+        else None
+    )
+
+
+def _measured(model: dict[str, Any]) -> dict[str, float | None]:
+    tasks, about = model["tasks"], model["model"]
+    scores = {f"accuracy.{level}": score["accuracy"] for level, score in tasks.items()}
+    found = {
+        **scores,
+        "accuracy.mean": statistics.fmean(scores.values()),
+        "tokens.answer": statistics.fmean(score["mean_tokens"] for score in tasks.values()),
+        "parameters.total": about["parameters_total"],
+        "parameters.active": about["parameters_active"],
+        "cost.flops_per_token": about["flops_per_token"],
+        "cost.flops_per_answer": model["cost"]["flops_per_answer"],
+    }
+    for entry in model.get("interventions") or []:
+        if entry["kind"] in ("none", "top_k"):
+            k = f"k{entry['experts_per_token']}"
+            found |= {f"{k}.accuracy.{level}": score["accuracy"] for level, score in entry["tasks"].items()}
+            found[f"{k}.cost.flops_per_token"] = entry["flops_per_token"]
+    layers = list(model.get("moe", {}).get("layers", {}).values())
+    if layers:
+        found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)
+        found["moe.load_entropy"] = statistics.fmean(layer["load_entropy"] for layer in layers)
+        found["moe.family_spread"] = _family_spread(layers)
+    return found
+
+
+def _family_spread(layers: list[dict]) -> float | None:
+    """Total variation between a task family's load and that of all tokens, mean over families and layers."""
+    distances = []
+    for layer in layers:
+        groups = layer.get("specialisation", {}).get("family")
+        for share in groups["share"] if groups else []:
+            routed = sum(share)  # k: a group's shares are of its tokens, each of which goes to k experts
+            distances.append(sum(abs(s / routed - load) for s, load in zip(share, layer["load"])) / 2)
+    return statistics.fmean(distances) if distances else None
+
+
+def _trained(folder: Path) -> dict[str, float | None]:
+    manifest = read_json(folder / MANIFEST)
+    counts = manifest["counts"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["validation"] for line in lines if line.get("validation") is not None]
+    trainable = counts["parameters_trainable"]
+    return {
+        "loss.train": smoothed([line["loss"] for line in lines]),
+        "loss.held_out": held_out[-1] if held_out else None,
+        "train.flops": manifest["flops"],
+        "train.tokens": counts["tokens"],
+        "train.seconds": manifest["seconds"],
+        "train.steps": counts["steps"],
+        "parameters.trainable": trainable,
+        "bytes.training_state": 12 * trainable,  # float32: one gradient, two moments
+    }
+
+
+def smoothed(losses: list[float], keep: float = SMOOTHING) -> float:
+    """The last value of an exponential average in which each step weighs `keep` times the next."""
+    average = weight = 0.0
+    for loss in losses:
+        average, weight = keep * average + (1 - keep) * loss, keep * weight + (1 - keep)
+    return average / weight
