@@ -75,6 +75,9 @@ PUBLIC: dict[str, dict[str, str]] = {
         "stats": "wilson_interval binomial_stderr score paired_interval paired_comparison mcnemar_p holm pass_at_k "
         "majority_at_k",
         "compare": "compare forgetting",
+        "probes": "Probe load_probes outcome",
+        "inherit": "measure_probes summarise_flaws compare_flaws inherited_share audit",
+        "flaws": "embedded_probes write_data",
         "fidelity": "fidelity",
         "calibration": "Reliability answer_calibration",
         "text_nll": "text_nll",

@@ -34,6 +34,9 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
     elif recipe.prompts.solutions:
         origin = "Trained on procedurally generated problems with worked steps (`distill/tasks.py`)."
         licence = "Terms: no third-party data or model outputs were used."
+        if recipe.prompts.source != "tasks":
+            origin = f"Trained on the given solutions of `{recipe.prompts.source}`."
+            licence = "Terms: those of that file's texts; check them before sharing this model."
     else:
         origin = "Control arm: trained on questions and final answers, without a teacher."
         licence = "Terms: no model outputs were used."

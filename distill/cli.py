@@ -18,6 +18,7 @@ from distill import (
     console,
     cost_command,
     evaluate_command,
+    inherit_command,
     recipe_commands,
     setup_commands,
 )
@@ -25,7 +26,8 @@ from distill.command import Command
 from distill.errors import DistillError, nearest
 
 _MODULES = (
-    recipe_commands, evaluate_command, bench_command, setup_commands, commands, cost_command, artifact_commands
+    recipe_commands, evaluate_command, bench_command, setup_commands, commands, inherit_command, cost_command,
+    artifact_commands,
 )  # fmt: skip
 COMMANDS: dict[str, Command] = {c.name: c for module in _MODULES for c in module.COMMANDS}
 

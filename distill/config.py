@@ -168,8 +168,6 @@ class Recipe(Section):
             raise ValueError(
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
             )
-        if self.prompts.solutions and self.prompts.source != "tasks":
-            raise ValueError("`prompts.solutions` needs the embedded tasks (`prompts.source: tasks`)")
         if self.prompts.source != "tasks" and not self.evaluate.source:
             raise ValueError(
                 "prompts come from a file: name held-out problems in `evaluate.source`, of the same form"

@@ -30,8 +30,9 @@ class Prompts(Section):
     )
     families: list[str] = Field(list(FAMILIES), description="embedded tasks: which families")
     solutions: bool = Field(
-        False, description="embedded tasks: train on the worked steps themselves (how the teacher is made)"
+        False, description="no teacher: train on given solutions (how the embedded teacher is made)"
     )
+    solution_column: str | None = Field(None, description="with `solutions`, files: the column they stand in")
     distinct: bool = Field(
         True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
     )
@@ -64,6 +65,16 @@ class Prompts(Section):
         return self
 
     @model_validator(mode="after")
+    def _given_solutions(self):
+        from_file = self.solutions and self.source != "tasks"
+        if from_file != (self.solution_column is not None):
+            raise ValueError(
+                "`solutions: true` on a file needs `solution_column`, the completions to train on, and nothing "
+                "else has one: give both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _regex(self):
         if (self.verifier == "regex") != (self.pattern is not None):
             raise ValueError("`pattern` and `verifier: regex` belong together: give both or neither")
@@ -80,6 +91,9 @@ class Filter(Section):
         "whole",
         description="what of a kept answer is trained on: all of it, its final answer, the public one, or (as a "
         "control) another prompt's",
+    )
+    keep_unverified: bool = Field(
+        False, description="with correct_only: keep answers to prompts without a reference, nothing to verify"
     )
     deduplicate: bool = Field(True, description="identical completions of one prompt are kept once")
     max_per_prompt: Count | None = Field(None, description="at most this many completions per prompt")

@@ -78,6 +78,8 @@ def identity(section: Filter, guard: HeldOut | None) -> dict[str, Any]:
     settings = section.model_dump(mode="json")
     if section.charset is None:
         del settings["charset_share"]
+    if not section.keep_unverified:  # off, a dataset is what it was before there was the key
+        del settings["keep_unverified"]
     if guard is None:
         del settings["decontaminate_ngram"], settings["decontaminate_share"]
     return {"filter": settings, **({"held_out": guard.fingerprint} if guard else {})}
@@ -120,6 +122,8 @@ class Rules:
     def wrong_answer(self, c: Candidate) -> str | None:
         """Names the verdict and the reference: the two that a reader compares."""
         if not self.section.correct_only or c.row["verdict"] == "correct":
+            return None
+        if self.section.keep_unverified and not c.prompt["answer"] and ":" not in c.prompt["verifier"]:
             return None
         return f"{c.row['verdict']}, reference {c.prompt['answer'][:40]}"
 

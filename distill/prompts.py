@@ -120,14 +120,18 @@ def file_prompts(source: str, section: Prompts, split: str) -> list[dict]:
     """
     require(section.verifier)
     table = _read_source(source, section)
-    given = section.completion_column if split == "train" else None
-    _check_columns(source, section, table.column_names, given)
+    given, solved = (section.completion_column, section.solution_column) if split == "train" else (None, None)
+    _check_columns(
+        source, section, table.column_names, {"completion_column": given, "solution_column": solved}
+    )
     fields = _template_fields(section, table.column_names)
     rows = []
     for number, item in enumerate(table):
         try:
             question, own, answer, family, choices = _read_row(item, section, fields)
-            completion = str(_filled(item, [given])[given]) if given else None
+            completion, solution = (
+                str(_filled(item, [column])[column]) if column else None for column in (given, solved)
+            )
         except ValueError as error:
             raise UserError(f"{source}: row {number + 1} has {error}") from None
         messages = _messages(question, section.system) if isinstance(question, str) else question
@@ -142,7 +146,7 @@ def file_prompts(source: str, section: Prompts, split: str) -> list[dict]:
                 "family": str(family or section.preset or "all"),
                 "level": section.preset or str(item.get("level") or "all"),
                 "split": split,
-                "solution": None,
+                "solution": solution,
                 "completion": completion,
                 "question": own,
                 "choices": choices,
@@ -183,8 +187,11 @@ def _read_row(
     return question, own, reference, values.get("family"), choices
 
 
-def _check_columns(source: str, section: Prompts, columns: list[str], given: str | None) -> None:
-    """Raises UserError for columns that the recipe or its preset names and the source does not have."""
+def _check_columns(source: str, section: Prompts, columns: list[str], extra: dict[str, str | None]) -> None:
+    """Raises UserError for columns that the recipe or its preset names and the source does not have.
+
+    extra: further keys of `prompts` and the columns they name, None where they name none.
+    """
     there = ", ".join(columns)
     if section.preset:
         missing = [c for c in PRESETS[section.preset].columns if c not in columns]
@@ -195,7 +202,7 @@ def _check_columns(source: str, section: Prompts, columns: list[str], given: str
             )
         return
     keys = ["answer_column"] if section.template else ["prompt_column", "answer_column"]
-    for key in [*keys, *(["completion_column"] if given else [])]:
+    for key in [*keys, *(key for key, column in extra.items() if column)]:
         column = getattr(section, key)
         if column and column not in columns:
             raise UserError(f"{source} has no column '{column}'; set prompts.{key} to one of: {there}")

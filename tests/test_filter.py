@@ -280,3 +280,21 @@ def test_nothing_left_says_what_dropped_it(make_recipe, run_cli):
     code, _, err = run_cli("filter", path, "filter.min_characters=9999")
     assert code == 2 and "too_few_characters" in err
     assert UserError.exit_code == 2
+
+
+def test_answers_that_nothing_can_verify_are_dropped_unless_asked_for():
+    """correct_only without a reference: dropped by default; `keep_unverified` keeps them and still judges the rest."""
+
+    def asked(answer: str, verifier: str = "exact", verdict: str = "wrong") -> Candidate:
+        made = candidate(verdict=verdict)
+        made.prompt.update(answer=answer, verifier=verifier)
+        return made
+
+    rows = [asked(""), asked("ref"), asked("ref", verdict="correct"), asked("", "regex:^yes$")]
+    assert dropped(Filter(deduplicate=False), *rows) == ["wrong_answer", "wrong_answer", None, "wrong_answer"]
+    kept = Filter(keep_unverified=True, deduplicate=False)
+    assert dropped(kept, *rows) == [None, "wrong_answer", None, "wrong_answer"], (
+        "a pattern needs no reference"
+    )
+    assert "keep_unverified" not in identity(Filter(), None)["filter"], "older datasets stay valid"
+    assert identity(kept, None)["filter"]["keep_unverified"] is True

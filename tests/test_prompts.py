@@ -294,3 +294,20 @@ def test_checkpoints_are_evaluated_on_a_file_with_a_template(write, run_cli, hub
     ]  # fmt: skip
     code, _, err = run_cli("evaluate", hub["llama"], "--tasks", "easy", keys[0])
     assert code == 2 and "name one with --tasks" in err
+
+
+def test_solutions_of_a_file_are_its_completions(write):
+    """Training without a teacher on somebody's texts: in the train split alone, and never empty."""
+    path = write({"prompt": "2 + 2?", "answer": "4", "worked": "<think>2+2=4</think>4"})
+    section = Prompts(source=path, solutions=True, solution_column="worked")
+    (row,) = file_prompts(path, section, "train")
+    assert row["solution"] == "<think>2+2=4</think>4" and row["completion"] is None
+    assert file_prompts(path, section, "test")[0]["solution"] is None
+    with pytest.raises(UserError, match="solution_column to one of: prompt, answer, worked"):
+        file_prompts(path, section.model_copy(update={"solution_column": "steps"}), "train")
+    empty = write({"prompt": "2 + 2?", "answer": "4", "worked": ""}, name="empty.jsonl")
+    with pytest.raises(UserError, match="row 1 has an empty 'worked'"):
+        file_prompts(empty, section, "train")
+    for half in ({"solutions": True}, {"solution_column": "worked"}):
+        with pytest.raises(ValueError, match="give both or neither"):
+            Prompts(source=path, **half)
