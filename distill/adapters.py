@@ -181,9 +181,18 @@ def add_lora(model: PreTrainedModel, lora: Lora, quantize: str = "none") -> nn.M
 
     Raises UserError where PEFT refuses, would train something else, or no gradient reaches a weight.
     """
+    wrapped = wrap_lora(model, lora, plan_lora(model, lora, quantize))
+    assert_reached(wrapped)
+    return wrapped
+
+
+def wrap_lora(model: PreTrainedModel, lora: Lora, plan: LoraPlan) -> nn.Module:
+    """The model with PEFT's adapters, on exactly the planned weights; on the meta device too, without weights.
+
+    Raises UserError where PEFT refuses, would train something else, or could not load it again.
+    """
     from peft import LoraConfig, get_peft_model
 
-    plan = plan_lora(model, lora, quantize)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -202,7 +211,6 @@ def add_lora(model: PreTrainedModel, lora: Lora, quantize: str = "none") -> nn.M
         ) from None
     assert_trained(wrapped, plan.weights)
     assert_reloads(wrapped)
-    assert_reached(wrapped)
     return wrapped
 
 

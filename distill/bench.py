@@ -72,7 +72,7 @@ def _jobs() -> int:
 
 def _check(tasks: dict[str, Task]) -> None:
     """The same pre-flight as before any run, once per arm, where its models are there already."""
-    from distill.preflight import check_model
+    from distill.models import check_model
     from distill.terms import require
 
     problems: list[str] = []

@@ -24,8 +24,7 @@ from distill.eval_sections import Evaluate
 from distill.likelihood import choice_problems, letters_of
 from distill.measure import Plan, Reference, measure_model
 from distill.metrics_schema import SCHEMA_VERSION, check
-from distill.models import load_model, load_tokenizer
-from distill.preflight import check_model
+from distill.models import check_model, load_model, load_tokenizer
 from distill.prompts import held_out, named_problems
 from distill.saturation import add_saturation
 from distill.shards import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json

@@ -128,13 +128,17 @@ def evaluate_checkpoints(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
     section = load_evaluate({"levels": levels, **evaluate_options(arguments)})
     prompts = load_prompts(keys)
+    from distill.devices import pick_device
     from distill.dossier import build_dossier
     from distill.evaluate import evaluate_checkpoints
     from distill.models import quiet_libraries
+    from distill.preflight import check_checkpoints
     from distill.report import summary_table
     from distill.shards import read_json
 
     quiet_libraries()
+    judged = names if arguments.teacher is None else {**names, "teacher": arguments.teacher}
+    check_checkpoints(judged, section, pick_device())
     evaluate_checkpoints(
         names, arguments.teacher, out, section, sources, arguments.redo, prompts, arguments.usd_per_hour
     )

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.rowwise import FORBIDDEN
+
 
 class Rows:
     """A chunk of the student's logits [n, V] and what the teacher says of the same tokens, by signal form.
@@ -40,6 +42,9 @@ class Rows:
         if (who, temperature) not in self._logs:
             logits = self.student if who == "student" else self.given["dense"][0].to(self.student.dtype)
             logs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+            if who == "teacher" and logs.numel() and logs[0, -1] == -torch.inf:
+                # A vocabulary padded to the student's width (distill/fused.py) counts as the formulas count it.
+                logs.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=FORBIDDEN)
             self._logs[who, temperature] = logs, logs.exp()
         return self._logs[who, temperature]
 

@@ -27,8 +27,7 @@ from distill.clustered import RESAMPLES
 from distill.devices import pick_device
 from distill.errors import UserError
 from distill.eval_sections import Evaluate
-from distill.models import load_model, load_tokenizer
-from distill.preflight import check_model
+from distill.models import check_model, load_model, load_tokenizer
 from distill.probes import OUTCOMES, Probe, load_probes, outcome
 from distill.shards import ANSWER_SCHEMA, PartWriter, fingerprint, write_json
 from distill.stats import paired_comparison, wilson_interval

@@ -167,6 +167,18 @@ def check_adapter_base(folder: Path) -> str:
         ) from None
 
 
+def check_model(name: str) -> None:
+    """A model (or adapter and its base) that can be loaded: config, whole weights, tokenizer. Raises UserError."""
+    folder = Path(resolve_model(name))
+    if folder.is_dir():
+        check_weights(folder)
+        if (folder / "adapter_config.json").is_file():
+            check_adapter_base(folder)
+        else:
+            load_config(name)
+    load_tokenizer(name)
+
+
 def _rounded(name: str, dtype: str, device: torch.device, quantize: str) -> dict[str, Any]:
     from distill.quantize import check_quantize, quantization_config
 

@@ -10,8 +10,8 @@ from distill.config import Recipe
 from distill.describe import describe_config
 from distill.models import load_config
 from distill.signals import SignalFormat
+from distill.students import student_config
 from distill.terms import decide
-from distill.train_sections import Student
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def derived(recipe: Recipe) -> dict[str, Any]:
     Adam moments. Activations come on top and grow with micro_batch_size x length.
     """
     train = recipe.train
-    student = describe_config(_config(recipe.student))
+    student = describe_config(student_config(recipe.student))
     total = student["parameters_total"]
     trained = total if recipe.student.adapter == "full" else None
     values: dict[str, Any] = {
@@ -69,13 +69,3 @@ def _signal_bytes(recipe: Recipe, tokens: int) -> dict[str, Any]:
     vocabulary = load_config(recipe.teacher.model).get_text_config().vocab_size
     form = SignalFormat.from_recipe(recipe.generate.signal, vocabulary, identity={})
     return {"signal_bytes_at_most": round(tokens * form.bytes_per_token())}
-
-
-def _config(student: Student):
-    if student.model:
-        return load_config(student.model)
-    from transformers import AutoConfig
-
-    from distill.students import student_tokenizer
-
-    return AutoConfig.for_model(**{**student.config, "vocab_size": len(student_tokenizer(student))})

@@ -1,13 +1,51 @@
-"""The commands before a run: completion for a shell."""
+"""The commands before a run: init writes a recipe, doctor examines it, completion teaches a shell."""
 
 import argparse
+import json
 
-from distill.command import Command
+from distill.command import Command, json_argument, pair_arguments, recipe_arguments, with_pair
 from distill.errors import UserError
 
 # What a word of the usage line stands for, for a shell that completes it.
 _FOLDERS = ("DIR",)
 _FILES = ("FILE", "PATH", "RECIPE", "MODEL", "STUDENT", "CHECKPOINT", "FOLDER")
+
+
+def init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the recipe: NAME.yaml, run folder checkpoints/NAME")
+    pair_arguments(parser)
+
+
+def init(arguments: argparse.Namespace) -> int:
+    from distill.scaffold import write_recipe
+
+    if arguments.teacher or arguments.student:
+        from distill.models import quiet_libraries
+
+        quiet_libraries()
+    path = write_recipe(arguments.name, arguments.teacher, arguments.student)
+    print(f"{path}: a recipe with every key explained; next: distill doctor {path}, then distill run {path}")
+    return 0
+
+
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_arguments(parser)
+    json_argument(parser)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from distill.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, with_pair(arguments.overrides, arguments))
+    from distill.doctor import examine
+    from distill.findings import as_json, format_findings
+    from distill.models import quiet_libraries
+
+    quiet_libraries()
+    findings = examine(recipe)
+    report = as_json(findings)
+    print(json.dumps(report, indent=2) if arguments.json else format_findings(findings))
+    return 0 if report["ok"] else UserError.exit_code
 
 
 def completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,5 +70,9 @@ def completion(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = [
-    Command("completion", "a script that completes commands and options", completion_arguments, completion)
+    Command("init", "write a commented recipe NAME.yaml to start from", init_arguments, init),
+    Command(
+        "doctor", "is this pair fit for this recipe? before any weight is loaded", doctor_arguments, doctor
+    ),
+    Command("completion", "a script that completes commands and options", completion_arguments, completion),
 ]

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from distill.adapters import add_lora, plan_lora
 from distill.errors import UserError
@@ -44,6 +50,31 @@ def student_tokenizer(section: Student) -> PreTrainedTokenizerBase:
     return build_tokenizer()
 
 
+def student_config(section: Student) -> PreTrainedConfig:
+    """The student's config, read or made. Raises UserError."""
+    if section.model is not None:
+        return load_config(section.model)
+    tokenizer = student_tokenizer(section)
+    try:
+        return _fitted(section.config, tokenizer)
+    except Exception as error:  # each config class validates in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"student.config: {reason}; correct it") from None
+
+
+def student_skeleton(section: Student) -> PreTrainedModel:
+    """The student on the meta device: its structure without weights. Raises UserError."""
+    config = student_config(section)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a family raises for sizes that do not fit together
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"no causal LM can be built from the student's config: {reason}; correct it"
+        ) from error
+
+
 def build_student(section: Student, precision: str, device: torch.device, seed: int) -> BuiltStudent:
     """The student ready to train on `device`, deterministic in `seed`.
 
@@ -71,6 +102,13 @@ def check_student(section: Student, precision: str, device: torch.device) -> Non
 
     The adapter is planned on a skeleton built from the config alone.
     """
+    check_start(section, precision, device)
+    if section.model is not None and section.adapter == "lora":
+        plan_lora(student_skeleton(section), section.lora, section.quantize)
+
+
+def check_start(section: Student, precision: str, device: torch.device) -> None:
+    """The same without the adapter: where it starts, and in how many bits. Raises UserError."""
     if section.model is None:
         return
     if (Path(resolve_model(section.model)) / "adapter_config.json").is_file():
@@ -82,11 +120,6 @@ def check_student(section: Student, precision: str, device: torch.device) -> Non
         raise UserError(
             f"student.quantize={section.quantize} has matmuls of its own; use train.precision=bf16, not {precision}"
         )
-    if section.adapter == "lora":
-        config = load_config(section.model)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        plan_lora(skeleton, section.lora, section.quantize)
 
 
 def _from_weights(section: Student, tokenizer, precision: str, device: torch.device) -> PreTrainedModel:
@@ -103,20 +136,24 @@ def _from_weights(section: Student, tokenizer, precision: str, device: torch.dev
 
 
 def _from_config(values: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(_fitted(values, tokenizer), dtype=torch.float32)
+    except (
+        Exception
+    ) as error:  # whatever a wrong value breaks inside the architecture is the recipe's mistake
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"student.config does not make a {values['model_type']} model: {reason}") from error
+
+
+def _fitted(values: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """A config from scratch has the size and the special tokens of its tokenizer."""
     fixed = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    try:
-        config = AutoConfig.for_model(**{**values, **fixed})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # whatever a wrong value breaks inside the architecture is the recipe's mistake
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"student.config does not make a {values['model_type']} model: {reason}") from error
+    return AutoConfig.for_model(**{**values, **fixed})
 
 
 def save_student(

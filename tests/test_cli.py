@@ -40,6 +40,7 @@ def test_every_command_has_help():
     assert set(commands) == {
         "demo", "run", "generate", "filter", "train", "evaluate", "report", "bench", "cost", "describe",
         "provenance", "export", "merge", "completion", "inherit",
+        "doctor", "init",
     }  # fmt: skip
 
 
