@@ -13,6 +13,9 @@ from distill.doctor import examine, examine_checkpoints
 from distill.errors import UserError
 from distill.eval_sections import Evaluate
 from distill.findings import FAIL, NOTE, WARN, Finding
+from distill.models import check_model
+
+__all__ = ["check_checkpoints", "check_model", "check_recipe"]
 
 
 def check_recipe(recipe: Recipe, command: str) -> None:
