@@ -6,8 +6,10 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT
 from docs_examples import DEMO, PAGES, command, examples, lay_over_demo, recipe_examples, resolve
+from transformers import AutoModelForCausalLM
 
 from distill.config import load_recipe
 from distill.errors import UserError
@@ -163,3 +165,18 @@ def in_order(parts: list[str], source: str) -> bool:
 def test_a_wrong_example_would_be_caught(text):
     with pytest.raises((AssertionError, UserError, SystemExit)):
         resolve(command(text)[0] or [])
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
+def test_python_examples_run(page, hub):
+    """With a tiny mixture of experts as `model`, and logits of the shapes that the examples name."""
+    model = AutoModelForCausalLM.from_pretrained(hub["qwen3_moe"])
+    rows = torch.arange(12).view(2, 6)
+    given = {
+        "model": model.eval(),
+        "batch": {"input_ids": rows, "attention_mask": torch.ones_like(rows)},
+        "student_logits": torch.randn(5, 9),
+        "teacher_logits": torch.randn(5, 9),
+    }
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(code, page.name, "exec"), dict(given))
