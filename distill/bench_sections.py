@@ -61,7 +61,7 @@ class Factorial(Section):
     )
     set: dict[str, Any] = Field({}, description="keys of the recipe for all its arms")
     seeds: Count | None = Field(None, description="at most so many seeds, whatever the budget")
-    budget: Name | None = None
+    budget: Name | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
 
     @model_validator(mode="after")
     def _two_levels(self):
@@ -98,7 +98,7 @@ class Factorial(Section):
 class Claim(Section):
     """A sentence, the hypothesis it implies here, and which difference between arms decides."""
 
-    id: Name
+    id: Name = Field(description="its name in results and on the page")
     group: str = Field("", description="heading under which the table shows it")
     sentence: str = Field(description="what the article says")
     hypothesis: str = Field(description="what that means for these arms; written before the run")
@@ -110,7 +110,9 @@ class Claim(Section):
         None, description="or an effect of the factorial: a factor, 'a x b', synergy"
     )
     relative: bool = Field(False, description="divide by the arm of weight -1")
-    expect: Literal["greater", "less", "within"]
+    expect: Literal["greater", "less", "within"] = Field(
+        description="the effect is above 0, below 0, or within +-margin"
+    )
     margin: Annotated[float, Field(ge=0)] = Field(
         0.0, description="in the metric's unit; a share if relative"
     )
@@ -119,7 +121,7 @@ class Claim(Section):
     )
     headline: bool = Field(False, description="shown in the README's table")
     axis: str = Field("", description="where arms differ in budget on purpose: what is held equal instead")
-    budget: Name | None = None
+    budget: Name | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
 
     @model_validator(mode="after")
     def _one_way(self):
@@ -145,15 +147,15 @@ class Claim(Section):
 class Curve(Section):
     """A figure of the page: one metric against another, a line of arms per series."""
 
-    title: str
-    x: str
-    y: str
+    title: str = Field(description="of the figure")
+    x: str = Field(description="metric along the bottom; distill/bench_metrics.py has the names")
+    y: str = Field(description="metric up the side")
     series: dict[str, list[str]] = Field(
         description="label: arms in order; arm@kN takes both metrics with N experts per token"
     )
-    log_x: bool = False
+    log_x: bool = Field(False, description="logarithmic x")
     fit: bool = Field(False, description="a logistic in log10 x through each series")
-    budget: Name | None = None
+    budget: Name | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
 
     @model_validator(mode="after")
     def _known(self):
@@ -164,7 +166,9 @@ class Curve(Section):
 
 
 class Bench(Section):
-    title: str
+    """Arms x seeds over one recipe, and what they are to decide."""
+
+    title: str = Field(description="of the page")
     run_dir: str = Field(description="the grid lives here: one run folder per arm and seed")
     recipe: str | dict[str, Any] = Field(
         description="what all arms have in common: a recipe's path, or its keys"

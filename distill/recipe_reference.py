@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from distill.bench_sections import Bench
 from distill.config import PROJECT_ROOT, Recipe
 from distill.objectives import OBJECTIVES, WEIGHT, Option
 from distill.sections import Section
@@ -79,7 +80,8 @@ def entries(
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None and inner is not Objective:
-            below.append((f"{prefix}{name}", inner))
+            many = {dict: ".NAME", list: ".0"}.get(get_origin(field.annotation), "")
+            below.append((f"{prefix}{name}{many}", inner))
         else:
             own.append(
                 Entry(
@@ -151,7 +153,7 @@ def default_text(field: FieldInfo) -> str:
     if isinstance(value, list) and value and isinstance(value[0], Objective):
         value = [{"name": o.name} for o in value]
     if isinstance(value, str):
-        return f"`{value}`"
+        return f"`{value}`" if value else "`''`"
     return f"`{json.dumps(value).replace(chr(34), '')}`"
 
 
@@ -173,20 +175,25 @@ def option_text(option: Option) -> tuple[str, str]:
 
 def page() -> str:
     """The whole of docs/recipes.md."""
-    lines = [_OPENING]
-    for path, section, own in entries():
-        lines += [
-            f"\n## {f'`{path}`' if path else 'Top level'}\n",
-            " ".join((section.__doc__ or "").split()),
-            "",
-        ]
+    lines = [
+        _OPENING,
+        *_tables(Recipe, "Top level"),
+        _objectives(),
+        *_tables(Bench, "A grid of `distill bench`"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(root: type[Section], title: str) -> Iterator[str]:
+    """Heading, docstring and keys of a file's top level and of every section below it."""
+    for path, section, own in entries(root):
+        yield f"\n## {f'`{path}`' if path else title}\n"
+        yield " ".join((section.__doc__ or "").split()) + "\n"
         if own:
-            lines += ["| key | type | default | |", "|---|---|---|---|"]
-            lines += [
+            yield "| key | type | default | |\n|---|---|---|---|"
+            yield from (
                 f"| `{e.key}` | {_cell(e.type)} | {_cell(e.default)} | {_cell(e.description)} |" for e in own
-            ]
-    lines.append(_objectives())
-    return "\n".join(lines)
+            )
 
 
 def _objectives() -> str:
@@ -215,7 +222,7 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     write_atomic(PAGE, page())
-    keys = sum(len(own) for _, _, own in entries())
+    keys = sum(len(own) for root in (Recipe, Bench) for _, _, own in entries(root))
     print(f"{PAGE.relative_to(PROJECT_ROOT)}: {keys} keys, {len(OBJECTIVES)} objectives", file=sys.stderr)
     return 0
 

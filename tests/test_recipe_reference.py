@@ -22,12 +22,12 @@ class Outer(Section):
     name: str = Field(description="needed")
     steps: Count | None = Field(None, description="steps")
     inner: Inner = Inner()
-    inners: Inner | None = None
+    inners: dict[str, Inner] = {}
 
 
 def test_sections_are_walked_with_their_paths():
     found = {path: own for path, _, own in entries(Outer)}
-    assert list(found) == ["", "inner", "inners"]
+    assert list(found) == ["", "inner", "inners.NAME"]
     assert [(e.key, e.type, e.default) for e in found[""]] == [
         ("name", "text", "required"),
         ("steps", "whole number, at least 1, or empty", "empty"),
