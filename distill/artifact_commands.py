@@ -1,4 +1,4 @@
-"""The commands about what a run left behind: provenance, export, merge."""
+"""The commands about what a run left behind: provenance, export, merge, play."""
 
 import argparse
 import json
@@ -65,6 +65,34 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def play_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("targets", nargs="+", metavar="RUN_DIR | CHECKPOINT ...")
+    add("--teacher", metavar="PATH", help="whose alternatives are shown; of a run, its own teacher")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="T",
+        help="problems to pick from: level, FILE, PRESET[:FILE], hub:org/name",
+    )
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--port", type=int, default=7860, metavar="N", help="of the page on 127.0.0.1; 0 is any that is free")
+
+
+def play(arguments: argparse.Namespace) -> int:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
+    from distill.models import quiet_libraries
+    from distill.play_page import play
+
+    quiet_libraries()
+    try:
+        play(arguments.targets, arguments.teacher, arguments.tasks, arguments.port, arguments.max_new_tokens)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
 COMMANDS = [
     Command(
         "provenance",
@@ -73,5 +101,6 @@ COMMANDS = [
         provenance,
     ),
     Command("export", "a run's training set in TRL's formats, or to the hub", export_arguments, export),
+    Command("play", "ask checkpoints side by side on a local page (extra `play`)", play_arguments, play),
     Command("merge", "an adapter folded into its base, with the error that makes", merge_arguments, merge),
 ]

@@ -39,7 +39,7 @@ def test_every_command_has_help():
     commands = next(a for a in parser._actions if a.dest == "command").choices
     assert set(commands) == {
         "demo", "run", "generate", "filter", "train", "evaluate", "report", "bench", "cost", "describe",
-        "provenance", "export", "merge", "completion", "inherit",
+        "provenance", "export", "merge", "play", "completion", "inherit",
         "doctor", "init",
     }  # fmt: skip
 
