@@ -94,7 +94,7 @@ def load_config(name: str) -> Any:
     """The model's config. Raises UserError where there is none or it needs remote code."""
     source = resolve_model(name)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the config of '{name}': {_first_line(error)}") from None
 
@@ -103,7 +103,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, left-padding, with a pad token and a chat template in any case."""
     source = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a tokenizer from '{name}': {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
@@ -140,7 +140,12 @@ def load_model(
     rounded = {} if quantize == "none" else _rounded(name, dtype, torch.device(device), quantize)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **rounded
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **rounded,
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot load '{name}' as a causal LM: {_first_line(error)}") from None
@@ -252,4 +257,9 @@ def quiet_libraries() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    if "trust_remote_code" in text:  # its advice is the one thing that is not done here
+        return (
+            "it needs code from the checkpoint, which is never run; use a model that transformers implements"
+        )
+    return text.splitlines()[0]

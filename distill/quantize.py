@@ -59,7 +59,7 @@ def quantization_config(quantize: str, config: PreTrainedConfig, compute: torch.
 def _kept_whole(config: PreTrainedConfig) -> list[str]:
     """Full names of the linear layers that are not rounded: the output head and everything in a router."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names = {id(module): name for name, module in skeleton.named_modules()}
     head = skeleton.get_output_embeddings()
     inside = [r.router if r.router is not None else r.block.router_gate for r in find_routers(skeleton)]

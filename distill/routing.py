@@ -314,9 +314,10 @@ def routed_backbone(model: nn.Module, routers: list[Router]) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Any of it under torch.compile, `module.compile()`, or the compiled decoding of `generate`."""
+    """Any of it under torch.compile, `module.compile()`, a compiled `forward`, or compiled decoding of `generate`."""
     return any(
         hasattr(m, "_orig_mod")
+        or hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
         or getattr(m, "_compiled_call_impl", None) is not None
         or hasattr(m, "_compiled_call")
         for m in model.modules()

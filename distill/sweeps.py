@@ -285,4 +285,4 @@ def _skeleton(path: str) -> nn.Module:
     adapter = (folder / "adapter_config.json").is_file()
     config = load_config(check_adapter_base(folder) if adapter else path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()

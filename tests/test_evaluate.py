@@ -1,6 +1,8 @@
 """Evaluation: resumes model by model, compares in the stated direction, and never hides a failure."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +87,8 @@ def test_interrupted_evaluation_continues_with_the_next_model(make_recipe, run_c
     rows = list(read_rows(run_dir / "eval" / "answers"))
     assert len({(r["model"], r["prompt_id"]) for r in rows}) == len(rows) == 4 * 14
     assert all(hash_file(run_dir / "eval" / "answers" / name) == digest for name, digest in kept.items())
+    assert run_cli("evaluate", path, "--redo")[0] == 0  # and in one go: the same rows
+    assert list(read_rows(run_dir / "eval" / "answers")) == rows
 
 
 def test_nan_logits_are_errors_not_wrong_answers(make_recipe, run_cli, hub, tmp_path):
@@ -248,6 +252,21 @@ def test_bad_input_is_one_line(run_cli, hub, tmp_path):
             else (run_cli("evaluate", *arguments))
         )
         assert code == 2 and message in err and "Traceback" not in err, (arguments, err)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_offered(run_cli, hub, tmp_path, monkeypatch):
+    """transformers would ask a person at a terminal whether to run it."""
+    folder, marker = tmp_path / "own", tmp_path / "it-ran"
+    shutil.copytree(hub["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": names}))
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w').write('x')\nclass OwnConfig: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for command in (["evaluate", folder, "--out", tmp_path / "out"], ["describe", folder]):
+        code, _, err = run_cli(*command)
+        assert code == 2 and "never run" in err and "trust_remote_code" not in err
+    assert not marker.exists()
 
 
 def test_options_become_overrides_of_a_recipe(make_recipe, run_cli):

@@ -194,7 +194,7 @@ def test_data_parallel_and_headless_models(model, ids):
     assert torch.equal(backbone.layers["layers.1.mlp"].counts, wrapped.layers[LAYERS[0]].counts)
 
 
-@pytest.mark.parametrize("how", ["wrapper", "in place"])
+@pytest.mark.parametrize("how", ["wrapper", "in place", "forward alone", "one layer"])
 def test_hooks_reach_a_model_compiled_and_warmed_up_before(ids, how):
     """Without a reset, compiled code goes on without the new hooks, and nothing is recorded, in silence."""
     model = make(MixtralConfig(**SIZES))
@@ -203,6 +203,10 @@ def test_hooks_reach_a_model_compiled_and_warmed_up_before(ids, how):
     compiled = torch.compile(model, backend="eager") if how == "wrapper" else model
     if how == "in place":
         model.compile(backend="eager")
+    elif how == "forward alone":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif how == "one layer":
+        model.model.layers[0].compile(backend="eager")
     with torch.no_grad():
         compiled(input_ids=ids, use_cache=False)
         with record_routing(compiled) as recording:

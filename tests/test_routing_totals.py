@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from distill import routing_metrics as metrics
 from distill.errors import RunError, UserError
 from distill.routers import Router
-from distill.routing import Recording
+from distill.routing import Recording, record_routing
 from distill.routing_load import LoadTotals
 
 HAND = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3], [2, 3], [2, 3]])  # passes of 4 and 2 tokens
@@ -129,8 +130,8 @@ def test_take_gives_each_part_once_and_totals_stay():
 WORKER = """
 import json, sys, torch
 from pathlib import Path
-from test_routing_totals import decisions, router
-from distill.routing import Recording
+from test_routing_totals import decisions, mixtral, router, text
+from distill.routing import Recording, record_routing
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 def total(tensor):
@@ -142,12 +143,36 @@ for seed in ([0, 1], [2])[rank]:
     recording.layers["layer"].add(*decisions(40 + 30 * seed, seed=seed), None)
     recording.layers["other"].add(*decisions(20, 6, 3, seed=seed), None)
 recording.reduce(total)
-(folder / f"{rank}.json").write_text(json.dumps(recording.summary()))
+parallel = torch.nn.parallel.DistributedDataParallel(mixtral())
+with record_routing(parallel, keep="counts") as wrapped:
+    for part in text(rank):
+        parallel(input_ids=part, use_cache=False).logits.sum().backward()
+wrapped.reduce(total)
+(folder / f"{rank}.json").write_text(json.dumps([recording.summary(), wrapped.summary()]))
 """
 
 
+def mixtral():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_local_experts": 4}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.normal_(0, 1)
+    return model
+
+
+def text(rank: int) -> list[torch.Tensor]:
+    """The batches of one process."""
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randint(32, (2, 5 + 4 * rank), generator=generator) for _ in range(2)]
+
+
 def test_two_processes_equal_one(tmp_path):
-    """Ragged shares, one process with twice the passes: every ratio is that of all tokens in one process."""
+    """Ragged shares, one process with twice the passes: every ratio is that of all tokens in one process.
+
+    The second recording is of a model that trains under DistributedDataParallel.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
@@ -165,11 +190,19 @@ def test_two_processes_equal_one(tmp_path):
         ):
             record.add(*call, None)
             record.flush()
-    expected = alone.summary()
+    model = mixtral()
+    with torch.no_grad(), record_routing(model, keep="counts") as unwrapped:
+        for part in text(0) + text(1):
+            model(input_ids=part, use_cache=False)
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert both[0] == both[1]
-    for name, layer in expected["layers"].items():
-        got = both[0]["layers"][name]
+    pairs = [
+        (layer, found["layers"][name])
+        for found, expected in zip(both[0], (alone.summary(), unwrapped.summary()), strict=True)
+        for name, layer in expected["layers"].items()
+    ]
+    assert len(pairs) == 4
+    for layer, got in pairs:
         nested = {"coactivation", "token_drop", "token_drop_batch"}
         assert {k: got[k] for k in nested} == {k: layer[k] for k in nested}
         plain = layer.keys() - nested - {"score_function", "load"}
