@@ -204,7 +204,7 @@ def findings(evaluation: Evaluation, experts: list[dict]) -> list[str]:
         if not absent(gap := over_confidence(bins)):
             words = "more" if gap > 0 else "less"
             said.append(
-                f"{name} is on average {share(abs(gap))} {words} certain of a token than it is right."
+                f"{name} is on average {100 * abs(gap):.1f} points {words} certain of a token than it is right."
             )
     for found in experts:
         worst = max(found["rows"], key=lambda row: row[1].get("max_violation") or 0)

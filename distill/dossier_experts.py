@@ -17,6 +17,7 @@ from markupsafe import Markup
 from distill import dossier_plots as draw
 from distill import plots
 from distill.plots import absent, layer_labels
+from distill.specialisation import SEEN
 
 FIGURES = 3  # layers drawn of a model that has more
 STRONGEST = 12  # rows of a table of extremes
@@ -30,9 +31,13 @@ def few(names: list[str]) -> list[str]:
     return [names[round(i * (len(names) - 1) / (FIGURES - 1))] for i in range(FIGURES)]
 
 
+def _sorted(layers: dict) -> dict:
+    return {name: layers[name] for name in plots.in_order(layers)}
+
+
 def moe_view(name: str, model: dict) -> dict[str, Any] | None:
     moe = model.get("moe") or {}
-    layers = moe.get("layers") or {}
+    layers = _sorted(moe.get("layers") or {})
     loaded = {layer: values for layer, values in layers.items() if values.get("load")}
     if not loaded:
         return None
@@ -95,6 +100,9 @@ def _specialisation(layers: dict, labels: dict) -> list[dict[str, Any]]:
             cells, baseline = 100 * np.array(found[name]["share"], dtype=float), 100 * found[name]["baseline"]
             mark = {"mark": baseline, "words": "no preference", "unit": "%", "top": top}
             groups = [str(group) for group in found[name]["groups"]]
+            if kind == "level":
+                places = [groups.index(group) for group in plots.in_order(groups)]
+                groups, cells = plots.in_order(groups), cells[places]
             figures.append(Markup(draw.heat_map(labels[name], groups, cells, **mark, what=words)))
         for name, block in found.items():
             for item in block.get("strongest") or []:
@@ -102,7 +110,10 @@ def _specialisation(layers: dict, labels: dict) -> list[dict[str, Any]]:
                 rows.append({"layer": labels[name], **item, "baseline": block["baseline"], "times": times})
         rows.sort(key=lambda row: -abs(row["share"] - row["baseline"]))
         more = max(0, len(rows) - STRONGEST)
-        shown.append({"words": words, "figures": figures, "rows": rows[:STRONGEST], "more": more})
+        unjudged = all(max(block["answers"], default=0) < SEEN for block in found.values())
+        shown.append(
+            {"words": words, "figures": figures, "rows": rows[:STRONGEST], "more": more, "unjudged": unjudged}
+        )
     return shown
 
 
@@ -133,7 +144,7 @@ def _saturation(saturation: dict) -> list[dict[str, Any]]:
     """Per other checkpoint its block, with layers as (label, values)."""
     found = []
     for other, block in saturation.items():
-        layers = block.get("layers") or {}
+        layers = _sorted(block.get("layers") or {})
         found.append(
             {"other": other, **block, "layers": list(zip(layer_labels(list(layers)), layers.values()))}
         )
@@ -151,7 +162,7 @@ def precision_view(name: str, model: dict) -> dict[str, Any] | None:
         error = ((entry.get("relative_loss_error") or {}).get("fp32") or {}).get("absolute")
         if precision != "fp32" and not absent(error):
             errors[precision] = 100 * error
-        by_layer = (entry.get("flips") or {}).get("layers") or {}
+        by_layer = _sorted((entry.get("flips") or {}).get("layers") or {})
         labels = layer_labels(list(by_layer))
         layers += [(precision, label, values) for label, values in zip(labels, by_layer.values())]
         if by_layer:
@@ -165,7 +176,7 @@ def precision_view(name: str, model: dict) -> dict[str, Any] | None:
         figures.append(
             Markup(draw.layer_lines(f"{plots.shorten(name)}: tokens rerouted", lines, "tokens, %"))
         )
-    tasks = list(dict.fromkeys(task for entry in ran.values() for task in entry.get("tasks") or {}))
+    tasks = plots.in_order({task for entry in ran.values() for task in entry.get("tasks") or {}})
     return {"name": name, "entries": entries, "layers": layers, "figures": figures, "tasks": tasks}
 
 
@@ -174,7 +185,7 @@ def changes_view(name: str, model: dict) -> dict[str, Any] | None:
     entries = [entry for entry in model.get("interventions") or [] if entry.get("tasks")]
     if not entries:
         return None
-    tasks = list(dict.fromkeys(task for entry in entries for task in entry["tasks"]))
+    tasks = plots.in_order({task for entry in entries for task in entry["tasks"]})
     whole = next((entry for entry in entries if entry["kind"] == "none"), None)
     drops = {entry["label"]: where for entry in entries if (where := _dropped(entry))}
     figures: dict[str, list] = {"compute": [], "without": _without(name, entries, drops), "controls": []}

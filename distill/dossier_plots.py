@@ -99,7 +99,7 @@ def verdict_panel(task: str, pairs: list[dict]) -> str:
             look = {"marker": marker, "markersize": 8, "color": fill, "markeredgecolor": INK, "zorder": 3}
             axes.plot([100 * pair["difference"]], [row], **look)
             words = pair["verdict"].lower()
-            axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+            axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", fontsize=10.5)
         names = [f"{shorten(pair['b'], 20)}\nagainst {shorten(pair['a'], 20)}" for pair in pairs]
         axes.set_yticks(range(len(pairs)), names, color=INK)
         axes.set_ylim(len(pairs) - 0.5, -0.5)
@@ -276,7 +276,6 @@ def reliability(title: str, found: dict[str, dict], order: list[str]) -> str:
         plain_axes(axes, "both")
         plain_axes(counts, "y")
         axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":")
-        axes.text(2, 94, "dotted: as often right as it says", fontsize=9, color=MUTED)
         for name, values in found.items():
             bins = [b for b in values["bins"] if b["n"] and not absent(b["confidence"])]
             look = _style(name, order)

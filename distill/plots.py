@@ -208,6 +208,19 @@ def loss_curves(title: str, curves: dict[str, tuple[list, list]], window: dict[s
         return to_svg(figure, f"{title} against optimizer step for {' and '.join(curves)}")
 
 
+def in_order(names) -> list[str]:
+    """Names from a JSON file, whose keys are sorted as text, as a reader counts: layer 2 before layer 10.
+
+    The embedded levels stand by difficulty.
+    """
+    known = {"easy": "0", "medium": "1", "hard": "2"}
+
+    def key(name: str) -> list:
+        return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", known.get(name, name))]
+
+    return sorted(names, key=key)
+
+
 def layer_labels(names: list[str]) -> list[str]:
     """ "layer 3" for a router's full name where that stays unique, the shortened name where it does not.
 

@@ -211,6 +211,7 @@ def experts(run: Run) -> list[dict]:
     found = []
     for name, model in run.models.items():
         layers = (model.get("moe") or {}).get("layers", {})
+        layers = {layer: layers[layer] for layer in plots.in_order(layers)}
         if layers:
             figure = plots.expert_load(name, {layer: values["load"] for layer, values in layers.items()})
             rows = []

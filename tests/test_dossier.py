@@ -16,10 +16,11 @@ from test_report import Page, points
 
 from distill import dossier_plots, plots
 from distill.dossier import build_dossier, over_confidence
-from distill.dossier_experts import few
+from distill.dossier_experts import few, moe_view
 from distill.dossier_routes import viewer_data
 from distill.errors import UserError
 from distill.metrics_schema import check
+from distill.plots import in_order
 from distill.routes import read_routes
 
 
@@ -137,7 +138,7 @@ def test_tables_of_the_other_blocks(whole, page):
         "1.56 %",
     ]
     assert ["fp8-emulated", "layer 3", "4.51 %", "9.03 %", "0.00630", "0.14320"] in page.cells
-    assert next(r for r in page.cells if r[0] == "fp16")[-1] == "did not run: fp16 needs CUDA: this is a CPU"
+    assert "fp16: did not run: fp16 needs CUDA: this is a CPU" in page.text
     assert next(r for r in page.cells if r[:2] == ["student", "its own text"])[:4] == [
         "student",
         "its own text",
@@ -162,7 +163,27 @@ def test_interventions_worst_first(whole, page):
     shown = [row[0] for row in page.cells if re.fullmatch(r"without \d:\d", row[0])]
     assert shown == [entry["label"] for entry in order[:12]] and "12 more, each without one" in page.text
     row = next(r for r in page.cells if r[0] == "top-k 1")
-    assert row[1:3] == ["1", "2.46 MFLOP"] and row[6] == points(-30, -35, -25) and row[-1] == "▼ WORSE"
+    assert row[1:3] == ["▼ WORSE", points(-30, -35, -25)] and row[5:7] == ["1", "2.46 MFLOP"]
+
+
+def test_layers_and_levels_stand_as_a_reader_counts(whole):
+    """JSON keys are sorted as text, layer 10 before layer 2 and hard before medium."""
+    metrics = json.loads((whole / "metrics.json").read_text())
+    moe = metrics["models"]["teacher"]["moe"]
+    moe["layers"] = {f"model.layers.{n}.mlp": next(iter(moe["layers"].values())) for n in (1, 10, 11, 2)}
+    view = moe_view("teacher", metrics["models"]["teacher"])
+    assert [row[0] for row in view["rows"]] == ["layer 1", "layer 2", "layer 10", "layer 11"]
+    assert in_order(["hard", "easy", "zebra 10", "zebra 9", "medium"])[:3] == ["easy", "medium", "hard"]
+    assert in_order(["zebra 10", "zebra 9"]) == ["zebra 9", "zebra 10"]
+
+
+def test_groups_too_small_to_judge_are_said_to_be(whole):
+    teacher = json.loads((whole / "metrics.json").read_text())["models"]["teacher"]
+    for layer in teacher["moe"]["layers"].values():
+        block = layer["specialisation"]["family"]
+        block["strongest"], block["answers"] = [], [9] * len(block["groups"])
+    kinds = {kind["words"]: kind for kind in moe_view("teacher", teacher)["specialisation"]}
+    assert kinds["kind of problem"]["unjudged"] and not kinds["part of the text"]["unjudged"]
 
 
 MUTATIONS = [  # where, a value found nowhere else, how it reads
