@@ -67,7 +67,7 @@ def train_arm(
     config = {
         "student": recipe.student.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
-        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms"})
+        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms", "device"})
         if needs_teacher and recipe.teacher
         else None,
         "seed": recipe.seed,

@@ -67,7 +67,15 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
             "Flaws of the teacher (wrong rules, refusals, bias) can be inherited; measure before relying on it.",
             "",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_recipe(recipe)])
+
+
+def _recipe(recipe: Recipe) -> list[str]:
+    """What differs from the defaults, as a recipe is written; without the server, which is nobody else's business."""
+    parts = {"seed", "prompts", "generate", "filter", "student", "train"}
+    values = recipe.model_dump(mode="json", include=parts, exclude_defaults=True)
+    text = yaml.safe_dump(values, sort_keys=False).strip()
+    return ["<details><summary>Recipe</summary>", "", "```yaml", text, "```", "", "</details>", ""]
 
 
 def _fine_tuning(recipe: Recipe) -> str:

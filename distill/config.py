@@ -85,7 +85,11 @@ class Teacher(Section):
 
     model: str = Field(description="folder or hub name of any causal LM")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
-    device: Literal["auto", "cpu"] = Field("auto", description="cpu: offloaded while it scores for training")
+    device: Literal["auto", "cpu", "sharded"] = Field(
+        "auto",
+        description="while it scores for training: auto, whole in every process; cpu, offloaded; sharded, its layers "
+        "spread over the processes",
+    )
     quantize: Literal["none", "4bit", "8bit"] = Field(
         "none", description="by bitsandbytes, only if asked for"
     )
@@ -167,6 +171,12 @@ class Recipe(Section):
         if self.prompts.solutions == (self.teacher is not None):
             raise ValueError(
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
+            )
+        several = self.train.teachers.models or self.train.teachers.own_start
+        if self.teacher and self.teacher.device == "sharded" and (several or self.teacher.quantize != "none"):
+            raise ValueError(
+                "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
+                "equally often: leave out `train.teachers` and `teacher.quantize`, or set `teacher.device: auto`"
             )
         if self.prompts.source != "tasks" and not self.evaluate.source:
             raise ValueError(

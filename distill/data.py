@@ -245,3 +245,13 @@ def micro_batches(
             stop = start + max(1, int(np.searchsorted(taken, most_tokens, side="right")))
         yield indices[start:stop]
         start = stop
+
+
+def even_pieces(pieces: list[np.ndarray], most: int) -> list[tuple[np.ndarray, float]]:
+    """`most` pieces with their weights: those given count 1, repetitions of the last one (or row 0) nothing.
+
+    Where weights are sharded, every forward pass is a meeting of all processes: one with fewer pieces than
+    the others would leave them waiting for ever.
+    """
+    filler = pieces[-1] if pieces else np.zeros(1, dtype=np.int64)
+    return [(piece, 1.0) for piece in pieces] + [(filler, 0.0)] * (most - len(pieces))

@@ -27,10 +27,12 @@ from torch import Tensor
 from distill import losses
 from distill.gradients import Rows, closed
 from distill.rowwise import CPU_CHUNK
+from distill.sparse_losses import check_sampled, check_stored
 
 # Elements of a chunk of logits. Below 64 rows a matrix product loses half its speed; more rows only cost memory.
 CHUNK, LEAST_ROWS, MOST_ROWS = 2**24, 64, 8192
 ACCELERATOR_CHUNK = 2**26
+CHECKS = {"sparse": check_stored, "sampled": check_sampled}  # of stored signals, by form
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,9 @@ def fused_loss(
     ):  # every objective is on the way to the logits; a gradient of 0 still reaches the head (DDP waits)
         nothing = [t.sum() for t in (hidden, head.weight, head.bias) if t is not None and t.requires_grad]
         return sum(nothing, hidden.new_zeros(())).float() * 0, hidden.new_zeros(0, dtype=torch.float64)
+    # The closed forms take stored signals as they are: they are looked at here, once, and not row by row.
+    for form in signals.keys() & CHECKS.keys():
+        CHECKS[form]((len(hidden), len(head.weight)), *signals[form].tensors)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)

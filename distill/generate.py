@@ -1,7 +1,7 @@
 """Teacher outputs: several sampled answers to every training prompt, judged, in resumable Parquet parts.
 
     distill generate RECIPE
-    accelerate launch --num_processes 2 --cpu -m distill generate RECIPE       the same rows, parts dealt by rank
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill generate RECIPE      parts dealt by rank
 
 Stage folder `generations/`: one row per (prompt, sample) with the token ids the teacher chose, their
 log-probabilities, the text, why it stopped and the verifier's verdict. A part is the unit of everything: it is

@@ -1,4 +1,4 @@
-"""Closed forms of the four objectives that carry most training: value and gradient in one pass over a row.
+"""Closed forms of the objectives that carry most training: value and gradient in one pass over a row.
 
 `distill.losses` states every objective as a formula and lets autograd differentiate it, which reads a row of
 150,000 logits about twice as often as the arithmetic needs. For the objectives below the gradient with respect
@@ -7,6 +7,7 @@ to the student's logits z is known; with q = softmax(z / T) and p the teacher's,
     cross_entropy     (q - onehot)                      forward_kl   (q - p) / T
     reverse_kl        q (r - <q, r>) / T with r = log q - log p
     generalized_jsd   q (r - <q, r>) / T with r = (1 - beta) (log q - log m), m = beta p + (1 - beta) q
+    sparse_forward_kl, sampled_cross_entropy   (q sum w - w) / T, w the stored probabilities or weights, 0 elsewhere
 
     rows = Rows(student_logits, {"dense": (teacher_logits,)})      # a chunk, float32 or float64
     value, gradient = closed("forward_kl", {"temperature": 2.0, "temperature_squared": False})(rows)
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.rowwise import FORBIDDEN
+from distill.rowwise import FORBIDDEN, log_probs
 
 
 class Rows:
@@ -41,11 +42,15 @@ class Rows:
     def _pair(self, who: str, temperature: float) -> tuple[Tensor, Tensor]:
         if (who, temperature) not in self._logs:
             logits = self.student if who == "student" else self.given["dense"][0].to(self.student.dtype)
-            logs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+            scaled = logits if temperature == 1 else logits / temperature
+            probabilities = F.softmax(scaled, dim=-1)
+            # log q = z - max z + log max q: no second exponential over the row, which takes longer than the softmax.
+            logs = scaled - scaled.amax(-1, keepdim=True)
+            logs += probabilities.amax(-1, keepdim=True).log()
             if who == "teacher" and logs.numel() and logs[0, -1] == -torch.inf:
                 # A vocabulary padded to the student's width (distill/fused.py) counts as the formulas count it.
                 logs.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=FORBIDDEN)
-            self._logs[who, temperature] = logs, logs.exp()
+            self._logs[who, temperature] = logs, probabilities
         return self._logs[who, temperature]
 
     def q(self, temperature: float) -> tuple[Tensor, Tensor]:
@@ -98,11 +103,31 @@ def _generalized_jsd(rows: Rows, temperature: float, beta: float) -> tuple[Tenso
     return beta * from_p + from_q, ratio.sub_(from_q[:, None]).mul_(q)
 
 
+def _sparse_forward_kl(rows: Rows, temperature: float, tail: str) -> tuple[Tensor, Tensor]:
+    (log_q, q), (ids, stored) = rows.q(temperature), rows.given["sparse"]
+    stored = stored.to(q.dtype)
+    log_p = log_probs(stored, temperature)
+    if tail == "zero":
+        log_p = log_p + stored.logsumexp(-1, keepdim=True)
+    p = log_p.exp()
+    value = (p * (log_p - log_q.gather(1, ids))).sum(-1)
+    return value, (q * p.sum(-1, keepdim=True)).scatter_add_(1, ids, -p)
+
+
+def _sampled_cross_entropy(rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    (log_q, q), (ids, weights) = rows.q(temperature), rows.given["sampled"]
+    weights = weights.to(q.dtype)
+    value = -(weights * log_q.gather(1, ids)).sum(-1)
+    return value, (q * weights.sum(-1, keepdim=True)).scatter_add_(1, ids, -weights)
+
+
 _CLOSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "cross_entropy": _cross_entropy,
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "generalized_jsd": _generalized_jsd,
+    "sparse_forward_kl": _sparse_forward_kl,
+    "sampled_cross_entropy": _sampled_cross_entropy,
 }
 
 
@@ -111,7 +136,7 @@ def closed(name: str, options: dict[str, Any]) -> Callable[[Rows], tuple[Tensor,
 
     The gradient is a fresh tensor, with respect to the logits before the temperature.
     """
-    if name not in _CLOSED:
+    if name not in _CLOSED or options.get("tail") == "tail_bucket":
         return None
     if name == "cross_entropy":
         return _cross_entropy

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.config import Recipe
@@ -28,6 +29,7 @@ from distill.hidden_losses import HiddenTap
 from distill.kept import AtHead, KeptLogits
 from distill.models import load_model, load_tokenizer, same_vocabulary
 from distill.router_losses import RouterTap
+from distill.taps import decoder_layers
 
 
 class LiveTeacher:
@@ -211,9 +213,7 @@ def live_teachers(recipe: Recipe, student: nn.Module, tokenizer, ends: set[int],
     if section.own_start:
         return OwnStart(student)
     if any(o.signal == "aligned" for o in recipe.train.objectives):
-        model = load_model(
-            recipe.teacher.model, recipe.teacher.dtype, device, quantize=recipe.teacher.quantize
-        )
+        model = _load(recipe, recipe.teacher.model, device)
         return CrossTeacher(model, load_tokenizer(recipe.teacher.model), tokenizer, ends)
     names = {recipe.teacher.model, *section.models.values()}
     problems = [
@@ -225,11 +225,35 @@ def live_teachers(recipe: Recipe, student: nn.Module, tokenizer, ends: set[int],
     ]
     if problems:
         raise UserError(*problems)
-    place = torch.device("cpu") if recipe.teacher.device == "cpu" else device
-    loaded = {
-        name: LiveTeacher(load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize))
-        for name in names
-    }
+    loaded = {name: LiveTeacher(_load(recipe, name, device)) for name in names}
     if not section.models:
         return loaded[recipe.teacher.model]
     return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])
+
+
+def _load(recipe: Recipe, name: str, device: torch.device) -> nn.Module:
+    """A teacher where `teacher.device` wants it. Raises UserError where nothing could be sharded over."""
+    where = recipe.teacher.device
+    if where == "sharded" and not dist.is_initialized():
+        raise UserError(
+            "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several "
+            "with accelerate launch, or set teacher.device=auto (or cpu)"
+        )
+    place = device if where == "auto" else torch.device("cpu")
+    model = load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize)
+    return shard_layers(model, device) if where == "sharded" else model
+
+
+def shard_layers(model: nn.Module, device: torch.device) -> nn.Module:
+    """Spread a frozen model's decoder layers over all processes (FSDP2); each is whole only while it computes.
+
+    Embedding, last norm and output head stay whole everywhere: the head is read outside of the forward pass. Every
+    process must then call the model equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in decoder_layers(model.requires_grad_(False))[1]:
+        fully_shard(layer, mesh=mesh)
+    return model.to(device)

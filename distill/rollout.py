@@ -66,6 +66,7 @@ class OnPolicyRows:
                 f"with {', '.join(map(repr, shown))}; use a student with the teacher's chat template and end token"
             )
         self.buffer: dict[tuple[int, int], list[int]] = {}  # (step, place in the step) -> completion
+        self.filled = (0, 0)  # the buffer holds what the student writes in steps from .. to - 1
         self.bad_buffers = 0
         self.stats: dict[str, float] = {}
 
@@ -75,7 +76,8 @@ class OnPolicyRows:
         chosen = self.plan.step_rows(step)
         wanted = self._writes(step)
         mine = np.arange(len(chosen))[rank::world]
-        if any((step, int(place)) not in self.buffer for place in mine[wanted[mine]]):
+        # By the step alone, not by what this process lacks: all sample after the same update, and meet there.
+        if not self.filled[0] <= step < self.filled[1]:
             self._fill(step, rank, world)
         prompts, completions = [], []
         for place in mine:
@@ -93,12 +95,13 @@ class OnPolicyRows:
     def state(self) -> dict[str, Any]:
         """The buffers of all processes: a resumed run trains on the very text that was sampled."""
         everyone = [item for items in self.gather(list(self.buffer.items())) for item in items]
-        return {"buffer": [[*key, ids] for key, ids in everyone], "bad_buffers": self.bad_buffers}
+        buffer = [[*key, ids] for key, ids in dict(everyone).items()]
+        return {"buffer": buffer, "filled": list(self.filled), "bad_buffers": self.bad_buffers}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         if state:
             self.buffer = {(step, place): ids for step, place, ids in state["buffer"]}
-            self.bad_buffers = state["bad_buffers"]
+            self.filled, self.bad_buffers = tuple(state["filled"]), state["bad_buffers"]
 
     # ---- sampling --------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class OnPolicyRows:
 
     def _fill(self, first: int, rank: int, world: int) -> None:
         """Sample what this process needs for the steps of the buffer that `first` belongs to."""
-        # Buffers start at multiples of their size, whatever step a resume begins with.
+        # Buffers end at multiples of their size, whatever step a resume begins with.
         stop = (first // self.section.buffer_steps + 1) * self.section.buffer_steps
         places = [
             (step, int(place))
@@ -121,11 +124,13 @@ class OnPolicyRows:
         prompts = [self.rows.row(chosen[step][place])[0].tolist() for step, place in places]
         section = self.section
         base = self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
+        sampling = Sampling(
+            temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens
+        )
         found = decode(
-            base, prompts,
-            Sampling(temperature=section.temperature, top_p=section.top_p, max_new_tokens=section.max_new_tokens),
-            eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id, vocab_limit=len(self.tokenizer),
-            keys=[(self.seed, "rollout", *place) for place in places], batch_size=section.batch_size,
+            base, prompts, sampling, eos_ids=self.eos_ids, pad_id=self.tokenizer.pad_token_id,
+            vocab_limit=len(self.tokenizer), keys=[(self.seed, "rollout", *place) for place in places],
+            batch_size=section.batch_size,
         )  # fmt: skip
         failed = [c.error for c in found if c.error]
         if failed:
@@ -133,6 +138,7 @@ class OnPolicyRows:
                 f"the student's samples at step {first + 1} failed: {failed[0]}; lower train.learning_rate"
             )
         self.buffer = {place: list(map(int, c.ids)) for place, c in zip(places, found)}
+        self.filled = (first, stop)
         self._look_at(first, found)
 
     def _look_at(self, step: int, found: list) -> None:

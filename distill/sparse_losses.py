@@ -18,40 +18,41 @@ from distill.errors import UserError
 from distill.rowwise import check_option, kl, log_probs, per_row
 
 
-def _check_shapes(student_logits: Tensor, ids: Tensor, values: Tensor) -> None:
-    if student_logits.dim() != 2 or ids.dim() != 2 or ids.shape != values.shape:
+def _check_shapes(shape: tuple[int, ...], ids: Tensor, values: Tensor) -> None:
+    if len(shape) != 2 or ids.dim() != 2 or ids.shape != values.shape:
         raise UserError(
             "stored signals need logits [N, V], ids [N, K] and their logprobs or weights [N, K], not "
-            f"{list(student_logits.shape)}, {list(ids.shape)} and {list(values.shape)}"
+            f"{list(shape)}, {list(ids.shape)} and {list(values.shape)}"
         )
-    if ids.shape[0] != student_logits.shape[0]:
-        raise UserError(
-            f"{student_logits.shape[0]} student rows against {ids.shape[0]} stored: select the same tokens"
-        )
+    if ids.shape[0] != shape[0]:
+        raise UserError(f"{shape[0]} student rows against {ids.shape[0]} stored: select the same tokens")
 
 
-def _outside(student_logits: Tensor, ids: Tensor) -> str:
+def _outside(shape: tuple[int, ...], ids: Tensor) -> str:
     return (
         f"stored ids run from {ids.min().item()} to {ids.max().item()} but the student has "
-        f"{student_logits.shape[1]} logits: the signals come from another tokenizer; store them again"
+        f"{shape[1]} logits: the signals come from another tokenizer; store them again"
     )
 
 
-def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None:
-    """Refuse what would give a wrong number silently. One transfer of three flags from the device."""
-    _check_shapes(student_logits, ids, logprobs)
+def check_stored(shape: tuple[int, ...], ids: Tensor, logprobs: Tensor) -> None:
+    """Refuse what would give a wrong number silently; `shape` is that of the logits, (N, V).
+
+    One transfer of three flags from the device.
+    """
+    _check_shapes(shape, ids, logprobs)
     if ids.numel() == 0:
         return
     absent = logprobs == -torch.inf
     position = torch.arange(ids.shape[1], device=ids.device)
     ordered = torch.where(absent, -1 - position, ids).sort(-1).values
-    outside = (ids < 0).any() | (ids >= student_logits.shape[1]).any()
+    outside = (ids < 0).any() | (ids >= shape[1]).any()
     repeated = (ordered.diff(dim=-1) == 0).any()
     too_much = (logprobs.float().exp().sum(-1) > 1.02).any()
     outside, repeated, too_much = torch.stack([outside, repeated, too_much]).tolist()
     found = []
     if outside:
-        found.append(_outside(student_logits, ids))
+        found.append(_outside(shape, ids))
     if repeated:
         found.append("a stored row names one id twice: add the probabilities up and store each id once")
     if too_much:
@@ -60,6 +61,21 @@ def _check_stored(student_logits: Tensor, ids: Tensor, logprobs: Tensor) -> None
         )
     if found:
         raise UserError(*found)
+
+
+def check_sampled(shape: tuple[int, ...], ids: Tensor, weights: Tensor) -> None:
+    """The same for sampled tokens."""
+    _check_shapes(shape, ids, weights)
+    if ids.numel():
+        outside = (ids < 0).any() | (ids >= shape[1]).any()
+        outside, negative = torch.stack([outside, ~(weights >= 0).all()]).tolist()
+        found = [_outside(shape, ids)] if outside else []
+        if negative:
+            found.append(
+                "a stored weight is negative or NaN: sampled_cross_entropy takes weights, not logarithms"
+            )
+        if found:
+            raise UserError(*found)
 
 
 def sparse_forward_kl(
@@ -89,7 +105,7 @@ def sparse_forward_kl(
     """
     check_option("sparse_forward_kl", "temperature", temperature)
     check_option("sparse_forward_kl", "tail", tail)
-    _check_stored(student_logits, ids, logprobs)
+    check_stored(student_logits.shape, ids, logprobs)
 
     def formula(student: Tensor, ids: Tensor, stored: Tensor) -> Tensor:
         stored = stored.to(student.dtype)
@@ -133,17 +149,7 @@ def sampled_cross_entropy(
     same: a sample cannot be tempered afterwards.
     """
     check_option("sampled_cross_entropy", "temperature", temperature)
-    _check_shapes(student_logits, ids, weights)
-    if ids.numel():
-        outside = (ids < 0).any() | (ids >= student_logits.shape[1]).any()
-        outside, negative = torch.stack([outside, ~(weights >= 0).all()]).tolist()
-        found = [_outside(student_logits, ids)] if outside else []
-        if negative:
-            found.append(
-                "a stored weight is negative or NaN: sampled_cross_entropy takes weights, not logarithms"
-            )
-        if found:
-            raise UserError(*found)
+    check_sampled(student_logits.shape, ids, weights)
 
     def formula(student: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return -(weights.to(student.dtype) * log_probs(student, temperature).gather(1, ids)).sum(-1)

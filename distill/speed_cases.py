@@ -57,6 +57,9 @@ STORED = Method("distill, stored top-64", _OURS, ("distill.train",), live=False,
 LORA = Method(
     "distill, LoRA", "distill.speed_worker:distill_lora_runner", ("distill.train", "peft"), held_to=("loss",)
 )
+COMPILED = Method(
+    "distill, compiled", "distill.speed_worker:distill_compiled_runner", ("distill.train", "torch._inductor"),
+)  # fmt: skip
 NAIVE = Method(
     "plain PyTorch, kept tokens", "distill.speed_worker:naive_runner", logits={"forward_kl": 4, "generalized_jsd": 8}
 )  # fmt: skip
@@ -67,6 +70,10 @@ DISTILLATION = Method(
 GKD = Method(
     "TRL GKDTrainer", "distill.speed_peers:gkd_runner", ("trl.experimental.gkd.gkd_trainer",), peer=True,
     logits={"forward_kl": 9, "reverse_kl": 9, "generalized_jsd": 17},
+)  # fmt: skip
+GKD_COMPILED = Method(
+    "TRL GKDTrainer, compiled", "distill.speed_peers:gkd_compiled_runner",
+    ("trl.experimental.gkd.gkd_trainer", "torch._inductor"), peer=True, logits=GKD.logits,
 )  # fmt: skip
 
 OBJECTIVES = {
@@ -123,26 +130,28 @@ def quick_cases() -> list[Case]:
 
 def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
     """(everything worth measuring on a CPU with these matmul rates, what is left out and why)."""
-    ours_and_peers = (OURS, DISTILLATION, GKD)
-    forward = (NAIVE, *ours_and_peers, STORED, LORA)
-    cases = [Case(LARGE, m, "forward_kl") for m in forward]
-    cases += [Case(LARGE, m, name) for name in ("reverse_kl", "generalized_jsd") for m in ours_and_peers]
-    short = (NAIVE, OURS, DISTILLATION, STORED)
-    cases += [Case(LARGE, m, "forward_kl", allocator="keeping") for m in short]
+    ours_and_peers, short = (OURS, DISTILLATION, GKD), (NAIVE, OURS, DISTILLATION, STORED)
+    cases = []
+    for allocator in ("glibc", "keeping"):
+        forward = (NAIVE, *ours_and_peers, STORED, LORA)
+        cases += [Case(LARGE, m, "forward_kl", allocator=allocator) for m in forward]
+        others = [(name, m) for name in ("reverse_kl", "generalized_jsd") for m in ours_and_peers]
+        cases += [Case(LARGE, m, name, allocator=allocator) for name, m in others]
     left_out = []
     for precision, gain in (
         ("bf16", rates["bf16"] / rates["fp32"]),
         ("medium", rates["medium"] / rates["fp32"]),
     ):
         if gain >= 1.3:
-            cases += [Case(LARGE, m, "forward_kl", precision) for m in short]
+            both = [(allocator, m) for allocator in ("glibc", "keeping") for m in short]
+            cases += [Case(LARGE, m, "forward_kl", precision, allocator) for allocator, m in both]
         else:
             what = "float32 matmul precision 'medium'" if precision == "medium" else "bf16"
             left_out.append(
                 f"{what}: its matmuls run at {gain:.2f} times the float32 rate on this CPU, which has no units for "
                 "them; nothing would be gained"
             )
-    cases += quick_cases()
+    cases += [*quick_cases(), *(Case(SMALL, m, "forward_kl") for m in (COMPILED, GKD_COMPILED))]
     cases += [Case(SMALL, m, "forward_kl", do="loop") for m in (OURS, STORED)]
     return cases, left_out
 

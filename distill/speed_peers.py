@@ -115,3 +115,11 @@ def gkd_runner(work: Workload, objective: dict[str, Any], precision: str) -> Cal
     labels[:, : work.prompts.shape[1]] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return _step(trainer, inputs, torch.tensor(work.kept))
+
+
+def gkd_compiled_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
+    """The same, every decoder layer of both models compiled as `train.compile` does it."""
+    from distill.taps import compile_layers
+
+    compile_layers(work.student, work.teacher)
+    return gkd_runner(work, objective, precision)

@@ -138,6 +138,14 @@ def distill_lora_runner(work: Workload, objective: dict[str, Any], precision: st
     return distill_step_runner(work, objective, precision)
 
 
+def distill_compiled_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
+    """The toolkit's step with `train.compile=true`; what compiling takes is in the warm-up, not in the time."""
+    from distill.taps import compile_layers
+
+    compile_layers(work.student, work.teacher)
+    return distill_step_runner(work, objective, precision)
+
+
 def naive_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
     """What a careful user writes by hand: logits of the kept tokens only, the definition, autograd."""
     ids, prompt = work.ids[:, :-1], work.prompts.shape[1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distill.data import Batch
 from distill.fused import Given, Term, fused_loss, whole_loss
 from distill.kept import AtHead, KeptLogits
+from distill.taps import decoder_layers
 from distill.train_sections import Objective
 
 ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
@@ -42,6 +43,12 @@ class StudentStep(nn.Module):
         # Plain attributes: neither is a module of its own, they call `model`.
         self.__dict__["at"] = at if at.fusable else None
         self.__dict__["kept"] = None if at.fusable else KeptLogits(model)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the decoder layers, the units of sharding: Accelerate asks the module it is given for them,
+        and shards nothing but the whole where it gets no answer."""
+        return sorted({type(layer).__name__ for layer in decoder_layers(self.model)[1]})
 
     @property
     def head_form(self) -> str:

@@ -48,6 +48,13 @@ def decoder_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
+def compile_layers(*models: nn.Module) -> None:
+    """torch.compile of every decoder layer, in place and for any length; hooks that stand already are compiled in."""
+    for model in models:
+        for layer in decoder_layers(model)[1]:
+            layer.compile(dynamic=True)
+
+
 def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
     found = []
     for child in module.children():

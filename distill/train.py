@@ -1,7 +1,7 @@
 """Student training: one plain loop on Accelerate, from a dataset folder to an ordinary Hugging Face folder.
 
     distill train RECIPE                                                     (this machine, one process)
-    accelerate launch --num_processes 2 --cpu -m distill train RECIPE        (two CPU processes)
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill train RECIPE     (two CPU processes)
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m distill train RECIPE      (N GPUs)
 
 Leaves in the arm's folder: weights or adapter, tokenizer, card, `metrics.jsonl` (one line per optimizer
@@ -29,7 +29,8 @@ from distill.attention import training_attention
 from distill.balance import ExpertBiasBalancer
 from distill.checkpoint import latest_state, load_state, save_state
 from distill.config import Recipe
-from distill.data import TokenRows, micro_batches
+from distill.data import TokenRows, even_pieces, micro_batches
+from distill.devices import from_all
 from distill.errors import RunError, UserError
 from distill.interrupts import Interrupts
 from distill.memory import OutOfMemory, memory_advice
@@ -41,6 +42,7 @@ from distill.state_objectives import state_objectives
 from distill.steplog import StepLog
 from distill.student_step import StudentStep
 from distill.students import BuiltStudent
+from distill.taps import compile_layers
 from distill.train_sections import Train
 from distill.validation import Validator
 
@@ -61,6 +63,14 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
         raise UserError(
             f"this launch asks for FSDP and Accelerate would run {kind.value} instead, since it shards on "
             "accelerators only; on CPU use recipes/accelerate/cpu2.yaml"
+        )
+    spread = kind == DistributedType.FSDP or (
+        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
+    if spread and recipe.train.on_policy.fraction:
+        raise UserError(
+            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
+            "unequally long; use recipes/accelerate/ddp.yaml (or zero2.yaml), or train.on_policy.fraction=0"
         )
     if kind == DistributedType.DEEPSPEED and recipe.train.checkpoint_every:
         raise UserError(
@@ -91,7 +101,7 @@ def train_student(
 
     # ---- model, optimizer, state -------------------------------------------------------------------
     bare = student.model
-    prepare_model(train, student)
+    prepare_model(train, student, teacher)
     states = state_objectives(train.objectives, bare, teacher, recipe.seed)
     step_module = StudentStep(bare, train.objectives, states)
     optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
@@ -157,18 +167,17 @@ def train_student(
     }
 
 
-def prepare_model(train: Train, student: BuiltStudent) -> None:
-    """What the recipe asks of the model's own forward: checkpointing, packing, compilation."""
+def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
+    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too)."""
     if train.gradient_checkpointing:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
     if train.packing:
         check_packing(student.model, len(student.tokenizer))
     if train.compile:
-        from distill.taps import decoder_layers
-
-        for layer in decoder_layers(student.model)[1]:
-            layer.compile(dynamic=True)
+        compile_layers(
+            student.model, *(m for m in (teacher.models if teacher else []) if m is not student.model)
+        )
 
 
 class Saver:
@@ -235,16 +244,18 @@ class MicroBatches:
                 lot.share, rows.lengths, self.size, train.micro_batch_tokens, padded=not train.packing
             )
         )
-        for i, indices in enumerate(pieces):
+        pieces = even_pieces(pieces, max(from_all(len(pieces))))
+        for i, (indices, weight) in enumerate(pieces):
             batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
             batch = batch.to(accelerator.device)
             if balancer:
-                balancer.mask = batch.attention_mask
+                balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
             last = i == len(pieces) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 total, terms = model(batch, teacher(batch) if teacher else {})
                 # Gradients are averaged over processes, hence the world; one division by all kept tokens.
-                accelerator.backward(total * (accelerator.num_processes / lot.tokens))
+                accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
+            terms = terms * weight
             sums += terms.cpu()
         return sums
 

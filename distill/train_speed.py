@@ -155,7 +155,7 @@ def training_speed(
         "left_out": left_out,
         "rates": rates,
         "device": device,
-        "peer": {"python": peer_python, "trl": trl},
+        "peer": {"trl": trl},
         "allocators": ALLOCATORS,
         "rounds": rounds,
         "seconds": round(time.perf_counter() - start, 1),

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from distill.checkpoint import BEST, load_trained, save_trained
-from distill.data import TokenRows, micro_batches
+from distill.data import TokenRows, even_pieces, micro_batches
+from distill.devices import from_all
 from distill.errors import UserError
 from distill.train_sections import Train, Validation
 
@@ -63,12 +64,14 @@ class Validator:
         total = torch.zeros(1, dtype=torch.float64)
         try:
             with torch.no_grad():
-                pieces = micro_batches(
-                    share, self.rows.lengths, self.train.micro_batch_size, self.train.micro_batch_tokens
+                pieces = list(
+                    micro_batches(
+                        share, self.rows.lengths, self.train.micro_batch_size, self.train.micro_batch_tokens
+                    )
                 )
-                for indices in pieces:
+                for indices, weight in even_pieces(pieces, max(from_all(len(pieces)))):
                     batch = self.rows.collate(indices, self.pad_id).to(self.accelerator.device)
-                    total += model(batch, teacher(batch) if teacher else {})[0].double().cpu()
+                    total += weight * model(batch, teacher(batch) if teacher else {})[0].double().cpu()
         finally:
             for m in training:
                 m.training = True

@@ -54,6 +54,7 @@ def main(out: Path, world: int) -> None:
     if rank == 0:
         save_file(found, out / "final.safetensors")
     if world > 1:
+        dist.barrier()  # a group torn down under a process that still works ends it with SIGABRT
         dist.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from distill.errors import UserError
 from distill.provenance import provenance
 from distill.shards import read_json, write_json
 from distill.stages import Stage
+from distill.train_sections import Student, Train
 
 COUNTS = {
     "parameters_trainable": 10,
@@ -134,3 +135,5 @@ def test_the_card_says_what_trained(make_recipe, overrides, words):
     card = student_card(recipe, "student", COUNTS)
     assert f"- fine-tuning: {words}" in card or words in card
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == recipe.student.model
+    written = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert Train(**written["train"]) == recipe.train and Student(**written["student"]) == recipe.student

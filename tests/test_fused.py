@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill import fused, losses
+from distill.errors import UserError
 from distill.fused import Given, Head, Projected, Term, fused_loss, whole_loss
 from distill.gradients import Rows, closed
 from distill.objectives import OBJECTIVES, resolve
@@ -220,6 +221,44 @@ def test_closed_forms_are_their_formulas(beta, temperature):
         expected.sum().backward()
         torch.testing.assert_close(value, expected.detach())
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_closed_forms_of_stored_signals_are_their_formulas(temperature):
+    """Absent entries, an id drawn twice, and both tails that have a closed form."""
+    student = torch.randn(9, V, dtype=torch.float64)
+    logprobs, ids = torch.randn(9, V, dtype=torch.float64).log_softmax(-1).topk(K, dim=-1)
+    logprobs[2, -2:], ids[2, -2:] = -torch.inf, ids[2, 0]
+    drawn, weights = ids.clone(), torch.rand(9, K, dtype=torch.float64)
+    drawn[4, 1] = drawn[4, 0]
+    common = {"temperature": temperature, "temperature_squared": True}
+    for name, form, stored, extra in (
+        ("sparse_forward_kl", "sparse", (ids, logprobs), {"tail": "renormalise"}),
+        ("sparse_forward_kl", "sparse", (ids, logprobs), {"tail": "zero"}),
+        ("sampled_cross_entropy", "sampled", (drawn, weights), {}),
+    ):
+        value, gradient = closed(name, common | extra)(Rows(student, {form: stored}))
+        leaf = student.clone().requires_grad_()
+        expected = getattr(losses, name)(leaf, *stored, **common, **extra)
+        expected.sum().backward()
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(gradient, leaf.grad)
+    assert closed("sparse_forward_kl", common | {"tail": "tail_bucket"}) is None
+
+
+@pytest.mark.parametrize(
+    "name, form, broken, message",
+    [
+        ("sparse_forward_kl", "sparse", lambda ids, values: (ids + V, values), "another tokenizer"),
+        ("sparse_forward_kl", "sparse", lambda ids, values: (ids * 0, values), "names one id twice"),
+        ("sampled_cross_entropy", "sampled", lambda ids, values: (ids, -values), "weight is negative"),
+    ],
+)
+def test_stored_signals_that_cannot_be_right_are_refused_here_too(name, form, broken, message):
+    hidden, weight, _, signals = parts(0)
+    signals[form] = Given(broken(*signals[form].tensors))
+    with pytest.raises(UserError, match=message):
+        fused_loss(hidden, Head(weight), [term(name)], {form: signals[form]})
 
 
 def test_second_objective_does_not_see_the_first_ones_scratch():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
-from test_launch import LAUNCH, run
+from safetensors.torch import load_file
+from test_launch import LAUNCH, processes_of, run
 from test_train import SGD, assert_same, fake_dataset, losses_of, trained  # noqa: F401 - a fixture
 
 from distill.config import load_recipe
@@ -98,34 +99,65 @@ def test_cross_entropy_is_not_taken_on_the_students_own_words(hub):
     assert sums["some"][0] == pytest.approx(two.item(), rel=1e-5) and sums["some"][0] < sums["all"][0]
 
 
-def test_accumulation_and_two_processes_change_nothing(trained, make_recipe):  # noqa: F811
-    whole, run_dir = trained("whole", *RUN, "train.micro_batch_size=6")
-    split, _ = trained("split", *RUN, "train.micro_batch_size=2")
+def stopped_after(passes: int, monkeypatch, start) -> None:
+    """Run `start()` until the student's forward has run so many times, then kill it as Ctrl-C does."""
+    real, calls = StudentStep.forward, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) > passes:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(StudentStep, "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    monkeypatch.setattr(StudentStep, "forward", real)
+
+
+def test_accumulation_and_another_number_of_processes_change_nothing(trained, make_recipe, monkeypatch):  # noqa: F811
+    """One process is stopped in the middle of its second buffer; two go on, with its text and then with their own."""
+    options = [*RUN, "train.steps=6"]
+    whole, run_dir = trained("whole", *options, "train.micro_batch_size=6")
+    split, _ = trained("split", *options, "train.micro_batch_size=2")
     assert_same(whole, split, 2e-6)
     lines = [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["on_policy"]["sampled"] for line in lines)
+    stopped_after(3, monkeypatch, lambda: trained("two", *options, "train.micro_batch_size=6"))
     path, two_dir = make_recipe(name="two")
-    fake_dataset(two_dir)
-    run([*LAUNCH, "train", path, *RUN])
+    assert [p.name for p in (two_dir / "student").glob("state-*")] == ["state-0000003"]
+    run([*LAUNCH, "train", path, *options])
+    assert processes_of(two_dir / "student") == 2
     assert losses_of(two_dir) == pytest.approx(losses_of(run_dir), abs=1e-5)
+    assert_same(whole, load_file(next((two_dir / "student").glob("*.safetensors"))), 1e-5)
+
+
+def test_processes_sample_together_whatever_falls_to_them(source, hub):
+    """With few sampled rows some processes have none in a step; they must still meet the others as often, and
+    the text must be that of weights of the same age as in one process."""
+    meetings = {"alone": [], 0: [], 1: []}
+    written = {}
+    for who, rank, world in (("alone", 0, 1), (0, 0, 2), (1, 1, 2)):
+        model = load_model(hub["llama"], "fp32")
+        rows = source(
+            gather=lambda v, w=who: (meetings[w].append(len(v)), [v])[1], fraction=0.15, buffer_steps=4
+        )
+        rows.student = model
+        for step in range(12):
+            written[who, step] = contents(rows.lot(step, rank, world))
+            with torch.no_grad():  # an update
+                for p in model.parameters():
+                    p.mul_(-1.0 if step % 2 else 0.5)
+    assert meetings[0] == meetings[1] == meetings["alone"]
+    for step in range(12):
+        assert sorted(written[0, step] + written[1, step]) == written["alone", step]
 
 
 def test_a_resume_trains_on_the_text_that_was_sampled(trained, monkeypatch):  # noqa: F811
     """Stopped in the middle of a buffer: its text was written by older weights, and is kept."""
     options = [REVERSE, ON_POLICY.replace("buffer_steps: 2", "buffer_steps: 4"), "control.enabled=false"]
     whole, whole_dir = trained("whole", *options)
-    real, calls = StudentStep.forward, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) > 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(StudentStep, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        trained("stopped", *options)
-    monkeypatch.setattr(StudentStep, "forward", real)
+    stopped_after(5, monkeypatch, lambda: trained("stopped", *options))
     resumed, run_dir = trained("stopped", *options)
     assert losses_of(run_dir) == losses_of(whole_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

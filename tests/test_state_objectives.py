@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_launch import LAUNCH, run
+from test_launch import LAUNCH, processes_of, run
 from test_rollout import stored
 from test_train import SGD, assert_same, fake_dataset, losses_of, trained  # noqa: F401 - a fixture
 
@@ -127,6 +127,7 @@ def test_two_processes_give_the_same_hidden_loss(trained, make_recipe, hub):  # 
     path, two = make_recipe(name="two", **pair)
     fake_dataset(two)
     run([*LAUNCH, "train", path, *options])
+    assert processes_of(two / "student") == 2
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
 
 

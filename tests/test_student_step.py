@@ -6,13 +6,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill import losses
+from distill.adapters import add_lora
 from distill.data import TokenRows
 from distill.errors import UserError
 from distill.kept import AtHead, KeptLogits
 from distill.live import LiveTeacher
 from distill.packing import check_packing
 from distill.student_step import StudentStep
-from distill.train_sections import Objective
+from distill.train_sections import Lora, Objective
 
 V = 61
 SIZES = {
@@ -194,3 +195,21 @@ def test_kept_logits_serve_packed_rows_too():
         a = kept(keep=batch.keep, **batch.inputs())
         b = kept(keep=packed.keep, attention_mask=None, **packed.inputs())
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_shards_layer_by_layer():
+    """Its FSDP2 policy, asked of the module that it is given: every decoder layer is a unit, under LoRA too."""
+    from types import SimpleNamespace
+
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin = SimpleNamespace(
+        auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=None
+    )
+    plain = build("qwen3")
+    for model in (plain, add_lora(build("qwen3"), Lora(rank=2))):
+        step = StudentStep(model, MIXED)
+        policy = fsdp2_prepare_auto_wrap_policy(plugin, step)
+        units = [type(m).__name__ for m in step.modules() if policy(m)]
+        assert units == ["Qwen3DecoderLayer"] * len(plain.model.layers)
