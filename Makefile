@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/pip install --quiet -e ".[dev,tensorboard,endpoint,serving,math]"
+	$(BIN)/pip install --quiet -e ".[dev,tensorboard,endpoint,serving,math,workshop]"
 	touch $@
 
 demo: install
