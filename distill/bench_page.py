@@ -26,6 +26,8 @@ def amount(value: float | None, unit: str, sign: bool = False) -> str:
     plus = "+" if sign else ""
     if unit == "%":
         return f"{100 * value:{plus}.{_digits(100 * value)}f}"
+    if unit == "nats/token":
+        return f"{value:{plus}.3f}"
     if abs(value) >= 10_000:
         return ("+" if sign and value > 0 else "") + plots.si(value)
     return f"{value:{plus}.{_digits(value)}f}"

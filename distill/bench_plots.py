@@ -28,8 +28,8 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
     one unit are drawn in it instead.
     """
     with plots.matplotlib.rc_context(plots.RC):
-        units = {c["unit"] for c in claims}
-        scale = 100 if units == {"%"} else 1
+        units = {(c["unit"], c["relative"]) for c in claims}
+        scale = 100 if {unit for unit, _ in units} == {"%"} else 1
         figure = plots.new_figure(6.4, 0.7 + 0.42 * len(claims))
         axes = figure.add_subplot()
         plots.plain_axes(axes, "x")
@@ -49,12 +49,16 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
                     axes.plot(side * claim["margin"] * unit, row, "|", color=plots.INK, markersize=14)
         axes.set_yticks(range(len(claims)), [plots.shorten(c["id"], 26) for c in claims])
         axes.set_ylim(len(claims) - 0.5, -0.5)
-        one = next(iter(units)) if len(units) == 1 else None
-        relative = all(c["relative"] for c in claims)
-        words = {"%": "% of the reference" if relative else "percentage points"}.get(one, one or "")
-        axes.set_xlabel(f"effect, {words}" if one is not None and words else
-                        "effect" if one is not None else "effect, in half widths of its 95 % interval")  # fmt: skip
+        axes.set_xlabel(_effect_label(units))
     return plots.to_svg(figure, f"{title}: effects with 95 % intervals")
+
+
+def _effect_label(units: set[tuple[str, bool]]) -> str:
+    if len(units) > 1:
+        return "effect, in half widths of its 95 % interval"
+    unit, relative = next(iter(units))
+    words = "% of the reference" if relative else {"%": "percentage points"}.get(unit, unit)
+    return f"effect, {words}" if words else "effect"
 
 
 def _own_scale(effect: dict[str, Any]) -> float:
@@ -103,4 +107,4 @@ def curve(found: dict[str, Any]) -> str:
 
 
 def _label(about) -> str:
-    return f"{about.words}, {about.unit}" if about.unit else about.words
+    return f"{about.words}, {about.unit}" if about.unit and about.unit not in about.words else about.words

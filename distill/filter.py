@@ -206,13 +206,15 @@ def _remade(row: dict, text: str, tokenizer) -> dict:
 
 
 def _completion(text: str, tokenizer, ids: list[int] | None = None) -> list[int]:
-    """Token ids of an answer. They always end with the student's end token: it must learn to stop."""
+    """Token ids of an answer. They always end with the student's end token: it must learn to stop.
+
+    Where the teacher ended its turn with another special token, the student's takes that one's place.
+    """
+    end = tokenizer.eos_token_id
     completion = list(ids) if ids is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
-    return (
-        completion
-        if completion and completion[-1] == tokenizer.eos_token_id
-        else [*completion, tokenizer.eos_token_id]
-    )
+    if ids and completion[-1] != end and completion[-1] in tokenizer.all_special_ids:
+        completion.pop()
+    return completion if completion[-1:] == [end] else [*completion, end]
 
 
 def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:

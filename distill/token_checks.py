@@ -195,7 +195,7 @@ def _ends_of_both(pair: Pair) -> list[Finding]:
     if live or any(o.signal in STORED for o in train.objectives):
         text += ", which counts ending as a mistake"
     else:
-        text += "; its answers are stored with both, one after the other"
+        text += "; in the stored answers the student's takes its place"
     return [Finding("end of turn", WARN, text, fix)]
 
 

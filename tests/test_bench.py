@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from distill.bench import bench
-from distill.bench_grid import load_bench
+from distill.bench import bench, describe_plan
+from distill.bench_grid import load_bench, pick_budget, plan
 from distill.bench_page import build_page, claims_text
 from distill.cli import main
 from distill.errors import RunError, UserError
@@ -158,3 +158,21 @@ def test_commands_know_a_grid_from_a_recipe(tmp_path, capsys):
     assert "goes with `distill bench RECIPE`" in capsys.readouterr().err
     assert main(["bench", path, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"] == 3
+
+
+def test_the_shipped_claims_hold_together():
+    """Both budgets plan; the full one contains the small one; headline arms have three seeds or more."""
+    recipe, file = load_bench(str(ROOT / "recipes" / "claims.yaml"))
+    small, full = (plan(recipe, budget, file) for budget in ("small", "full"))
+    assert set(small) < set(full)
+    assert pick_budget(recipe, None) == "small" and recipe.budgets["small"].seeds >= 3
+    assert sum(t.arm == "sequence" for t in small.values()) == 3
+    found = describe_plan(str(ROOT / "recipes" / "claims.yaml"), "full")
+    groups = {claim.group for claim in recipe.claims}
+    assert len(groups) >= 8 and set(found["claims"]) == {claim.id for claim in recipe.claims}
+    # One generation serves all arms of a seed that ask the same teacher the same questions.
+    asked = {
+        t.needs[-1]: None for t in small.values() if t.arm in ("sequence", "control", "unfiltered", "full")
+    }
+    answers = {tuple(small[rows].needs) for rows in asked}
+    assert len(answers) == recipe.budgets["small"].seeds

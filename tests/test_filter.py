@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from distill.config import Filter
 from distill.errors import UserError
@@ -298,3 +299,18 @@ def test_answers_that_nothing_can_verify_are_dropped_unless_asked_for():
     )
     assert "keep_unverified" not in identity(Filter(), None)["filter"], "older datasets stay valid"
     assert identity(kept, None)["filter"]["keep_unverified"] is True
+
+
+def test_answers_end_with_the_students_end_token_alone():
+    """A teacher of the same vocabulary may end its turns with another special token: not both, one after the other."""
+    from transformers import AutoTokenizer
+
+    from distill.filter import _completion
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "checkpoints" / "base")
+    end = tokenizer.eos_token_id
+    other = next(i for i in tokenizer.all_special_ids if i != end)
+    words = tokenizer("12", add_special_tokens=False)["input_ids"]
+    for ids in (words, [*words, end], [*words, other], None):
+        assert _completion("12", tokenizer, ids) == [*words, end]
+    assert _completion("", tokenizer, [other]) == [end] and _completion("", tokenizer, []) == [end]

@@ -7,10 +7,11 @@ import pytest
 from conftest import ROOT
 
 from distill import api_reference, recipe_reference
+from distill import readme_claims as claims
 from distill.bench_sections import Bench
 from distill.cli import build_parser
 from distill.config import Recipe
-from distill.readme import PAGES, results_section
+from distill.readme import PAGES, claim_results, replaced, results_section, sections
 
 
 @pytest.mark.parametrize("language", PAGES)
@@ -22,6 +23,26 @@ def test_results_are_those_of_the_result_file(language):
     assert shown == results_section(results, language), again
     low, high = results["models"]["student"]["tasks"]["hard"]["ci95"]
     assert f"[{100 * low:.1f}, {100 * high:.1f}]" in shown
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_claims_are_those_of_the_result_files(language):
+    """And those files were made from the recipes as they are now, on a commit and hardware they name."""
+    found = claim_results()
+    assert set(found) == {"small", "full"}
+    assert replaced(PAGES[language].read_text(), "claims", sections(language)["claims"]) == (
+        PAGES[language].read_text()
+    ), "run `python -m distill.readme` after a new result file"
+    assert claims.PAGE.read_text() == claims.claims_page(found)
+    for results in found.values():
+        assert not claims.stale(results), (
+            "run the grid again, then `python -m distill.readme checkpoints/claims`"
+        )
+        assert results["commit"]["id"] and results["device"] and results["seconds"]["wall"] > 0
+    small, full = ({c["id"] for c in found[b]["claims"]} for b in ("small", "full"))
+    assert small < full and found["small"]["seeds"] >= 3
+    verdicts = {c["id"]: c["verdict"] for c in found["full"]["claims"]}
+    assert verdicts["judge-false"] == "INCONCLUSIVE" and verdicts["judge-true"] == "SUPPORTED"
 
 
 def test_both_readmes_have_the_same_parts():
