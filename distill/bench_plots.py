@@ -8,6 +8,7 @@ Inline SVG through `distill.plots`, whose palette, fonts and colours they share.
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from distill import plots
 from distill.bench_metrics import metric
@@ -99,6 +100,9 @@ def curve(found: dict[str, Any]) -> str:
                 )
         if found["log_x"]:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plots.si(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(_label(x_about))
         axes.set_ylabel(_label(y_about))
         if 1 < len(names) <= 4:

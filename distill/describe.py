@@ -44,6 +44,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from distill.config import find_file
 from distill.errors import UserError
 from distill.quantize import logical_size
 from distill.routing import Router, find_routers
@@ -59,7 +60,7 @@ def describe(model_or_config_dir: str | Path, context: int = DEFAULT_CONTEXT) ->
     Raises UserError for a folder without config.json, an adapter folder, an unknown or invalid config, a
     model that is no causal LM, or one that needs code from its checkpoint (which is never run).
     """
-    return describe_config(_load_config(model_or_config_dir), context)
+    return describe_config(_load_config(find_file(str(model_or_config_dir))), context)
 
 
 def describe_config(config: PreTrainedConfig, context: int = DEFAULT_CONTEXT) -> dict[str, Any]:

@@ -56,13 +56,27 @@ def test_cost_and_describe_print_json(run_cli, hub):
     assert "2,788" in run_cli("cost")[1]
 
 
-def test_help_takes_under_half_a_second():
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([PYTHON, "-m", "distill", "--help"], cwd=ROOT, capture_output=True, check=True)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.5
+def test_help_imports_nothing_heavy():
+    """What makes it take a fifth of a second: a timed assertion would fail with the machine's load instead."""
+    heavy = (
+        "torch",
+        "transformers",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "yaml",
+        "datasets",
+        "matplotlib",
+        "jinja2",
+    )
+    code = (
+        "import sys; from distill.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]" and "COMMAND" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,364 @@
+# %% [markdown] lang="en"
+# # Lesson 2. The loss decides what is learned
+#
+# Teacher and student both give a distribution over the next token. A loss says what "close" means, and when the student is too small to match everything, the loss decides what it gives up.
+#
+# **After this lesson you can** say what cross-entropy on text, forward KL, reverse KL and Jensen-Shannon each ask of a student; predict which one covers and which one picks; say when on-policy training helps and what it costs.
+#
+# **Class time** 40 minutes (15 the toy, 15 text and on-policy, 10 exercises and check). Computing: {{minutes}} minutes on one CPU thread.
+#
+# | your machine | what to run |
+# |---|---|
+# | 2-core CPU | this notebook as it is; about 1 GB of memory |
+# | GPU with 8 GB | this notebook, or a 1.7B teacher and a 0.6B student, both in bf16 (3.4 + 1.2 GB of weights): `distill run recipes/demo.yaml --teacher Qwen/Qwen3-1.7B --student Qwen/Qwen3-0.6B run_dir=checkpoints/mine train.micro_batch_size=2` |
+# | T4 (16 GB, no bf16) | the same with `train.precision=fp16` (`auto` chooses it) |
+# | one card with 24 GB | a 4B teacher (8 GB of weights) scoring a 0.6B student live, `train.micro_batch_size=4` |
+
+# %% [markdown] lang="zh"
+# # 第 2 课 损失函数决定学到什么
+#
+# 教师和学生都会给出下一个词元的分布。损失函数规定什么叫“接近”；当学生太小、无法面面俱到时，由损失函数决定它放弃什么。
+#
+# **学完本课，你能够**：说清文本交叉熵、前向 KL、反向 KL 和 Jensen-Shannon 散度各自对学生提出什么要求；预测哪一个会“覆盖”，哪一个会“挑选”；说出 on-policy 训练何时有用、代价是什么。
+#
+# **课堂用时** 40 分钟（玩具例子 15 分钟，文本与 on-policy 15 分钟，练习与自测 10 分钟）。计算用时：单线程 CPU 约 {{minutes}} 分钟。
+#
+# | 你的机器 | 怎么跑 |
+# |---|---|
+# | 双核 CPU | 直接运行本笔记本；内存约 1 GB |
+# | 8 GB 显存的 GPU | 直接运行；或用 bf16 的 1.7B 教师和 0.6B 学生（权重 3.4 + 1.2 GB）：`distill run recipes/demo.yaml --teacher Qwen/Qwen3-1.7B --student Qwen/Qwen3-0.6B run_dir=checkpoints/mine train.micro_batch_size=2` |
+# | T4（16 GB，不支持 bf16） | 同上，加 `train.precision=fp16`（`auto` 会自动选它） |
+# | 一张 24 GB 的卡 | 4B 教师（权重 8 GB）在线给 0.6B 学生打分，`train.micro_batch_size=4` |
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+from distill.lessons import (
+    accuracy,
+    ask,
+    begin,
+    exercise,
+    expect,
+    experiment,
+    held_out_problems,
+    scaled,
+    step_log,
+)
+from distill.losses import cross_entropy, forward_kl, generalized_jsd, reverse_kl
+from distill.models import load_model, load_tokenizer, prompt_ids
+
+folder = begin(2)
+
+# %% [markdown] lang="en"
+# ## A toy one can see
+#
+# The "vocabulary" is 121 points on a line. The teacher has two modes: 60 % of its probability around +2, 40 % around -2. The student is one bell curve, with a centre and a width to learn: it *cannot* have two modes, as a small model cannot have all of a large one's.
+#
+# The losses are the toolkit's own, the ones a recipe names. Both arguments are logits [N, V].
+
+# %% [markdown] lang="zh"
+# ## 一个看得见的玩具例子
+#
+# “词表”是数轴上的 121 个点。教师有两个峰：60% 的概率在 +2 附近，40% 在 -2 附近。学生是一条钟形曲线，只能学中心和宽度：它*不可能*有两个峰，正如小模型装不下大模型的全部。
+#
+# 这里用的就是工具包自己的损失函数，也就是配方里写的那些名字。两个参数都是 logits [N, V]。
+
+# %%
+x = torch.linspace(-6, 6, 121)
+
+
+def bell(centre, width):
+    """Logits [1, 121] of a bell curve."""
+    return (-((x - centre) ** 2) / (2 * width**2))[None]
+
+
+teacher = torch.logaddexp(torch.tensor(0.6).log() + bell(2, 0.5), torch.tensor(0.4).log() + bell(-2, 0.5))
+written = torch.multinomial(teacher.softmax(-1)[0], 2000, replacement=True)  # 2,000 tokens of its "text"
+
+
+def fit(loss, centre=0.5, width=1.0, steps=250):
+    """The bell curve that minimises `loss(logits [1, V])`, from the given start: (centre, width, logits)."""
+    mu, log_width = torch.tensor(centre, requires_grad=True), torch.tensor(width).log().requires_grad_()
+    optimizer = torch.optim.Adam([mu, log_width], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(bell(mu, log_width.exp())).mean().backward()
+        optimizer.step()
+    return float(mu.detach()), float(log_width.exp().detach()), bell(mu, log_width.exp()).detach()
+
+
+losses = {
+    "cross-entropy on text": lambda q: cross_entropy(q.expand(2000, -1), written),
+    "forward KL": lambda q: forward_kl(q, teacher),
+    "reverse KL": lambda q: reverse_kl(q, teacher),
+    "JSD, beta 0.5": lambda q: generalized_jsd(q, teacher, beta=0.5),
+}
+fits = {name: fit(loss) for name, loss in losses.items()}
+
+figure, axes = plt.subplots(1, 4, figsize=(11, 2.4), sharey=True)
+for axis, (name, (_, _, logits)) in zip(axes, fits.items()):
+    axis.fill_between(x, teacher.softmax(-1)[0], alpha=0.25, label="teacher")
+    axis.plot(x, logits.softmax(-1)[0], label="student")
+    axis.set(title=name, xlabel="token")
+axes[0].set(ylabel="probability")
+axes[0].legend(fontsize=8)
+plt.show()
+expect("forward KL: centre", fits["forward KL"][0], 0.3, 0.5, short=True)
+expect("forward KL: width", fits["forward KL"][1], 1.9, 2.2, short=True)
+expect("cross-entropy on text: width", fits["cross-entropy on text"][1], 1.9, 2.2, short=True)
+expect("reverse KL: centre", fits["reverse KL"][0], 1.9, 2.1, short=True)
+expect("reverse KL: width", fits["reverse KL"][1], 0.45, 0.6, short=True)
+# %% [markdown] lang="en"
+# - **Forward KL**, KL(teacher || student), is infinite where the teacher says something the student rules out. So the student *covers*: it puts most of its mass between the modes, where the teacher says nothing. A language model does the same when it hallucinates between two right answers.
+# - **Cross-entropy on the teacher's text** lands in the same place: it is forward KL plus the teacher's entropy, estimated from samples. That is why sequence-level distillation (R1's way: only text) works at all.
+# - **Reverse KL**, KL(student || teacher), costs only where the student itself speaks. So it *picks* one mode and forgets the other. Which one depends on the start: it has several resting places (from a start of width 1.5 it even stays wide).
+# - **Jensen-Shannon** lies between; beta moves it. At 0.5 it still covers here. In this toolkit beta 0 is defined as forward and 1 as reverse KL.
+#
+# How much does each student cost by the other's measure? A table with a loss per column:
+
+# %% [markdown] lang="zh"
+# - **前向 KL**，即 KL(教师 || 学生)：教师会说的话，学生若排除掉，代价趋于无穷。所以学生会去*覆盖*：把大部分概率放在两峰之间，而那里教师什么也不说。语言模型在两个正确答案之间“幻觉”时就是这样。
+# - **教师文本上的交叉熵**会落在同一处：它等于前向 KL 加上教师的熵，只是用样本来估计。所以只用文本的序列级蒸馏（R1 的做法）也行得通。
+# - **反向 KL**，即 KL(学生 || 教师)：只在学生自己说话的地方计费。所以它会*挑选*一个峰，忘掉另一个。挑中哪一个取决于起点：它有好几个停留点（若从宽度 1.5 出发，它甚至会一直保持很宽）。
+# - **Jensen-Shannon** 介于两者之间，由 beta 调节；取 0.5 时，这里它仍在覆盖。本工具包规定 beta 为 0 即前向 KL，为 1 即反向 KL。
+#
+# 用别人的尺子来量，各个学生的代价是多少？每列是一种损失：
+
+# %%
+print(f"{'student of':24}{'forward KL':>12}{'reverse KL':>12}{'JSD':>8}")
+for name, (_, _, q) in fits.items():
+    values = [float(f(q, teacher)) for f in (forward_kl, reverse_kl, generalized_jsd)]
+    print(f"{name:24}{values[0]:12.2f}{values[1]:12.2f}{values[2]:8.2f}")
+expect("reverse-KL student by forward KL", forward_kl(fits["reverse KL"][2], teacher), 5, 30, short=True)
+expect("reverse-KL student by its own", reverse_kl(fits["reverse KL"][2], teacher), 0.45, 0.57, short=True)
+# %% [markdown] lang="en"
+# That last number is ln(1/0.6) = 0.51: the student says with certainty what the teacher says with 60 %.
+#
+# ## On text
+#
+# The same losses on the real pair. One set of teacher answers, one base, the same rows in the same order; only `train.objectives` differs. Few steps, so look at how close the distributions get, not at scores.
+
+# %% [markdown] lang="zh"
+# 最后这个数是 ln(1/0.6) = 0.51：教师有 60% 把握的话，学生说得斩钉截铁。
+#
+# ## 在文本上
+#
+# 把同样的损失用在真实的师生对上。同一批教师答案，同一个 base，同样的数据和顺序，只有 `train.objectives` 不同。步数很少，所以看分布有多接近，而不是看得分。
+
+# %%
+common = [
+    f"prompts.levels={scaled('{easy: 40, medium: 70, hard: 210}', '{hard: 32}')}",
+    "generate.samples=1",
+    f"train.steps={scaled(40, 3)}",
+    "train.warmup_steps=1",
+    f"train.batch_size={scaled(24, 8)}",
+    "train.checkpoint_every=0",
+    "control.enabled=false",
+]
+data = experiment(folder / "data", common, command="generate")
+experiment(data, common, command="filter")
+students = {}
+for name in ("cross_entropy", "forward_kl", "reverse_kl"):
+    students[name] = experiment(folder / name, [*common, f"train.objectives=[{{name: {name}}}]"], data=data)
+
+for name, run in students.items():
+    plt.plot([line["loss"] for line in step_log(run / "student")], label=name)
+plt.xlabel("optimizer step")
+plt.ylabel("its own loss (nats)")
+plt.legend()
+plt.show()
+
+# %% [markdown] lang="en"
+# Curves of different losses cannot be compared with each other. Fidelity can: on held-out problems, how far is each student from the teacher, on the *teacher's* answers and on its *own*?
+
+# %% [markdown] lang="zh"
+# 不同损失的曲线不能互相比较，但忠实度（fidelity）可以：在留出的题目上，每个学生离教师有多远？分别看*教师*写的答案和学生*自己*写的答案。
+
+# %%
+from distill.fidelity import answer_rows, fidelity
+
+tokenizer = load_tokenizer("checkpoints/teacher")
+master = load_model("checkpoints/teacher")
+problems = held_out_problems({"hard": scaled(42, 14)})
+prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
+taught = answer_rows(prompts, ask(master, tokenizer, problems), len(problems))
+
+
+def judged(path):
+    """{"right", "on teacher's text", "on its own text"} of a checkpoint on the held-out problems."""
+    model = load_model(str(path))
+    rows = ask(model, tokenizer, problems)
+    own = answer_rows(prompts, rows, len(problems))
+    return {
+        "right": accuracy(rows),
+        "on teacher's text": fidelity(model, master, taught, tokenizer.pad_token_id),
+        "on its own text": fidelity(model, master, own, tokenizer.pad_token_id),
+    }
+
+
+found = {"base": judged("checkpoints/base"), **{n: judged(run / "student") for n, run in students.items()}}
+print(
+    f"{'':16}{'right':>7}{'agrees: teacher text':>22}{'own text':>10}{'forward KL':>12}{'reverse KL, own':>17}"
+)
+for name, one in found.items():
+    there, own = one["on teacher's text"], one["on its own text"]
+    print(
+        f"{name:16}{one['right']:7.2f}{there['top1_agreement']:22.3f}{own['top1_agreement']:10.3f}"
+        f"{there['forward_kl']:12.3f}{own['reverse_kl']:17.3f}"
+    )
+agreement = {name: one["on teacher's text"]["top1_agreement"] for name, one in found.items()}
+expect("base agrees with the teacher", agreement["base"], 0.38, 0.66, short=(0.35, 0.66))
+expect("after cross-entropy", agreement["cross_entropy"], 0.6, 0.95, short=(0.35, 1.0))
+expect("after forward KL", agreement["forward_kl"], 0.6, 0.95, short=(0.35, 1.0))
+expect("after reverse KL", agreement["reverse_kl"], 0.5, 0.95, short=(0.35, 1.0))
+# %% [markdown] lang="en"
+# On these tasks the teacher is nearly certain, so text and distribution say almost the same and the losses end close together. Where a teacher hesitates (ordinary prose) they part, as in the toy. Measure it for *your* pair before you pay for logits.
+#
+# ## On-policy
+#
+# A student trained on the teacher's text has never seen its own mistakes; at use it reads nothing else. On-policy distillation lets the student write and the teacher score every token of it: `train.on_policy`. It needs a live teacher, and decoding makes each step dearer. It also needs a student that already writes something worth scoring, so we start from the cross-entropy student, its adapter merged into its base.
+
+# %% [markdown] lang="zh"
+# 在这些任务上教师几乎确定无疑，文本和分布说的差不多是同一件事，几种损失的结果也就接近。教师犹豫的地方（普通文章）它们才会像玩具例子那样分道扬镳。在为 logits 付费之前，先在*你自己的*师生对上测一测。
+#
+# ## On-policy（学生自己写，教师来打分）
+#
+# 只用教师文本训练的学生，从没见过自己的错误；而使用时它读的全是自己写的东西。On-policy 蒸馏让学生来写，教师给每个词元打分：`train.on_policy`。它需要在线的教师，解码也让每一步更贵；还要求学生写出来的东西已经值得打分，所以我们从交叉熵学生出发，先把适配器合并进底座。
+
+# %%
+import shutil
+
+from distill.merge import merge_adapter
+
+start = folder / "merged"
+shutil.rmtree(start, ignore_errors=True)
+merge_adapter(str(students["cross_entropy"] / "student"), start)
+settings = [
+    *common,
+    f"student.model={start}",
+    f"train.steps={scaled(15, 2)}",
+    "train.learning_rate=3e-3",
+    "train.objectives=[{name: reverse_kl}]",
+    f"train.on_policy={{fraction: 1.0, buffer_steps: {scaled(5, 2)}, max_new_tokens: 80}}",
+]
+on_policy = experiment(folder / "on-policy", settings, data=data)
+after = judged(on_policy / "student")
+before = found["cross_entropy"]
+for label, one in (("before", before), ("after", after)):
+    print(
+        f"{label:8} right {one['right']:.2f}   reverse KL on its own text {one['on its own text']['reverse_kl']:.3f}"
+    )
+own_kl = [one["on its own text"]["reverse_kl"] for one in (before, after)]
+expect("reverse KL on its own text, after / before", own_kl[1] / own_kl[0], 0.0, 1.0, short=(0.0, 1.6))
+
+# %% [markdown] lang="en"
+# ## Exercises
+#
+# **2.1** Write forward KL from two rows of log-probabilities `p` (teacher) and `q` (student), both [N, V].
+
+# %% [markdown] lang="zh"
+# ## 练习
+#
+# **2.1** 给定两组对数概率 `p`（教师）和 `q`（学生），形状都是 [N, V]，写出前向 KL。
+
+
+# %% tags=["exercise"]
+def my_forward_kl(p, q): ...  # your code -> [N], in nats
+
+
+# %% tags=["solution"]
+def my_forward_kl(p, q):
+    return (p.exp() * (p - q)).sum(-1)
+
+
+# %%
+one, two = torch.randn(5, 9), torch.randn(5, 9)
+exercise(
+    "2.1",
+    lambda: torch.allclose(
+        my_forward_kl(two.log_softmax(-1), one.log_softmax(-1)), forward_kl(one, two), atol=1e-5
+    ),
+    "sum over the vocabulary of p (log p - log q); p = exp(log p)",
+)
+# %% [markdown] lang="en"
+# **2.2** Which start makes reverse KL end on the *smaller* mode, at -2? Set `centre`, then explain why the loss does not mind.
+
+# %% [markdown] lang="zh"
+# **2.2** 从哪里出发，反向 KL 会停在*较小*的那个峰（-2）上？给 `centre` 赋值，并解释损失为什么不在意。
+
+# %% tags=["exercise"]
+centre = ...  # a number between -6 and 6
+
+# %% tags=["solution"]
+centre = -3.0  # where the student says nothing, reverse KL costs nothing: it cannot see the larger mode
+
+# %%
+exercise(
+    "2.2",
+    lambda: abs(fit(losses["reverse KL"], centre=float(centre), width=0.5)[0] + 2) < 0.2,
+    "the student only sees the teacher where it speaks itself; begin near -2",
+)
+# %% [markdown] lang="en"
+# **2.3** Cross-entropy on the teacher's text minus forward KL is, up to sampling noise, a number that does not depend on the student. Compute it: set `difference`.
+
+# %% [markdown] lang="zh"
+# **2.3** 教师文本上的交叉熵减去前向 KL，除采样噪声外，是一个与学生无关的数。请算出来，赋给 `difference`。
+
+# %% tags=["exercise"]
+difference = ...  # a number in nats
+
+# %% tags=["solution"]
+log_p = teacher.log_softmax(-1)
+difference = float(-(log_p.exp() * log_p).sum())  # the teacher's entropy
+
+# %%
+student = fits["forward KL"][2]
+gap = float(losses["cross-entropy on text"](student).mean() - forward_kl(student, teacher))
+exercise("2.3", lambda: abs(difference - gap) < 0.1, "cross-entropy = KL + entropy of the teacher")
+
+# %% [markdown] lang="en"
+# ## What commonly goes wrong
+#
+# - **The directions are swapped.** KL(p || q) reads "q must cover p". Here forward is KL(teacher || student); some papers and some libraries print it the other way round. Test with the toy.
+# - **T² forgotten, or counted twice.** With a temperature in the loss, gradients shrink by about T². Hinton multiplies by T²; this toolkit only does so if `temperature_squared: true` says it.
+# - **A mean of means.** The loss per token must be summed over the whole optimizer step and divided once, or short answers weigh more.
+# - **Two vocabularies.** Divergences need the same tokens by *content*; equal sizes prove nothing. Else: text only, or `uld`.
+# - **On-policy from a cold start.** A student that writes rubbish is scored on rubbish. Begin with teacher text.
+#
+# ## Check
+#
+# 1. A student invents a third answer between two right ones. Which loss was it probably trained with?
+# 2. Why can a student trained with cross-entropy on text come as close as one trained on logits?
+# 3. On-policy training costs a multiple per step. What does it buy?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Forward KL (or cross-entropy): it covers both modes, and what lies between them.
+# 2. Cross-entropy on samples estimates forward KL up to a constant, the teacher's entropy. Logits take away the sampling noise; where the teacher is certain there is none.
+# 3. The teacher's opinion on the states that the student itself gets into, its own mistakes among them, which no fixed text contains.
+#
+# </details>
+
+# %% [markdown] lang="zh"
+# ## 常见问题
+#
+# - **方向弄反。** KL(p || q) 的意思是“q 必须覆盖 p”。本工具包的前向指 KL(教师 || 学生)；有些论文和库写法相反。用玩具例子验证一下。
+# - **忘了 T²，或乘了两遍。** 损失里带温度时，梯度大约缩小 T² 倍。Hinton 会再乘 T²；本工具包只有写明 `temperature_squared: true` 才这样做。
+# - **平均再平均。** 每个词元的损失应当在整个优化步上求和后只除一次，否则短答案的权重会偏大。
+# - **两套词表。** 散度要求两边词元*内容*相同，大小相等说明不了什么。否则只能用文本，或者用 `uld`。
+# - **on-policy 冷启动。** 学生写的是废话，打分打的也是废话。先用教师文本起步。
+#
+# ## 自测
+#
+# 1. 学生在两个正确答案之间编出第三个答案。它多半是用哪种损失训练的？
+# 2. 为什么用文本交叉熵训练的学生，可以和用 logits 训练的学生一样接近教师？
+# 3. On-policy 每步要贵上几倍，换来了什么？
+#
+# <details><summary>参考答案</summary>
+#
+# 1. 前向 KL（或交叉熵）：它会同时覆盖两个峰，以及两峰之间的地带。
+# 2. 样本上的交叉熵估计的就是前向 KL，只差一个常数，即教师的熵。logits 省掉了采样噪声；而教师确定的地方本来就没有噪声。
+# 3. 教师对学生自己会走到的状态（包括它自己的错误）的评价，这是任何固定文本里都没有的。
+#
+# </details>

@@ -1,0 +1,421 @@
+# %% [markdown] lang="en"
+# # Lesson 5. Experts: who does the work?
+#
+# A mixture of experts has many feed-forward blocks per layer and a router that sends each token to a few of them. The model stores all of them and computes few: the teacher here has 3.23 M parameters and uses 1.46 M per token; DeepSeek-V3 has 671 B and uses 37 B.
+#
+# **After this lesson you can** read a load heat map and MaxVio with its noise floor; say what specialises in what; say what happens when an expert is dropped and what that proves; explain collapse, and balance by a bias without touching a gradient.
+#
+# **Class time** 40 minutes (15 reading the routing, 10 interventions, 10 balance, 5 exercises and check). Computing: {{minutes}} minutes on one CPU thread.
+#
+# | your machine | what to run |
+# |---|---|
+# | 2-core CPU | this notebook as it is; about 1 GB of memory |
+# | GPU with 8 GB | this notebook, or OLMoE-1B-7B in 4 bits (7 B weights, about 4 GB): any MoE of transformers can be read by `record_routing` |
+# | T4 (16 GB, no bf16) | OLMoE-1B-7B in fp16 (14 GB) just fits for reading; in 8 bits it does so easily |
+# | one card with 24 GB | Qwen3-30B-A3B in 4 bits (about 17 GB of weights): `distill evaluate ... --top-k 4,8 --route random` |
+
+# %% [markdown] lang="zh"
+# # 第 5 课 专家：到底谁在干活？
+#
+# 混合专家模型每层有许多前馈块，由路由器把每个词元送给其中几个。模型存着全部专家，却只计算少数几个：这里的教师有 323 万参数，每个词元用 146 万；DeepSeek-V3 有 6710 亿，用 370 亿。
+#
+# **学完本课，你能够**：读懂负载热力图，以及 MaxVio 和它的噪声下限；说出哪些专家专攻什么；说清丢掉一个专家会怎样、这又证明了什么；解释塌缩，并用不影响梯度的偏置来均衡。
+#
+# **课堂用时** 40 分钟（读路由 15 分钟，干预 10 分钟，均衡 10 分钟，练习与自测 5 分钟）。计算用时：单线程 CPU 约 {{minutes}} 分钟。
+#
+# | 你的机器 | 怎么跑 |
+# |---|---|
+# | 双核 CPU | 直接运行本笔记本；内存约 1 GB |
+# | 8 GB 显存的 GPU | 直接运行；或 4 比特的 OLMoE-1B-7B（70 亿权重，约 4 GB）：transformers 里的任何 MoE 都能用 `record_routing` 读取 |
+# | T4（16 GB，不支持 bf16） | fp16 的 OLMoE-1B-7B（14 GB）勉强够读取；8 比特则绰绰有余 |
+# | 一张 24 GB 的卡 | 4 比特的 Qwen3-30B-A3B（权重约 17 GB）：`distill evaluate ... --top-k 4,8 --route random` |
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from distill.data import TokenRows
+from distill.describe import describe
+from distill.lessons import (
+    accuracy,
+    ask,
+    begin,
+    exercise,
+    expect,
+    experiment,
+    held_out_problems,
+    scaled,
+    step_log,
+)
+from distill.models import load_model, load_tokenizer, prompt_ids
+from distill.routing import record_routing
+
+folder = begin(5)
+size = describe("checkpoints/teacher")
+print(f"{size['parameters_total']:,} parameters, {size['parameters_active']:,} active per token")
+tokenizer, teacher = load_tokenizer("checkpoints/teacher"), load_model("checkpoints/teacher")
+problems = held_out_problems({"hard": scaled(84, 28)})
+answers = ask(teacher, tokenizer, problems)
+prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
+batch = TokenRows(prompts, [a["completion_ids"] for a in answers]).collate(
+    np.arange(len(answers)), tokenizer.pad_token_id
+)
+
+
+def read_routing(model):
+    """Every decision of `model` on the same texts."""
+    with record_routing(model) as recording, torch.inference_mode():
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return recording
+
+
+recording = read_routing(teacher)
+layers = recording.summary()["layers"]
+expect(
+    "active over total parameters",
+    size["parameters_active"] / size["parameters_total"],
+    0.44,
+    0.46,
+    short=True,
+)
+# %% [markdown] lang="en"
+# ## Load
+#
+# Eight experts, two per token, so an even load is 1/8 of the assignments each. **MaxVio** is how far the busiest expert is above the mean: 0 is even, E/k - 1 = 3 is total collapse. A sample of tokens is never quite even, so the noise floor stands beside it: what a perfectly uniform router would show.
+
+# %% [markdown] lang="zh"
+# ## 负载
+#
+# 八个专家，每个词元选两个，均匀负载就是各占分配总数的 1/8。**MaxVio** 表示最忙的专家比平均高出多少：0 是均匀，E/k - 1 = 3 是完全塌缩。有限的词元样本不可能绝对均匀，所以旁边要放上噪声下限：一个完全均匀的路由器会显示出的数值。
+
+# %%
+load = torch.tensor([layer["load"] for layer in layers.values()])
+plt.imshow(load, cmap="viridis", vmin=0, vmax=0.25, aspect="auto")
+plt.colorbar(label="share of assignments")
+plt.yticks(range(len(layers)), [name.removeprefix("model.").removesuffix(".mlp") for name in layers])
+plt.xlabel("expert")
+plt.grid(False)
+plt.show()
+for name, layer in layers.items():
+    print(
+        f"{name}: MaxVio {layer['max_violation']:.2f} (noise {layer['max_violation_noise_floor']:.2f}), "
+        f"dead experts {layer['dead_experts']}, effective experts {layer['effective_experts']:.1f} of 8"
+    )
+worst = max(layer["max_violation"] for layer in layers.values())
+expect("largest MaxVio of the teacher", worst, 0.05, 1.2, short=True)
+expect("dead experts", sum(layer["dead_experts"] for layer in layers.values()), 0, 0, short=True)
+# %% [markdown] lang="en"
+# The teacher was balanced in training over *all* levels; on hard problems alone its load is less even. Balance is a property of a model **and** a text.
+#
+# One answer, token by token: which two experts in the first MoE layer?
+
+# %% [markdown] lang="zh"
+# 教师是在*所有*难度上训练均衡的；只看难题，负载就没那么均匀。均衡是模型**和**文本共同的性质。
+#
+# 看一个答案，逐个词元：第一个 MoE 层选了哪两个专家？
+
+# %%
+first = next(iter(recording.layers.values()))
+start, tokens = len(prompts[0]), len(answers[0]["completion_ids"]) - 1
+for place in range(start, start + min(tokens, 14)):
+    token = tokenizer.decode([int(batch.input_ids[0, place])])
+    chosen = ", ".join(
+        f"{e} ({w:.2f})" for e, w in zip(first.indices[place].tolist(), first.weights[place].tolist())
+    )
+    print(f"{token!r:10} -> experts {chosen}")
+
+# %% [markdown] lang="en"
+# ## Who specialises in what?
+#
+# The share of each task family's tokens that reach each expert; without specialisation every cell would be k/E = 0.25.
+
+# %% [markdown] lang="zh"
+# ## 谁专攻什么？
+#
+# 每类任务的词元有多大比例到达每个专家；若没有专门化，每一格都应是 k/E = 0.25。
+
+# %%
+from distill.routing_metrics import specialisation
+
+families = sorted({p["family"] for p in problems})
+lengths = batch.attention_mask.sum(1)
+groups = torch.tensor([families.index(p["family"]) for p in problems]).repeat_interleave(lengths)
+share = specialisation(first.indices, groups, 8, len(families))
+plt.imshow(share, cmap="viridis", vmin=0, vmax=0.7, aspect="auto")
+plt.colorbar(label="share of the family's tokens")
+plt.yticks(range(len(families)), families)
+plt.xlabel("expert of the first MoE layer")
+plt.grid(False)
+plt.show()
+expect("largest share of a family at one expert (uniform 0.25)", share.max(), 0.4, 1.0, short=True)
+# %% [markdown] lang="en"
+# A picture of specialisation proves nothing about *need*. For that, intervene.
+#
+# ## Interventions
+#
+# Change the routing for as long as a context lasts, answer the same problems, compare.
+
+# %% [markdown] lang="zh"
+# 专门化的图说明不了*是否必需*。要知道这一点，就得干预。
+#
+# ## 干预
+#
+# 在一个上下文里改变路由，回答同样的题目，再作比较。
+
+# %%
+from distill.interventions import drop_experts, route, use_top_k
+
+few = problems[: scaled(42, 14)]
+score = {"as trained": accuracy(ask(teacher, tokenizer, few))}
+with use_top_k(teacher, 1):
+    score["1 expert per token"] = accuracy(ask(teacher, tokenizer, few))
+for how in ("uniform", "random"):
+    with route(teacher, how):
+        score[f"{how} routing"] = accuracy(ask(teacher, tokenizer, few))
+without = {}
+for expert in range(scaled(8, 2)):
+    with drop_experts(teacher, {1: [expert]}):
+        without[expert] = accuracy(ask(teacher, tokenizer, few))
+names = [*score, *(f"without 1:{e}" for e in without)]
+plt.barh(names[::-1], [*score.values(), *without.values()][::-1])
+plt.xlabel(f"correct of {len(few)} hard problems")
+plt.show()
+expect("as trained", score["as trained"], 0.92, 1, short=True)
+expect("one expert per token", score["1 expert per token"], 0.8, 1, short=(0.6, 1))
+expect("uniform weights", score["uniform routing"], 0.9, 1, short=True)
+expect("random experts", score["random routing"], 0.0, 0.6, short=True)
+# %% [markdown] lang="en"
+# *Which* experts matters very much, *how they are weighed* hardly. Dropping one expert of one layer costs little: the next best steps in. With 42 problems a difference of one answer is 2.4 points; do not read the order of the bars as a ranking.
+#
+# ## Collapse and balance
+#
+# Training rewards an expert for being used, so the popular get better and more popular. Classic cure: a loss on the load, which also pushes the model away from its best routing. DeepSeek-V3's cure: a bias per expert, added for *selection only*, moved after each step by a fixed u, up for the underused and down for the busy. A simulation with a router that prefers expert 0:
+
+# %% [markdown] lang="zh"
+# *选谁*非常重要，*怎么加权*几乎无所谓。某一层丢掉一个专家代价不大：次优的专家会顶上。42 道题时，差一道就是 2.4 个百分点，不要把柱子的高低当作排名。
+#
+# ## 塌缩与均衡
+#
+# 训练会奖励被使用的专家，于是受欢迎的越来越强，也越来越受欢迎。传统疗法：在负载上加一项损失，但它也会把模型推离最佳路由。DeepSeek-V3 的疗法：给每个专家一个偏置，*只用于选择*；每步之后移动固定的 u，用得少的上调，太忙的下调。下面模拟一个偏爱 0 号专家的路由器：
+
+# %%
+from distill.routing_metrics import max_violation
+
+preference = torch.linspace(1.5, -1.5, 8)
+
+
+def simulate(u, steps=300, tokens=512):
+    """MaxVio after each step of bias balancing with step size u; experts are chosen by score + bias."""
+    generator, bias, history = torch.Generator().manual_seed(0), torch.zeros(8), []
+    for _ in range(steps):
+        scores = torch.sigmoid(preference + torch.randn(tokens, 8, generator=generator))
+        chosen = (scores + bias).topk(2).indices
+        counts = torch.bincount(chosen.flatten(), minlength=8).double()
+        history.append(max_violation(counts))
+        bias += u * torch.sign(counts.mean() - counts)
+    return history
+
+
+history = {u: simulate(u) for u in (0.0, 0.001, 0.01, 0.2)}
+for u, curve in history.items():
+    plt.plot(curve, label=f"u = {u:g}")
+plt.xlabel("step")
+plt.ylabel("MaxVio")
+plt.legend()
+plt.show()
+final = {u: float(np.mean(curve[-50:])) for u, curve in history.items()}
+expect("without balancing", final[0.0], 1.5, 2.6, short=True)
+expect("u = 0.01", final[0.01], 0.0, 0.3, short=True)
+expect("u = 0.2 over u = 0.01: too large a step swings", final[0.2] / final[0.01], 1.5, 30, short=True)
+# %% [markdown] lang="en"
+# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). A few dozen steps, so the imbalance only begins.
+
+# %% [markdown] lang="zh"
+# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。只有几十步，失衡才刚刚开始。
+
+# %%
+small = [
+    f"prompts.levels={scaled('{easy: 300, medium: 300, hard: 300}', '{hard: 28}')}",
+    "student.config.num_hidden_layers=2",
+    f"train.steps={scaled(60, 3)}",
+    f"train.warmup_steps={scaled(10, 1)}",
+    f"train.batch_size={scaled(16, 4)}",
+    "train.micro_batch_size=16",
+    "train.precision=fp32",
+    "train.checkpoint_every=0",
+    "train.expert_bias_freeze=0",
+]
+violations = {}
+for name, u in (("no balancing", 1e-9), ("bias balancing, u = 0.01", 0.01)):  # 1e-9 only counts
+    run = folder / f"scratch-{u:g}"
+    settings = [*small, f"train.expert_bias_step={u}"]
+    for command in ("generate", "filter", "train"):
+        experiment(run, settings, command=command, recipe="recipes/teacher.yaml")
+    violations[name] = [line["max_violation"] for line in step_log(run / "student")]
+    plt.plot(violations[name], label=name)
+plt.xlabel("optimizer step")
+plt.ylabel("largest MaxVio of the step")
+plt.legend()
+plt.show()
+end = {name: float(np.mean(curve[-10:])) for name, curve in violations.items()}
+for name, value in end.items():
+    print(f"{name}: {value:.2f} over the last steps")
+expect(
+    "balanced over unbalanced",
+    end["bias balancing, u = 0.01"] / end["no balancing"],
+    0.1,
+    0.95,
+    short=(0.3, 2),
+)
+# %% [markdown] lang="en"
+# ## A measure that sees nothing
+#
+# Two layers, each collapsed on one expert, each on another. transformers' own balance loss adds the layers' counts *before* it compares them and reports its best value. Per layer the same loss is far from it.
+
+# %% [markdown] lang="zh"
+# ## 一个什么都看不见的指标
+#
+# 两层网络，各自塌缩到一个专家上，且不是同一个。transformers 自带的均衡损失在比较*之前*就把各层的计数加在一起，于是报告它的最优值；逐层计算，同样的损失离最优远得很。
+
+# %%
+from distill.router_losses import batch_balance
+
+
+def collapsed(expert, tokens=64, experts=2):
+    """Scores [1, T, E], indices [1, T, 1] of a layer that sends everything to `expert`."""
+    scores = torch.full((1, tokens, experts), 0.001)
+    scores[..., expert] = 0.999
+    return scores, torch.full((1, tokens, 1), expert)
+
+
+mask = torch.ones(1, 64)
+both = [collapsed(0), collapsed(1)]
+per_layer = sum(float(batch_balance(s, i, mask)) for s, i in both)
+pooled = float(batch_balance(*(torch.cat(parts, 1) for parts in zip(*both)), torch.ones(1, 128)))
+print(f"per layer, summed: {per_layer:.2f} (perfect 2)    pooled first: {pooled:.2f} (perfect 1)")
+expect("per layer", per_layer, 3.9, 4.0, short=True)
+expect("pooled", pooled, 0.99, 1.01, short=True)
+
+# %% [markdown] lang="en"
+# ## Exercises
+#
+# **5.1** Write MaxVio from the assignments per expert.
+
+# %% [markdown] lang="zh"
+# ## 练习
+#
+# **5.1** 由每个专家的分配次数写出 MaxVio。
+
+
+# %% tags=["exercise"]
+def my_max_violation(counts): ...  # your code: counts [E] -> a number
+
+
+# %% tags=["solution"]
+def my_max_violation(counts):
+    mean = sum(counts) / len(counts)
+    return (max(counts) - mean) / mean
+
+
+# %%
+exercise(
+    "5.1",
+    lambda: abs(my_max_violation([5, 1, 1, 1]) - 1.5) < 1e-9 and my_max_violation([4, 4]) == 0,
+    "(largest - mean) / mean",
+)
+
+# %% [markdown] lang="en"
+# **5.2** Write one step of bias balancing: the new bias after a step with these counts.
+
+# %% [markdown] lang="zh"
+# **5.2** 写出偏置均衡的一步：给定本步的计数，返回新的偏置。
+
+
+# %% tags=["exercise"]
+def balance_step(bias, counts, u): ...  # your code: bias [E], counts [E] float tensors
+
+
+# %% tags=["solution"]
+def balance_step(bias, counts, u):
+    return bias + u * torch.sign(counts.mean() - counts)
+
+
+# %%
+exercise(
+    "5.2",
+    lambda: torch.allclose(
+        balance_step(torch.zeros(3), torch.tensor([9.0, 3.0, 6.0]), 0.1), torch.tensor([-0.1, 0.1, 0.0])
+    ),
+    "up by u where the load is below the mean, down where it is above",
+)
+# %% [markdown] lang="en"
+# **5.3** Drop two experts of layer 2 together, `{2: [a, b]}`. Set `pair` to two experts, and look at `dropped`: how much worse is the teacher? (Any pair solves this; compare with your neighbour.)
+
+# %% [markdown] lang="zh"
+# **5.3** 同时丢掉第 2 层的两个专家 `{2: [a, b]}`。把 `pair` 设为两个专家编号，看看 `dropped`：教师差了多少？（任意一对都可以，和邻座比一比。）
+
+# %% tags=["exercise"]
+pair = ...  # two experts, as (0, 1)
+
+# %% tags=["solution"]
+busiest = torch.tensor(layers["model.layers.2.mlp"]["load"]).topk(2).indices
+pair = tuple(busiest.tolist())
+
+
+# %%
+def drop_pair():
+    global dropped
+    with drop_experts(teacher, {2: list(pair)}):
+        dropped = accuracy(ask(teacher, tokenizer, few))
+    print(f"without experts {pair} of layer 2: {dropped:.2f} (before {score['as trained']:.2f})")
+    return len(set(pair)) == 2
+
+
+exercise("5.3", drop_pair, "two different numbers from 0 to 7")
+
+# %% [markdown] lang="en"
+# ## What commonly goes wrong
+#
+# - **Logits read as decisions.** In DeepSeek-V3 a bias comes after the logits: top-k of `output_router_logits` is wrong for most tokens. `record_routing` reads decisions where they are used.
+# - **MaxVio without the number of tokens.** On 64 tokens a perfect router shows 0.4. Always give the noise floor.
+# - **Padding counted.** Finished rows in a batch feed pads; count real tokens only.
+# - **"Dead" experts on a small sample.** With 30 tokens and 256 experts most are idle.
+# - **Balance as a goal.** It is a means (no idle memory, no overfull device); perfectly even and useless is easy: route at random.
+#
+# ## Check
+#
+# 1. A MoE has 671 B parameters and uses 37 B per token. Which of the two decides memory, and which time?
+# 2. Why does the balancing bias not disturb the gradients, and a balance loss does?
+# 3. Uniform weights change nothing, random experts cost 64 points. What do you conclude about the router?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Memory: all of them, any token may need any expert. Time per token: the active ones.
+# 2. It only changes which experts are chosen; the mixing weights come from the unbiased scores. A loss on the load has gradients of its own that pull on the router.
+# 3. The *choice* carries the knowledge; how the chosen are mixed matters little, at least here.
+#
+# </details>
+
+# %% [markdown] lang="zh"
+# ## 常见问题
+#
+# - **把 logits 当成决定。** DeepSeek-V3 在 logits 之后还要加偏置：对大多数词元，直接取 `output_router_logits` 的 top-k 是错的。`record_routing` 在决定被使用的地方读取它。
+# - **只报 MaxVio，不报词元数。** 只有 64 个词元时，完美的路由器也会显示 0.4。一定要附上噪声下限。
+# - **把填充也算进去。** 批次中已结束的行会继续喂填充符；只统计真实词元。
+# - **小样本上的“死亡”专家。** 30 个词元对 256 个专家，大多数当然闲着。
+# - **把均衡当目标。** 它只是手段（不浪费显存，不让某个设备过载）；绝对均匀又毫无用处很容易：随机路由就行。
+#
+# ## 自测
+#
+# 1. 某 MoE 有 6710 亿参数，每个词元用 370 亿。哪个数决定显存，哪个决定时间？
+# 2. 为什么均衡偏置不干扰梯度，而均衡损失会？
+# 3. 均匀加权毫无影响，随机选专家却掉 64 个百分点。关于路由器，你得出什么结论？
+#
+# <details><summary>参考答案</summary>
+#
+# 1. 显存取决于全部参数，因为任何词元都可能用到任何专家；每个词元的时间取决于激活的参数。
+# 2. 它只改变选中哪些专家，混合权重仍来自不带偏置的分数。负载上的损失有自己的梯度，会拉扯路由器。
+# 3. 知识在于*选择*；选中之后怎样混合，至少在这里，关系不大。
+#
+# </details>

@@ -1,0 +1,402 @@
+# %% [markdown] lang="en"
+# # Lesson 6. Put together: claims, cost, terms, inherited flaws
+#
+# In February 2025 an interview about DeepSeek went round. It says: mixed precision, mixture of experts and distillation are old, DeepSeek put them together and made a benchmark of it; a small model is cheaper anyway; $5.576M is only the GPU cost of the final run; compute still matters, though a firm with a few dozen GPUs can now take part; a provider's terms of use matter; models inherit censorship, hallucination and bias from their data. Today you judge it, sentence by sentence.
+#
+# **After this lesson you can** read a claims table with intervals and verdicts; rebuild the bill of $5.576M and say what it leaves out; say when distilling pays; find out whether a teacher's terms allow it; say which flaws a verifier stops and which pass.
+#
+# **Class time** 45 minutes (10 claims, 10 cost and terms, 5 flaws, 20 debate). Computing: {{minutes}} minutes on one CPU thread.
+#
+# | your machine | what to run |
+# |---|---|
+# | 2-core CPU | this notebook as it is; under 1 GB of memory. The full demo takes 4 minutes more: `distill demo` |
+# | GPU with 8 GB | this notebook; the demo with a 1.7B teacher and a 0.6B student (lesson 2 has the command) |
+# | T4 (16 GB, no bf16) | the same; `train.precision=auto` chooses fp16 |
+# | one card with 24 GB | the same with an 8B teacher in 4 bits, `teacher.quantize=4bit`, and your own questions |
+
+# %% [markdown] lang="zh"
+# # 第 6 课 合在一起：说法、成本、条款与继承的缺陷
+#
+# 2025 年 2 月，一篇关于 DeepSeek 的访谈流传开来。文中说：混合精度、混合专家和蒸馏都是旧技术，DeepSeek 把它们结合在一起，做成了一个标杆；小模型本来就更便宜；557.6 万美元只是最后一次训练的 GPU 成本；算力依然重要，不过只有几十张 GPU 的公司也能参与了；服务商的使用条款很重要；模型会从数据中继承审查、幻觉和偏见。今天由你逐句评判。
+#
+# **学完本课，你能够**：读懂带区间和判定的说法表；重算 557.6 万美元这笔账，并指出它漏了什么；说出什么时候蒸馏才划算；查明教师的条款是否允许；说出哪些缺陷会被校验器拦下，哪些会漏过。
+#
+# **课堂用时** 45 分钟（说法 10 分钟，成本与条款 10 分钟，缺陷 5 分钟，辩论 20 分钟）。计算用时：单线程 CPU 约 {{minutes}} 分钟。
+#
+# | 你的机器 | 怎么跑 |
+# |---|---|
+# | 双核 CPU | 直接运行本笔记本；内存不到 1 GB。完整演示另需 4 分钟：`distill demo` |
+# | 8 GB 显存的 GPU | 直接运行；或用 1.7B 教师和 0.6B 学生跑演示（命令见第 2 课） |
+# | T4（16 GB，不支持 bf16） | 同上；`train.precision=auto` 会选 fp16 |
+# | 一张 24 GB 的卡 | 同上，教师用 4 比特的 8B：`teacher.quantize=4bit`，再换上你自己的题目 |
+
+# %%
+import contextlib
+import io
+import json
+import re
+
+import matplotlib.pyplot as plt
+
+from distill.cli import main
+from distill.config import PROJECT_ROOT
+from distill.lessons import ask, begin, exercise, expect, held_out_problems, scaled
+from distill.shards import read_json
+
+folder = begin(6)
+results = PROJECT_ROOT / "recipes" / "results"
+
+
+def command(*words):
+    """What `distill WORDS --json` prints, read back."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main([*words, "--json"])
+    return json.loads(printed.getvalue())
+
+
+# %% [markdown] lang="en"
+# ## Claim 1: distillation gives a small model more quality
+#
+# First DeepSeek's own numbers (DeepSeek-R1 paper, arXiv 2501.12948, tables 5 and 6; pass@1 in %): students trained on 800,000 texts of R1, and a 32B model that learned by reinforcement alone.
+
+# %% [markdown] lang="zh"
+# ## 说法一：蒸馏让小模型质量更高
+#
+# 先看 DeepSeek 自己的数字（DeepSeek-R1 论文，arXiv 2501.12948，表 5 和表 6；pass@1，%）：学生用 R1 的 80 万条文本训练；另有一个只靠强化学习的 32B 模型。
+
+# %%
+students = [  # billions of parameters: AIME 2024, MATH-500, GPQA Diamond, LiveCodeBench
+    (1.5, 28.9, 83.9, 33.8, 16.9),
+    (7, 55.5, 92.8, 49.1, 37.6),
+    (8, 50.4, 89.1, 49.0, 39.6),
+    (14, 69.7, 93.9, 59.1, 53.1),
+    (32, 72.6, 94.3, 62.1, 57.2),
+    (70, 70.0, 94.5, 65.2, 57.5),
+]
+r1, only_rl = (79.8, 97.3, 71.5, 65.9), (47.0, 91.6, 55.0, 40.2)
+names = ("AIME 2024", "MATH-500", "GPQA Diamond", "LiveCodeBench")
+figure, axis = plt.subplots(figsize=(7, 3))
+for i, name in enumerate(names):
+    line = axis.semilogx(
+        [s[0] for s in students], [s[i + 1] / r1[i] * 100 for s in students], "o-", label=name
+    )
+    axis.plot(32, only_rl[i] / r1[i] * 100, "x", color=line[0].get_color())
+axis.set(
+    xlabel="parameters of the student (billions)",
+    ylabel="% of the teacher's score",
+    title="x: 32B, no teacher",
+)
+axis.legend(fontsize=8)
+plt.show()
+kept = [students[0][i + 1] / r1[i] for i in range(4)]
+expect("the 1.5B student keeps of R1's AIME score", kept[0], 0.36, 0.37, short=True)
+expect("and of its MATH-500 score", kept[1], 0.86, 0.87, short=True)
+
+# %% [markdown] lang="en"
+# More is kept by larger students and on easier tests, and at 32B distillation beats learning alone. Does the shape hold here? The committed result of `distill demo`, with the arm without which it would prove nothing: *control*, the same base and steps on final answers without a teacher.
+
+# %% [markdown] lang="zh"
+# 学生越大、测试越容易，保留得越多；在 32B 上，蒸馏胜过独自学习。这个规律在这里成立吗？下面是 `distill demo` 已提交的结果，其中有一个缺了它就什么也证明不了的对照组 *control*：同样的底座和步数，只用最终答案训练，没有教师。
+
+# %%
+demo = read_json(results / "demo.json")["models"]
+for name, model in demo.items():
+    cells = []
+    for level in ("easy", "medium", "hard"):
+        task = model["tasks"][level]
+        low, high = task["ci95"]
+        cells.append(f"{level} {100 * task['accuracy']:5.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    print(f"{name:8}", "   ".join(cells))
+hard = {name: model["tasks"]["hard"] for name, model in demo.items()}
+expect(
+    "student minus control, hard",
+    hard["student"]["accuracy"] - hard["control"]["accuracy"],
+    0.4,
+    0.9,
+    short=True,
+)
+
+# %% [markdown] lang="en"
+# ## The claims table
+#
+# One run with one seed is an anecdote. `distill bench recipes/claims.yaml` trains every arm on several seeds and judges each sentence by one rule: SUPPORTED or NOT SUPPORTED where the 95 % interval over seeds lies on one side, else INCONCLUSIVE.
+
+# %% [markdown] lang="zh"
+# ## 说法表
+#
+# 一个种子跑一次只算轶事。`distill bench recipes/claims.yaml` 用多个种子训练每个组，并按同一条规则评判每句话：若跨种子的 95% 区间全在一侧，判为 SUPPORTED（支持）或 NOT SUPPORTED（不支持），否则为 INCONCLUSIVE（无定论）。
+
+# %%
+found = [results / f"claims-{budget}.json" for budget in ("full", "small")]
+found = next((path for path in found if path.is_file()), None)
+claims = read_json(found)["claims"] if found else []
+for claim in claims:
+    effect, interval = claim["effect"]["mean"], claim["effect"]["ci95"]
+    shown = f"{effect:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else f"{effect}"
+    print(f"{claim['verdict']:14} {shown:26} {claim['hypothesis']}")
+if not claims:
+    print("no committed results: make them with  distill bench recipes/claims.yaml --budget small")
+
+# %% [markdown] lang="en"
+# Read it with three questions. What was held equal? How wide is the interval? How many claims were tested (one in twenty true nulls passes at 5 %)?
+#
+# ## Claim 2: $5.576M is the cost of the final run
+#
+# The bill from the V3 paper's own table, and what it does not count.
+
+# %% [markdown] lang="zh"
+# 带着三个问题来读：哪些条件保持相同？区间有多宽？一共检验了多少条（在 5% 水平上，二十个本不成立的效应就会有一个过关）？
+#
+# ## 说法二：557.6 万美元是最后一次训练的成本
+#
+# V3 论文表格里的账单，以及它没算进去的东西。
+
+# %%
+bill = command("cost", "deepseek-v3")
+for name, stage in bill["stages"].items():
+    print(f"{name:18} {stage['gpu_hours']:>10,.0f} H800 hours   ${stage['usd']:>10,.0f}")
+print(f"{'sum':18} {bill['gpu_hours']:>10,.0f} H800 hours   ${bill['usd']:>10,.0f}\nnot counted:")
+for item in bill["not_counted"]:
+    print("  -", item["item"])
+expect("the bill, million USD", bill["usd"] / 1e6, 5.576, 5.576, short=True)
+expect("items that it does not count", len(bill["not_counted"]), 3, 20, short=True)
+
+# %% [markdown] lang="en"
+# ## When does distilling pay?
+#
+# A teacher query costs more than a student query; distilling costs something once. The lines cross after *fixed cost / difference per query* queries. The numbers below are an example, change them; `distill cost RUN_DIR --break-even` takes them from a run, with your prices.
+
+# %% [markdown] lang="zh"
+# ## 什么时候蒸馏才划算？
+#
+# 教师回答一次比学生贵；蒸馏要一次性投入。两条线在“固定成本 ÷ 每次查询的差价”处相交。下面的数字只是例子，请自行修改；对任何一次运行，`distill cost RUN_DIR --break-even` 会从运行记录和你的价格算出来。
+
+# %%
+fixed, teacher_query, student_query = 100.0, 0.004, 0.001  # USD, an example: change them
+queries = range(0, 100_001, 1000)
+plt.plot(queries, [q * teacher_query for q in queries], label="keep calling the teacher")
+plt.plot(queries, [fixed + q * student_query for q in queries], label="distil once, ask the student")
+plt.xlabel("queries")
+plt.ylabel("USD")
+plt.legend()
+plt.show()
+
+# %% [markdown] lang="en"
+# ## Claim 3: terms of use matter
+#
+# May this teacher's outputs train another model? `distill` asks before a token is spent. Not legal advice; the dates in `distill/terms.yaml` say when each text was read.
+
+# %% [markdown] lang="zh"
+# ## 说法三：使用条款很重要
+#
+# 这位教师的输出可以用来训练别的模型吗？`distill` 在花费任何词元之前先问这个问题。这不是法律意见；`distill/terms.yaml` 里的日期说明各文本是何时查阅的。
+
+# %%
+from distill.config import Teacher
+from distill.terms import decide
+from distill.train_sections import Student
+
+answers = {}
+for model in (
+    "checkpoints/teacher",
+    "deepseek-ai/DeepSeek-R1",
+    "Qwen/Qwen3-8B",
+    "meta-llama/Llama-2-7b",
+    "gpt-4o",
+):
+    decision = decide(Teacher(model=model), Student(model="checkpoints/base"))
+    answers[model] = decision["allowed"]
+    print(f"{model:28} {decision['answer']:14} {decision.get('name') or '-'}")
+expect("teachers of these five that allow it", sum(answers.values()), 3, 3, short=True)
+
+# %% [markdown] lang="en"
+# ## Claim 4: models inherit flaws
+#
+# A verifier reads final answers, so wrong answers are stopped. What passes? Here the teacher samples at T = 2, and we check every *step* of the answers that were judged right: how many contain a false line of arithmetic?
+
+# %% [markdown] lang="zh"
+# ## 说法四：模型会继承缺陷
+#
+# 校验器只读最终答案，所以错误的答案会被拦下。漏过的是什么？让教师在 T = 2 下采样，对判为正确的答案逐*步*检查：有多少含有错误的算式？
+
+# %%
+from distill.models import load_model, load_tokenizer
+
+STEP = re.compile(r"(\d)([+*])(\d)\+(\d)=(\d\d)")
+
+
+def false_steps(text):
+    """Lines of column arithmetic in `text` that do not add up, as `7+5+0=12`, `3*9+2=29`."""
+    wrong = []
+    for a, sign, b, carry, result in STEP.findall(text):
+        value = int(a) + int(b) if sign == "+" else int(a) * int(b)
+        if value + int(carry) != int(result):
+            wrong.append(f"{a}{sign}{b}+{carry}={result}")
+    return wrong
+
+
+problems = held_out_problems({"hard": scaled(80, 40)}, families=["addition", "multiplication"])
+teacher, tokenizer = load_model("checkpoints/teacher"), load_tokenizer("checkpoints/teacher")
+rows = ask(teacher, tokenizer, problems, temperature=2.0, samples=4)
+right = [row for row in rows if row["verdict"] == "correct"]
+flawed = [row for row in right if false_steps(row["text"])]
+print(f"{len(rows)} answers, {len(right)} judged right, {len(flawed)} of these with a false step")
+for row in flawed[:2]:
+    print("  ", row["prompt"], row["text"], "  false:", false_steps(row["text"]))
+expect("judged right", len(right) / len(rows), 0.4, 0.8, short=True)
+expect("of these, with a false step", len(flawed) / len(right), 0.0, 0.25, short=True)
+
+# %% [markdown] lang="en"
+# A student trained on these rows learns the false step as well as the right one. And a flaw that no verifier can see (a bias in open questions, a refusal, a confident tone) passes untouched: `distill inherit` measures how much of it arrives.
+#
+# ## Exercises
+#
+# **6.1** Rebuild the bill: 14.8 trillion tokens at 180,000 GPU hours per trillion, then context extension (119,000 hours) and post-training (5,000), at 2 USD an hour.
+
+# %% [markdown] lang="zh"
+# 用这些数据训练，学生会把错误的步骤和正确的一起学去。而校验器看不见的缺陷（开放问题上的偏见、拒答、过分自信的语气）会原封不动地漏过：`distill inherit` 测量它有多少传给了学生。
+#
+# ## 练习
+#
+# **6.1** 重算账单：14.8 万亿词元，每万亿 18 万 GPU 小时；再加上上下文扩展（11.9 万小时）和后训练（5 千小时），每小时 2 美元。
+
+
+# %% tags=["exercise"]
+def v3_bill(trillions, hours_per_trillion, more_hours, usd_per_hour): ...  # your code -> USD
+
+
+# %% tags=["solution"]
+def v3_bill(trillions, hours_per_trillion, more_hours, usd_per_hour):
+    return (trillions * hours_per_trillion + more_hours) * usd_per_hour
+
+
+# %%
+exercise(
+    "6.1", lambda: abs(v3_bill(14.8, 180_000, 124_000, 2) - bill["usd"]) < 1e3, "hours first, then the price"
+)
+
+# %% [markdown] lang="en"
+# **6.2** After how many queries is distilling cheaper than calling the teacher? Return None if never.
+
+# %% [markdown] lang="zh"
+# **6.2** 多少次查询之后，蒸馏比一直调用教师更便宜？若永远不会，返回 None。
+
+
+# %% tags=["exercise"]
+def break_even(fixed, teacher_query, student_query): ...  # your code
+
+
+# %% tags=["solution"]
+def break_even(fixed, teacher_query, student_query):
+    saved = teacher_query - student_query
+    return fixed / saved if saved > 0 else None
+
+
+# %%
+exercise(
+    "6.2",
+    lambda: abs(break_even(100, 0.004, 0.001) - 100 / 0.003) < 1e-6 and break_even(100, 0.001, 0.001) is None,
+    "what a query saves must pay back the fixed cost",
+)
+
+# %% [markdown] lang="en"
+# **6.3** Write the rule of the claims table: from an interval `[low, high]` of an effect that should be *greater* than zero, the verdict.
+
+# %% [markdown] lang="zh"
+# **6.3** 写出说法表的规则：某效应应当*大于*零，给定它的区间 `[low, high]`，返回判定。
+
+
+# %% tags=["exercise"]
+def verdict(low, high): ...  # your code -> "SUPPORTED", "NOT SUPPORTED" or "INCONCLUSIVE"
+
+
+# %% tags=["solution"]
+def verdict(low, high):
+    if low > 0:
+        return "SUPPORTED"
+    return "NOT SUPPORTED" if high < 0 else "INCONCLUSIVE"
+
+
+# %%
+exercise(
+    "6.3",
+    lambda: (
+        [verdict(0.1, 0.3), verdict(-0.3, -0.1), verdict(-0.1, 0.3)]
+        == ["SUPPORTED", "NOT SUPPORTED", "INCONCLUSIVE"]
+    ),
+    "on which side of zero does the whole interval lie?",
+)
+
+# %% [markdown] lang="en"
+# ## Debate sheet
+#
+# Two teams per sentence, five minutes each; first the number and its interval, then the opinion. Close with: what would change my mind?
+#
+# | the article says | for | against | look at |
+# |---|---|---|---|
+# | The three techniques are old | LoRA 2021, MoE 1991/2017, mixed precision 2017, distillation 2015 | FP8 at 671B with blocks and balancing without a loss were new at that scale | lessons 3 to 5 |
+# | DeepSeek put them together and made a benchmark | one open model with all of them, and a published bill | "together" is a claim of its own: do the parts add up, or interact? | the claims table, group "put together" |
+# | Distillation gives more quality for less | R1's students; student against control here | the teacher had to exist; on tests near the training text only | lesson 6, first figure; `demo.json` |
+# | A small model is cheaper anyway | fewer FLOPs and bytes per answer | a small model that thinks longer can cost more per *answer*; distilled V2.5 doubled its length (V3 paper, table 9) | `distill evaluate`: FLOPs per answer |
+# | $5.576M is the final run only | the paper says so itself | it was still low for that result; the GPUs were rented on paper | `distill cost deepseek-v3` |
+# | Compute still matters; a few dozen GPUs can take part | distilling needs thousandths of pre-training | somebody had to train the teacher, and it may be closed | break-even |
+# | Terms of use matter | contracts forbid what licences allow | no settled law; enforcement is hard | `distill/terms.yaml` |
+# | Flaws are inherited | what a verifier cannot see passes | filters and other data can remove some | last section; `distill inherit` |
+#
+# ## What commonly goes wrong
+#
+# - **One seed, one verdict.** Arms differ by luck; ask for seeds and intervals.
+# - **"Cheaper" without a unit.** Per token, per answer, per right answer, per year: four different winners.
+# - **The bill of one run as the price of a laboratory.** A cost without its exclusions misleads.
+# - **A clean score read as a clean model.** 100 % of right answers says nothing about steps, tone or refusals.
+#
+# ## Check
+#
+# 1. Which arm must stand beside every distilled student, and why?
+# 2. Name three things that $5.576M does not count.
+# 3. Which flaws does rejection sampling stop, and which not?
+#
+# <details><summary>Answers</summary>
+#
+# 1. A control with the same base, prompts and steps and no teacher: else the gain could be more training.
+# 2. Earlier research and failed runs, ablations, data; staff; buying rather than renting the hardware, buildings and power beyond the rent.
+# 3. Wrong final answers where a verifier exists. Not: false steps with a right answer, and whatever has no checkable answer (bias, refusals, tone).
+#
+# </details>
+
+# %% [markdown] lang="zh"
+# ## 辩论单
+#
+# 每句话两队，各五分钟；先给出数字和区间，再谈观点。最后回答：什么能让我改变看法？
+#
+# | 文章说 | 支持 | 反对 | 看哪里 |
+# |---|---|---|---|
+# | 三项技术都是旧的 | LoRA 2021，MoE 1991/2017，混合精度 2017，蒸馏 2015 | 在 671B 规模上使用分块 FP8 和无损失均衡，当时是新的 | 第 3 至 5 课 |
+# | DeepSeek 把它们结合起来，做成标杆 | 一个开放模型集齐全部，并公布了账单 | “结合”本身也是一个说法：各部分是简单相加，还是相互影响？ | 说法表的 “put together” 组 |
+# | 蒸馏以更少成本得到更高质量 | R1 的学生们；这里的学生对 control | 教师必须先存在；只在与训练文本相近的测试上 | 本课第一张图；`demo.json` |
+# | 小模型本来就更便宜 | 每个答案的 FLOPs 和字节更少 | 思考更久的小模型，每个*答案*可能更贵；蒸馏后的 V2.5 输出长度翻倍（V3 论文表 9） | `distill evaluate`：每个答案的 FLOPs |
+# | 557.6 万美元只是最后一次训练 | 论文自己就这么说 | 就其结果而言依然很低；GPU 只是账面上的租金 | `distill cost deepseek-v3` |
+# | 算力依然重要；几十张 GPU 也能参与 | 蒸馏只需预训练的千分之几 | 总得有人先训练教师，而且它可能是封闭的 | 盈亏平衡 |
+# | 使用条款很重要 | 合同会禁止许可证所允许的事 | 法律尚无定论；难以执行 | `distill/terms.yaml` |
+# | 缺陷会被继承 | 校验器看不见的都会漏过 | 过滤和其他数据能去掉一部分 | 上一节；`distill inherit` |
+#
+# ## 常见问题
+#
+# - **一个种子，一个判定。** 各组之间会因运气而不同；要看多个种子和区间。
+# - **只说“更便宜”，不说单位。** 按词元、按答案、按正确答案、按年算，赢家各不相同。
+# - **把一次训练的账单当成一个实验室的价格。** 不列出未计项目的成本会误导人。
+# - **得分干净就以为模型干净。** 答案 100% 正确，说明不了步骤、语气或拒答。
+#
+# ## 自测
+#
+# 1. 每个蒸馏学生旁边必须有哪个对照组？为什么？
+# 2. 说出 557.6 万美元没有计入的三样东西。
+# 3. 拒绝采样能拦住哪些缺陷，拦不住哪些？
+#
+# <details><summary>参考答案</summary>
+#
+# 1. 同样的底座、题目和步数、但没有教师的对照组：否则提升可能只是因为训练得更多。
+# 2. 此前的研究和失败的训练、消融实验、数据；人员；购买（而不是租用）硬件，以及租金之外的机房和电力。
+# 3. 有校验器时，能拦住错误的最终答案。拦不住：答案正确但步骤错误的样本，以及一切没有可核对答案的东西（偏见、拒答、语气）。
+#
+# </details>
