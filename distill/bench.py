@@ -10,7 +10,6 @@ A failed run does not stop the others, and the same command does what is left. I
 """
 
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -40,9 +39,9 @@ def bench(
     """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed."""
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
-    prepare(recipe.prepare)
     tasks = plan(recipe, budget, file)
     _check(tasks)
+    prepare(recipe.prepare)
     jobs = jobs or _jobs()
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -65,13 +64,15 @@ def bench(
 def _jobs() -> int:
     import torch
 
+    from distill.devices import cores
+
     if torch.cuda.is_available():
         return 1  # a second process would fight for the same memory
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def _check(tasks: dict[str, Task]) -> None:
-    """The same pre-flight as before any run, once per arm, where its models are there already."""
+    """Models and terms of every arm whose models are there already, before anything is written or run."""
     from distill.models import check_model
     from distill.terms import require
 
@@ -106,7 +107,9 @@ def run_tasks(
     tasks: dict[str, Task], jobs: int, redo: bool, clock: "_Clock", say: Callable[[str], None]
 ) -> dict[str, list[str]]:
     """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
-    threads = max(1, _cores() // jobs)
+    from distill.devices import cores
+
+    threads = max(1, cores() // jobs)
     waiting, running, done, failed = dict(tasks), {}, set(), {}
     dependants = _dependants(tasks)
     with ProcessPoolExecutor(
@@ -144,10 +147,6 @@ def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock") 
         ]
     except Exception as error:  # a bug of ours must not lose the other runs
         failed[task.name] = [f"{type(error).__name__}: {error}"]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _dependants(tasks: dict[str, Task]) -> dict[str, int]:

@@ -3,7 +3,7 @@
     read_metrics(Path("checkpoints/claims/student-0"))     # {"accuracy.hard": 0.61, "train.flops": 1.3e12, ...}
 
 A metric a run does not have (routing of a dense model, training of a checkpoint) is absent. Each has a unit for
-tables and says which way is better; shares are 0 to 1 in files and per cent on pages.
+tables; shares are 0 to 1 in files and per cent on pages.
 """
 
 import json
@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.precision_run import smoothed
 from distill.shards import MANIFEST, read_json
-
-SMOOTHING = 0.9  # of the loss curve, as in DeepSeek-V3 appendix B.1
 
 
 @dataclass(frozen=True)
 class Metric:
     unit: str  # "%" for shares
     words: str
-    better: str = "higher"  # or "lower", or "" where neither is
 
 
 METRICS = {
@@ -30,23 +28,23 @@ METRICS = {
     "accuracy.medium": Metric("%", "medium problems solved"),
     "accuracy.hard": Metric("%", "hard problems solved"),
     "accuracy.mean": Metric("%", "problems solved, mean of the levels"),
-    "tokens.answer": Metric("tokens", "mean length of an answer", ""),
-    "loss.train": Metric("nats/token", "training loss, smoothed", "lower"),
-    "loss.held_out": Metric("nats/token", "loss on held-out rows", "lower"),
-    "moe.max_violation": Metric("", "MaxVio, the worst layer (0 is perfect balance)", "lower"),
+    "tokens.answer": Metric("tokens", "mean length of an answer"),
+    "loss.train": Metric("nats/token", "training loss, smoothed"),
+    "loss.held_out": Metric("nats/token", "loss on held-out rows"),
+    "moe.max_violation": Metric("", "MaxVio, the worst layer (0 is perfect balance)"),
     "moe.load_entropy": Metric("", "load entropy over its maximum, mean of the layers"),
-    "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean", ""),
-    "train.flops": Metric("FLOPs", "training FLOPs", "lower"),
-    "train.tokens": Metric("tokens", "completion tokens trained on", ""),
-    "train.seconds": Metric("s", "training seconds", "lower"),
-    "train.steps": Metric("", "optimizer steps", ""),
-    "parameters.total": Metric("", "parameters", "lower"),
-    "parameters.active": Metric("", "parameters active per token", "lower"),
-    "parameters.trainable": Metric("", "parameters that train", "lower"),
-    "bytes.training_state": Metric("B", "gradients and Adam moments of what trains", "lower"),
-    "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer", "lower"),
-    "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token", "lower"),
-    "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run", "lower"),
+    "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean"),
+    "train.flops": Metric("FLOPs", "training FLOPs"),
+    "train.tokens": Metric("tokens", "completion tokens trained on"),
+    "train.seconds": Metric("s", "training seconds"),
+    "train.steps": Metric("", "optimizer steps"),
+    "parameters.total": Metric("", "parameters"),
+    "parameters.active": Metric("", "parameters active per token"),
+    "parameters.trainable": Metric("", "parameters that train"),
+    "bytes.training_state": Metric("B", "gradients and Adam moments of what trains"),
+    "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer"),
+    "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token"),
+    "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
 }
 _WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.flops_per_token)")
 MODEL = "student"  # the name under which every run's model is measured
@@ -57,10 +55,10 @@ def metric(name: str) -> Metric:
 
     KeyError for another."""
     if name.startswith("flaw."):
-        return Metric("%", f"probes that show {name[5:].replace('_', ' ')}", "")
+        return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")
     if found := _WITH_K.fullmatch(name):
         of = METRICS[found[2]]
-        return Metric(of.unit, f"{of.words}, {found[1]} experts per token", of.better)
+        return Metric(of.unit, f"{of.words}, {found[1]} experts per token")
     return METRICS[name]
 
 
@@ -140,7 +138,7 @@ def _trained(folder: Path) -> dict[str, float | None]:
     held_out = [line["validation"] for line in lines if line.get("validation") is not None]
     trainable = counts["parameters_trainable"]
     return {
-        "loss.train": smoothed([line["loss"] for line in lines]),
+        "loss.train": smoothed([line["loss"] for line in lines])[-1],
         "loss.held_out": held_out[-1] if held_out else None,
         "train.flops": manifest["flops"],
         "train.tokens": counts["tokens"],
@@ -149,11 +147,3 @@ def _trained(folder: Path) -> dict[str, float | None]:
         "parameters.trainable": trainable,
         "bytes.training_state": 12 * trainable,  # float32: one gradient, two moments
     }
-
-
-def smoothed(losses: list[float], keep: float = SMOOTHING) -> float:
-    """The last value of an exponential average in which each step weighs `keep` times the next."""
-    average = weight = 0.0
-    for loss in losses:
-        average, weight = keep * average + (1 - keep) * loss, keep * weight + (1 - keep)
-    return average / weight

@@ -77,8 +77,7 @@ def build_page(results: dict[str, Any], path: Path) -> None:
     """Write the page."""
     groups: dict[str, list] = {}
     for claim in results["claims"]:
-        low_is_good = metric(claim["metric"]).better == "lower"
-        shown = {**claim, "shown": shown_effect(claim), "mark": MARKS[claim["verdict"]], "lower": low_is_good}
+        shown = {**claim, "shown": shown_effect(claim), "mark": MARKS[claim["verdict"]]}
         shown["means"] = [
             (term.partition("@")[0], amount(mean, metric(term.partition("@")[2]).unit))
             for term, mean in claim["means"].items()

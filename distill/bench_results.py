@@ -18,11 +18,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from distill.bench_grid import Task, arms_within, known_budget, runs_of
+from distill.bench_grid import KNOWN_BEFORE, Task, arms_within, known_budget, runs_of
 from distill.bench_metrics import metric, read_metrics
-from distill.bench_sections import Bench, Claim, Curve
+from distill.bench_sections import EQUAL, Bench, Claim, Curve
 from distill.config import PROJECT_ROOT, find_file
 from distill.shards import MANIFEST, hash_file, read_json, write_json
+from distill.stages import versions
 from distill.stats import holm
 from distill.verdicts import INCONCLUSIVE, effect, fit_curve, judge
 
@@ -31,7 +32,7 @@ NOT_COMPARABLE = "NOT COMPARABLE"
 SAME = (
     0.02  # trained tokens and FLOPs count as equal up to this share: answers differ by a token here and there
 )
-MEASURED = ("tokens", "tokens_read", "flops")
+MEASURED = tuple(key for key in EQUAL if key not in KNOWN_BEFORE)
 
 
 def collect(
@@ -63,7 +64,7 @@ def collect(
         "commit": commit(),
         "device": device,
         "jobs": jobs,
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": {
             "wall": _wall(bench, budget, clock),
             "work": round(sum(seconds[n] for n in tasks if n in seconds), 1),
@@ -234,15 +235,15 @@ def commit() -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"id": git("rev-parse", "HEAD")[:12], "clean": not git("status", "--porcelain", "-uno")}
+        return {"id": git("rev-parse", "HEAD")[:12], "clean": not git("status", "--porcelain")}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _versions() -> dict[str, str]:
-    from distill.stages import versions
-
-    return versions()
+def shown_commit(results: dict[str, Any]) -> str:
+    """For people: the commit, and whether files lay over it that it does not have."""
+    found = results.get("commit")
+    return "unknown" if not found else found["id"] + ("" if found["clean"] else " with uncommitted files")
 
 
 def _shown(path: Path) -> str:

@@ -30,12 +30,16 @@ def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no CUDA GPU; set device=auto or cpu")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = threads or int(os.environ.get("DISTILL_THREADS", "0"))
-    torch.set_num_threads(asked or max(1, cores // local_processes))
+    torch.set_num_threads(asked or max(1, cores() // local_processes))
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes(device: torch.device) -> PartialState:

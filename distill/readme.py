@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from distill import readme_claims as claims
-from distill.bench_results import commit
+from distill.bench_results import commit, shown_commit
 from distill.config import PROJECT_ROOT
 from distill.errors import DistillError
 from distill.shards import hash_file, read_json, write_atomic, write_json
@@ -91,7 +91,7 @@ def results_section(results: dict, language: str = "en") -> str:
     agreement = results["models"]["student"]["fidelity"]["top1_agreement"]
     about = {
         "device": results["device"],
-        "commit": (results.get("commit") or {}).get("id", "?"),
+        "commit": shown_commit(results),
         "minutes": sum(seconds.values()) / 60,
         "agreement": 100 * agreement,
     }

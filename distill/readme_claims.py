@@ -9,6 +9,7 @@ compares them with the pages, and the hash of recipes/claims.yaml in them with t
 from typing import Any
 
 from distill.bench_page import MARKS, amount, shown_effect
+from distill.bench_results import shown_commit
 from distill.config import PROJECT_ROOT
 from distill.shards import hash_file
 
@@ -74,7 +75,7 @@ def claims_section(results: dict[str, Any], language: str = "en") -> str:
     sentence = words["sentence"].format(
         n=len(results["claims"]), counts=counts, seeds=results["seeds"], tasks=results["tasks"],
         minutes=results["seconds"]["wall"] / 60, jobs=results["jobs"], device=results["device"],
-        commit=results["commit"]["id"] if results["commit"] else "?",
+        commit=shown_commit(results),
     )  # fmt: skip
     return "\n".join([*lines, "", sentence, ""])
 
@@ -89,11 +90,10 @@ def claims_page(found: dict[str, dict[str, Any]]) -> str:
     lines = ["# The article on trial", "", *_INTRODUCTION.splitlines(), ""]
     for name, results in found.items():
         seconds = results["seconds"]
-        commit = results["commit"]["id"] if results["commit"] else "?"
         lines.append(
             f"- `distill bench {BENCH} --budget {name}`: {results['tasks']} tasks, "
             f"{seconds['wall'] / 60:.0f} minutes on the wall with {results['jobs']} at a time, "
-            f"{seconds['work'] / 60:.0f} minutes of work; {results['device']}; commit {commit}."
+            f"{seconds['work'] / 60:.0f} minutes of work; {results['device']}; commit {shown_commit(results)}."
         )
     groups = dict.fromkeys(c["group"] for c in largest["claims"])
     for group in groups:
