@@ -42,11 +42,12 @@ METRICS = {
     "parameters.active": Metric("", "parameters active per token"),
     "parameters.trainable": Metric("", "parameters that train"),
     "bytes.training_state": Metric("B", "gradients and Adam moments of what trains"),
+    "bytes.saved": Metric("B", "what a micro-batch's forward pass keeps for its backward pass"),
     "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer"),
     "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token"),
     "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
 }
-_WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.flops_per_token)")
+_WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.(?:flops_per_token|usd_per_million))")
 MODEL = "student"  # the name under which every run's model is measured
 
 
@@ -70,10 +71,7 @@ def read_metrics(run: Path) -> dict[str, float]:
     """All metrics of METRICS that this run folder has."""
     found: dict[str, float] = {}
     if (run / "eval" / "metrics.json").is_file():
-        model = read_json(run / "eval" / "metrics.json")["models"][MODEL]
-        found |= _measured(model)
-        if price := _price(run):
-            found["cost.usd_per_million"] = price / 3600 / model["cost"]["decode_tokens_per_second"] * 1e6
+        found |= _measured(read_json(run / "eval" / "metrics.json")["models"][MODEL], _price(run))
     if (run / "student" / MANIFEST).is_file():
         found |= _trained(run / "student")
     if (run / "probes.json").is_file():
@@ -95,8 +93,12 @@ def _price(run: Path) -> float | None:
     )
 
 
-def _measured(model: dict[str, Any]) -> dict[str, float | None]:
+def _measured(model: dict[str, Any], usd_per_hour: float | None) -> dict[str, float | None]:
     tasks, about = model["tasks"], model["model"]
+
+    def usd_per_million(speed: float | None) -> float | None:
+        return usd_per_hour / 3600 / speed * 1e6 if usd_per_hour and speed else None
+
     scores = {f"accuracy.{level}": score["accuracy"] for level, score in tasks.items()}
     found = {
         **scores,
@@ -106,12 +108,14 @@ def _measured(model: dict[str, Any]) -> dict[str, float | None]:
         "parameters.active": about["parameters_active"],
         "cost.flops_per_token": about["flops_per_token"],
         "cost.flops_per_answer": model["cost"]["flops_per_answer"],
+        "cost.usd_per_million": usd_per_million(model["cost"]["decode_tokens_per_second"]),
     }
     for entry in model.get("interventions") or []:
         if entry["kind"] in ("none", "top_k"):
             k = f"k{entry['experts_per_token']}"
             found |= {f"{k}.accuracy.{level}": score["accuracy"] for level, score in entry["tasks"].items()}
             found[f"{k}.cost.flops_per_token"] = entry["flops_per_token"]
+            found[f"{k}.cost.usd_per_million"] = usd_per_million(entry.get("decode_tokens_per_second"))
     layers = list(model.get("moe", {}).get("layers", {}).values())
     if layers:
         found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)
@@ -145,5 +149,6 @@ def _trained(folder: Path) -> dict[str, float | None]:
         "train.seconds": manifest["seconds"],
         "train.steps": counts["steps"],
         "parameters.trainable": trainable,
+        "bytes.saved": counts.get("saved_bytes"),
         "bytes.training_state": 12 * trainable,  # float32: one gradient, two moments
     }

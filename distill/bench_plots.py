@@ -77,6 +77,14 @@ def curve(found: dict[str, Any]) -> str:
         axes = figure.add_subplot()
         plots.plain_axes(axes, "both")
         names = list(found["series"])
+        if found.get("front"):
+            places = {
+                arm: (x * by_x, y * by_y)
+                for s in found["series"].values()
+                for arm, x, y in zip(s["arms"], s["x"], s["y"])
+            }
+            axes.step(*zip(*(places[arm] for arm in found["front"])), where="post", color=plots.MUTED,
+                      linewidth=5, alpha=0.3, label="not beaten on both axes")  # fmt: skip
         for name, series in found["series"].items():
             colour, _, line = plots.model_style(name, names)
             marker = "osD^vP*"[names.index(name) % 7]

@@ -25,7 +25,7 @@ from distill.config import PROJECT_ROOT, find_file
 from distill.shards import MANIFEST, hash_file, read_json, write_json
 from distill.stages import versions
 from distill.stats import holm
-from distill.verdicts import INCONCLUSIVE, effect, fit_curve, judge
+from distill.verdicts import INCONCLUSIVE, effect, fit_curve, judge, pareto_front
 
 SCHEMA_VERSION = 1
 NOT_COMPARABLE = "NOT COMPARABLE"
@@ -220,7 +220,11 @@ def _curve(curve: Curve, values: dict) -> dict[str, Any]:
             "y_sd": [py["sd"] for _, py in points],
             "fit": fit_curve(x, y) if curve.fit else None,
         }
-    return {**curve.model_dump(include={"title", "x", "y", "log_x"}), "series": series}
+    found = {**curve.model_dump(include={"title", "x", "y", "log_x"}), "series": series}
+    if curve.front:
+        points = {arm: (x, y) for s in series.values() for arm, x, y in zip(s["arms"], s["x"], s["y"])}
+        found["front"] = pareto_front(points)
+    return found
 
 
 # -------------------------------------------------------------------------------------------- what it rests on

@@ -155,6 +155,9 @@ class Curve(Section):
     )
     log_x: bool = Field(False, description="logarithmic x")
     fit: bool = Field(False, description="a logistic in log10 x through each series")
+    front: bool = Field(
+        False, description="join the points that no other beats: less x and no less y (Pareto)"
+    )
     budget: Name | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
 
     @model_validator(mode="after")

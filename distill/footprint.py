@@ -239,7 +239,7 @@ def _training(pair: Pair) -> Phase:
     layers = 2 if train.gradient_checkpointing else facts["layers"]
     per_row = _activations(student, length, low, layers)
     live = pair.teacher and any(o.live for o in train.objectives) and not train.teachers.own_start
-    chunk = chunk_rows(student.rows, pair.device) * student.rows * low
+    chunk = chunk_rows(rows * length, student.rows, low, pair.device) * student.rows * low
     parts = {
         "weights": _weights(student, dtype, recipe.student.quantize),
         "16-bit copies": 2 * facts["parameters_total"] if full and low == 2 else 0,

@@ -17,6 +17,7 @@ gradient in the forward pass is that of Liger Kernel (arXiv 2410.10989, section 
 Shapes: N kept tokens, V vocabulary, d hidden size, n rows of a chunk, m rows of a piece that fits the cache.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +30,10 @@ from distill.gradients import Rows, closed
 from distill.rowwise import CPU_CHUNK
 from distill.sparse_losses import check_sampled, check_stored
 
-# Elements of a chunk of logits. Below 64 rows a matrix product loses half its speed; more rows only cost memory.
-CHUNK, LEAST_ROWS, MOST_ROWS = 2**24, 64, 8192
-ACCELERATOR_CHUNK = 2**26
+# Bytes of a chunk of logits. At V = 151,936 a float32 product of 110 rows (2^26 bytes) reaches 0.75 of the rate that
+# one of 200 rows does, since every chunk reads the whole head again; below 64 rows it is a half.
+CHUNK, LEAST_ROWS, MOST_ROWS = 2**27, 64, 8192
+ACCELERATOR_CHUNK = 2**28
 CHECKS = {"sparse": check_stored, "sampled": check_sampled}  # of stored signals, by form
 
 
@@ -72,6 +74,25 @@ class Head:
         if self.softcap is not None:
             gradient = gradient * (1 - torch.tanh(raw * (self.scale / self.softcap)).square())
         return gradient * self.scale
+
+
+class Scratch:
+    """Memory for a chunk of logits, kept from step to step: fresh pages cost a CPU a quarter of a product's time.
+
+    One owner, one chunk at a time. Accelerators, whose allocators keep what is freed, get new memory.
+    """
+
+    def __init__(self):
+        self._flat: Tensor | None = None
+
+    def take(self, rows: int, like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] with anything in it, on the device of `like`."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, columns, dtype=dtype)
+        if self._flat is None or self._flat.dtype != dtype or len(self._flat) < rows * columns:
+            self._flat = None  # first, or both are in memory for a moment
+            self._flat = like.new_empty(rows * columns, dtype=dtype)
+        return self._flat[: rows * columns].view(rows, columns)
 
 
 @dataclass
@@ -129,20 +150,19 @@ class WholeLogits:
 class Projected:
     """A live teacher's logits, made a chunk at a time from its hidden states [N, d'] and its head."""
 
-    def __init__(self, hidden: Tensor, head: Head):
+    def __init__(self, hidden: Tensor, head: Head, scratch: Scratch | None = None):
         self.hidden, self.head = hidden.detach(), head
-        self._buffer: Tensor | None = None
+        self._scratch = scratch or Scratch()
         self._weight = head.weight.detach().to(hidden.dtype)
 
     def chunk(self, part: slice, like: Tensor | None) -> tuple[Tensor, ...]:
         """The teacher's logits for a student chunk `like` [n, V]: cut, or padded with -inf, to its V.
 
-        Without `like` they keep the teacher's own vocabulary.
+        They last until the next chunk. Without `like` they keep the teacher's own vocabulary.
         """
         hidden = self.hidden[part]
-        if self._buffer is None or len(self._buffer) < len(hidden):
-            self._buffer = hidden.new_empty(len(hidden), len(self._weight))
-        logits = self.head.raw(hidden, self._buffer[: len(hidden)], self._weight)
+        out = self._scratch.take(len(hidden), hidden, len(self._weight), hidden.dtype)
+        logits = self.head.raw(hidden, out, self._weight)
         logits = self.head.transform(logits)
         return (logits if like is None else match_vocabulary(logits, like.shape[1]),)
 
@@ -163,7 +183,7 @@ def match_vocabulary(logits: Tensor, vocabulary: int) -> Tensor:
 
 
 def fused_loss(
-    hidden: Tensor, head: Head, terms: list[Term], signals: dict[str, Any]
+    hidden: Tensor, head: Head, terms: list[Term], signals: dict[str, Any], scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor]:
     """(sum over N tokens of the weighted terms, each term's own sum [terms]) for student states [N, d].
 
@@ -171,7 +191,7 @@ def fused_loss(
     that are 0 there count for no objective on targets: nobody but the student said them. The first result is
     differentiable in `hidden` and, where it requires grad, in the head's weight and bias; both results are
     float32 (the terms float64). Products run in autocast's dtype where autocast is on, else in `hidden`'s;
-    everything elementwise in float32 (float64 for float64 states).
+    everything elementwise in float32 (float64 for float64 states). `scratch` is for a caller of many steps.
     """
     if (
         not terms
@@ -188,13 +208,13 @@ def fused_loss(
         grad = torch.is_grad_enabled()
         return _FusedLoss.apply(
             hidden if grad else hidden.detach(), head.weight if grad else head.weight.detach(), head.bias,
-            head, terms, signals, dtype,
+            head, terms, signals, dtype, scratch or Scratch(),
         )  # fmt: skip
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype):
+    def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype, scratch: Scratch):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -203,8 +223,8 @@ class _FusedLoss(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if wants_bias else None
         wants = wants_hidden or wants_weight or wants_bias
-        size = chunk_rows(len(weight), hidden.device)
-        buffer = hidden.new_empty(min(size, len(hidden)), len(weight), dtype=dtype)
+        size = chunk_rows(len(hidden), len(weight), dtype.itemsize, hidden.device)
+        buffer = scratch.take(size, hidden, len(weight), dtype)
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
             states = hidden[part].detach().to(dtype)
@@ -237,13 +257,14 @@ class _FusedLoss(torch.autograd.Function):
             None if saved is None else saved.mul_(upstream).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time."""
-    elements = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
-    return min(max(elements // vocabulary, LEAST_ROWS), MOST_ROWS)
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time, of `rows` altogether: chunks of one size rather than a small last one."""
+    room = (CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK) // (vocabulary * itemsize)
+    chunks = max(1, math.ceil(rows / min(max(room, LEAST_ROWS), MOST_ROWS)))
+    return max(1, math.ceil(rows / chunks))
 
 
 def _pieces(

@@ -24,7 +24,7 @@ from distill.config import Recipe
 from distill.cross_tokenizer import TeacherView
 from distill.data import Batch
 from distill.errors import UserError
-from distill.fused import Head, Projected, WholeLogits
+from distill.fused import Head, Projected, Scratch, WholeLogits
 from distill.hidden_losses import HiddenTap
 from distill.kept import AtHead, KeptLogits
 from distill.models import load_model, load_tokenizer, same_vocabulary
@@ -42,6 +42,7 @@ class LiveTeacher:
         self._kept = None if at.fusable else KeptLogits(model)
         self._device = next(model.parameters()).device
         self._travelled: Head | None = None
+        self._scratch = Scratch()
         self._hidden: list[HiddenTap] = []
         self._routers: RouterTap | None = None
 
@@ -78,7 +79,7 @@ class LiveTeacher:
         if self._at is None:
             return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
         hidden = self._at(lambda states: states[here.keep], **here.inputs())  # [N, d]
-        return {"dense": Projected(hidden.to(home), self._head_on(home))}
+        return {"dense": Projected(hidden.to(home), self._head_on(home), self._scratch)}
 
     def _head_on(self, device: torch.device) -> Head:
         """The head where the student's logits are made: an offloaded teacher sends its states, not its logits."""
@@ -117,7 +118,7 @@ class LiveTeacherView(LiveTeacher):
         self._at, self._kept = AtHead(model), None
         if not self._at.fusable:
             self._at, self._kept = None, KeptLogits(model)
-        self._device, self._travelled = next(model.parameters()).device, None
+        self._device, self._travelled, self._scratch = next(model.parameters()).device, None, Scratch()
         self._hidden, self._routers = [], None
 
     def __call__(self, batch: Batch) -> dict[str, Any]:

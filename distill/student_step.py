@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data import Batch
-from distill.fused import Given, Term, fused_loss, whole_loss
+from distill.fused import Given, Scratch, Term, fused_loss, whole_loss
 from distill.kept import AtHead, KeptLogits
 from distill.taps import decoder_layers
 from distill.train_sections import Objective
@@ -42,6 +42,7 @@ class StudentStep(nn.Module):
         at = AtHead(model)
         # Plain attributes: neither is a module of its own, they call `model`.
         self.__dict__["at"] = at if at.fusable else None
+        self.__dict__["scratch"] = Scratch()
         self.__dict__["kept"] = None if at.fusable else KeptLogits(model)
 
     @property
@@ -69,7 +70,10 @@ class StudentStep(nn.Module):
         if self.at:
             # The loss is taken inside the head's place in the forward, where FSDP2 has its weight whole.
             total, sums = self.at(
-                lambda hidden: fused_loss(hidden[batch.keep], self.at.head(), self.terms, given), **inputs
+                lambda hidden: fused_loss(
+                    hidden[batch.keep], self.at.head(), self.terms, given, self.scratch
+                ),
+                **inputs,
             )
         else:
             logits = self.kept(keep=batch.keep, **inputs)

@@ -10,8 +10,9 @@ A drop is LAYER:EXPERT, several that are dropped together are joined by `+`; LAY
 or the router's name. How each change is made is in `distill.interventions`. Answers are greedy.
 
 One entry: `kind` (none, top_k, drop, route), `value`, `label`, `experts_per_token`, `flops_per_token` (of that k,
-by `distill.describe`; the routing controls and a dropped expert cost what the model costs), `tasks` (a score per
-level, as `distill.summary.summarise`) and `comparison` with the unchanged model over all problems: n, difference
+by `distill.describe`; the routing controls and a dropped expert cost what the model costs),
+`decode_tokens_per_second` (of all its answers together, where they were timed), `tasks` (a score per level, as
+`distill.summary.summarise`) and `comparison` with the unchanged model over all problems: n, difference
 (the entry's accuracy minus the unchanged model's), ci95, p_value, p_value_holm (Holm 1979, over the sweep) and a
 verdict on the entry that needs the corrected one. The first entry is the unchanged model; its own k has no other.
 """
@@ -156,6 +157,7 @@ def _entries(model, changes: list[_Change], answered: Mapping[str, Rows], contex
                 "label": change.label if change else UNCHANGED,
                 "experts_per_token": k or own,
                 "flops_per_token": int(flops[k]),
+                "decode_tokens_per_second": _speed(rows),
                 "tasks": {
                     level: summarise([r for r in rows if r["level"] == level])
                     for level in dict.fromkeys(r["level"] for r in base)
@@ -169,6 +171,11 @@ def _entries(model, changes: list[_Change], answered: Mapping[str, Rows], contex
         if corrected is None or corrected >= 0.05:
             item["verdict"] = "INCONCLUSIVE"
     return entries
+
+
+def _speed(rows: Rows) -> float | None:
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    return round(sum(row["tokens"] for row in rows) / seconds, 1) if seconds else None
 
 
 def _compared(rows: Rows, base: Rows) -> dict[str, Any]:
@@ -215,8 +222,9 @@ def interventions_for(
     greedy = section.model_copy(update={"samples": 1, "temperature": 0.0})
 
     def answer() -> Rows:
-        rows, _ = answer_problems(model, tokenizer, chosen, "", greedy, bar=False)
-        return [{key: row[key] for key in _KEPT} for row in rows]
+        rows, measured = answer_problems(model, tokenizer, chosen, "", greedy, bar=False)
+        share = measured["seconds"] / len(rows)
+        return [{**{key: row[key] for key in _KEPT}, "seconds": share} for row in rows]
 
     return intervention_sweep(
         model,

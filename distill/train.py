@@ -37,6 +37,7 @@ from distill.memory import OutOfMemory, memory_advice
 from distill.optimization import learning_rate, make_optimizer
 from distill.packing import check_packing
 from distill.precision import Precision
+from distill.saved_memory import saved_for_backward
 from distill.sources import Lot, Source
 from distill.state_objectives import state_objectives
 from distill.steplog import StepLog
@@ -164,6 +165,7 @@ def train_student(
         "tokens_read": log.read,  # passed through the model: prompts too
         "head": step_module.head_form,
         "micro_batch_size": micro.size,
+        "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass
     }
 
 
@@ -217,6 +219,7 @@ class MicroBatches:
     def __init__(self, train: Train, pad_id: int, accelerator: Accelerator):
         self.train, self.pad_id, self.accelerator = train, pad_id, accelerator
         self.size = train.micro_batch_size
+        self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
 
     def accumulate(self, model: nn.Module, optimizer, lot: Lot, teacher, balancer) -> torch.Tensor:
         """Gradients of the whole lot into the model; each objective's sum over this process's kept tokens."""
@@ -252,12 +255,20 @@ class MicroBatches:
                 balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
             last = i == len(pieces) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                total, terms = model(batch, teacher(batch) if teacher else {})
+                total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
                 # Gradients are averaged over processes, hence the world; one division by all kept tokens.
                 accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
             terms = terms * weight
             sums += terms.cpu()
         return sums
+
+    def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.saved_bytes is not None or self.train.gradient_checkpointing or self.train.compile:
+            return model(batch, signals)
+        with saved_for_backward(model) as saved:
+            total, terms = model(batch, signals)
+        self.saved_bytes = saved()
+        return total, terms
 
 
 def _check_lot(train: Train, student: BuiltStudent, lot: Lot, world: int) -> None:

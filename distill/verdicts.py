@@ -134,3 +134,16 @@ def fit_curve(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None
         return None
     rms = float(np.sqrt(np.mean((curve(logs, *fitted) - values) ** 2)))
     return {**dict(zip(("low", "top", "slope", "middle"), map(float, fitted))), "rms": rms}
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points (cost, quality) that no other beats: cheaper and at least as good, or better and no dearer.
+
+    From the cheapest on. Means alone decide; whether two neighbours really differ is a claim's business.
+    """
+    front = []
+    for name, (cost, quality) in points.items():
+        others = (other for key, other in points.items() if key != name)
+        if not any(c <= cost and q >= quality and (c < cost or q > quality) for c, q in others):
+            front.append(name)
+    return sorted(front, key=lambda name: points[name])

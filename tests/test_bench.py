@@ -28,10 +28,15 @@ TINY = {
         "evaluate.levels": {"easy": 7},
         "evaluate.speed": False,
         "evaluate.max_new_tokens": 40,
+        "prices.usd_per_device_hour": 0.05,
     },
     "budgets": {"small": {"seeds": 1}, "full": {"seeds": 3}},
     "arms": {
         "base": {"checkpoint": str(ROOT / "checkpoints" / "base")},
+        "teacher": {
+            "checkpoint": str(ROOT / "checkpoints" / "teacher"),
+            "set": {"evaluate.interventions.top_k": [1, 2], "evaluate.interventions.problems": 7},
+        },
         "control": {"set": {"filter.completions": "reference_answer"}},
         "sequence": {},
         "more": {"start": "sequence", "set": {"train.steps": 3}, "budget": "full"},
@@ -51,7 +56,13 @@ TINY = {
             "budget": "full",
         },
     ],
-    "curves": [{"title": "C", "x": "train.flops", "y": "accuracy.easy", "series": {"s": ["sequence", "more"]}}],
+    "curves": [
+        {"title": "C", "x": "train.flops", "y": "accuracy.easy", "series": {"s": ["sequence", "more"]}},
+        {
+            "title": "D", "x": "cost.usd_per_million", "y": "accuracy.easy", "front": True,
+            "series": {"base": ["base"], "s": ["sequence"], "teacher": ["teacher@k1", "teacher@k2"]},
+        },
+    ],
 }  # fmt: skip
 
 
@@ -78,8 +89,29 @@ def test_runs_are_ordinary_and_share_their_stages(small):
     assert len(shared) == 1 or len({(s / "manifest.json").read_text() for s in shared}) == 1
     assert len(datasets) == 2 and len(list((grid / "shared").glob("answers-*"))) == 1
     assert main(["provenance", str(run)]) == 0
-    assert lines[0].startswith("Tiny: 6 tasks in budget 'small'") and lines[-1].startswith("[6/6]")
+    assert lines[0].startswith("Tiny: 7 tasks in budget 'small'") and lines[-1].startswith("[7/7]")
     assert results["arms"]["base"]["budget"]["steps"] is None
+
+
+def test_prices_are_of_the_measured_speed_and_the_front_leaves_out_what_is_beaten(small):
+    _, grid, results, _ = small
+    cost = json.loads((grid / "teacher-0" / "eval" / "metrics.json").read_text())["models"]["student"]
+    entries = {e["experts_per_token"]: e for e in cost["interventions"]}
+    metrics = results["arms"]["teacher"]["metrics"]
+    for key, speed in (
+        ("cost.usd_per_million", cost["cost"]["decode_tokens_per_second"]),
+        ("k1.cost.usd_per_million", entries[1]["decode_tokens_per_second"]),
+    ):
+        assert metrics[key]["mean"] * speed * 3600 == pytest.approx(0.05 * 1e6)
+    priced = results["curves"][1]
+    assert priced["series"]["teacher"]["arms"] == ["teacher@k1", "teacher@k2"]
+    points = {a: (x, y) for s in priced["series"].values() for a, x, y in zip(s["arms"], s["x"], s["y"])}
+    assert min(points, key=points.get) == priced["front"][0] and set(priced["front"]) <= set(points)
+    page = (grid / "bench.html").read_text()
+    assert "No other is both cheaper and better: " + ", ".join(priced["front"]) in page
+    run = json.loads((grid / "sequence-0" / "student" / "manifest.json").read_text())
+    saved = results["arms"]["sequence"]["metrics"]["bytes.saved"]["mean"]
+    assert saved == run["counts"]["saved_bytes"] > 0
 
 
 def test_one_seed_decides_nothing_and_unequal_budgets_are_not_compared(small):
@@ -157,7 +189,7 @@ def test_commands_know_a_grid_from_a_recipe(tmp_path, capsys):
     assert main(["bench", "speed", "--budget", "small"]) == 2
     assert "goes with `distill bench RECIPE`" in capsys.readouterr().err
     assert main(["bench", path, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"] == 3
+    assert json.loads(capsys.readouterr().out)["runs"] == 4
 
 
 def test_the_shipped_claims_hold_together():

@@ -125,7 +125,7 @@ def test_chunk_and_piece_size_change_nothing(chunk, piece, name):
     hidden, weight, _, signals = parts()
     saved = fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK
     try:
-        fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = chunk * V, 1, piece * V
+        fused.CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = 8 * chunk * V, 1, piece * V
         total, _ = fused_loss(hidden, Head(weight), [term(name)], signals)
         total.backward()
     finally:
@@ -273,3 +273,26 @@ def test_second_objective_does_not_see_the_first_ones_scratch():
     again = closed("generalized_jsd", {**options, "beta": 0.4})(shared)
     for a, b in zip(alone, again):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@given(rows=st.integers(0, 5000), vocabulary=st.integers(1, 200_000), itemsize=st.sampled_from([2, 4, 8]))
+def test_chunks_are_of_one_size_and_fit(rows, vocabulary, itemsize):
+    size = fused.chunk_rows(rows, vocabulary, itemsize, torch.device("cpu"))
+    room = max(fused.CHUNK // (vocabulary * itemsize), fused.LEAST_ROWS)
+    assert 1 <= size <= min(room, fused.MOST_ROWS)
+    chunks = -(-rows // size)
+    assert rows == 0 or chunks * size - rows < chunks  # each as large as the next, but for one row
+    assert chunks == -(-rows // min(room, fused.MOST_ROWS)), "no more chunks than must be"
+
+
+def test_scratch_is_kept_from_step_to_step_and_shared_by_nobody():
+    scratch, like = fused.Scratch(), torch.zeros(1)
+    first = scratch.take(5, like, 7, torch.float32)
+    assert scratch.take(3, like, 7, torch.float32).data_ptr() == first.data_ptr()
+    assert scratch.take(6, like, 7, torch.float32).shape == (6, 7)
+    assert scratch.take(2, like, 7, torch.bfloat16).dtype == torch.bfloat16
+    hidden, weight, _, signals = parts()
+    expected = fused_loss(hidden, Head(weight), [term("forward_kl")], signals)[0]
+    for _ in range(2):  # what is left in it from before is of no consequence
+        found = fused_loss(hidden, Head(weight), [term("forward_kl")], signals, scratch)[0]
+        assert torch.equal(found, expected)

@@ -18,6 +18,7 @@ from distill.verdicts import (
     fit_curve,
     judge,
     mean_interval,
+    pareto_front,
 )
 
 VALUES = {
@@ -156,3 +157,20 @@ def test_a_curve_through_what_a_logistic_made():
     assert fitted["rms"] < 1e-3 and fitted["middle"] == pytest.approx(11.5, abs=0.05)
     assert fitted["top"] == pytest.approx(0.9, abs=0.02)
     assert fit_curve(x[:3], y[:3]) is None
+
+
+POINTS = st.dictionaries(
+    st.text("abcdef", min_size=1), st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1
+)
+
+
+@given(POINTS)
+def test_a_front_holds_what_nothing_beats(points):
+    def beats(a, b):
+        return a != b and a[0] <= b[0] and a[1] >= b[1]
+
+    front = pareto_front(points)
+    for name, point in points.items():
+        assert (name in front) == (not any(beats(other, point) for other in points.values()))
+    costs, quality = zip(*(points[name] for name in front))
+    assert list(costs) == sorted(costs) and list(quality) == sorted(quality)
