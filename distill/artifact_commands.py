@@ -67,7 +67,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def play_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("targets", nargs="+", metavar="RUN_DIR | CHECKPOINT ...")
+    add("targets", nargs="+", metavar="TARGET", help="a RUN_DIR, or checkpoints")
     add("--teacher", metavar="PATH", help="whose alternatives are shown; of a run, its own teacher")
     add(
         "--tasks",

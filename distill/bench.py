@@ -40,8 +40,8 @@ def bench(
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
     tasks = plan(recipe, budget, file)
+    prepare(recipe.prepare)  # first: recipes name these files
     _check(tasks)
-    prepare(recipe.prepare)
     jobs = jobs or _jobs()
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -72,32 +72,43 @@ def _jobs() -> int:
 
 
 def _check(tasks: dict[str, Task]) -> None:
-    """Models and terms of every arm whose models are there already, before anything is written or run."""
-    from distill.models import check_model
-    from distill.terms import require
+    """What `distill doctor` says of every arm whose models are there already, before anything is run.
 
-    problems: list[str] = []
-    models: set[str] = set()
+    One recipe stands for all seeds of an arm, and for arms that differ in nothing that is looked at. Raises
+    UserError with every FAIL; a WARN is printed once, with the arms that it is of.
+    """
+    from distill.devices import pick_device
+    from distill.doctor import examine, examine_checkpoints
+    from distill.findings import FAIL, WARN
+
+    asked: dict[str, None] = {}
+    said: dict[tuple[str, str], list[str]] = {}  # (state, line): arms
     for task in tasks.values():
-        if task.kind != "run":
-            continue
         made_here = [need for need in task.needs if not need.startswith("rows-")]
-        try:
-            if not made_here:
-                models |= {task.recipe.student.model} - {None}
-                if task.recipe.teacher and not task.recipe.teacher.endpoint:
-                    models.add(task.recipe.teacher.model)
-            if not task.checkpoint and not made_here:
-                require(task.recipe)
-        except UserError as error:
-            problems += [f"arm {task.arm}: {line}" for line in error.problems]
-    for model in sorted(models):
-        try:
-            check_model(model)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+        recipe = task.recipe
+        key = task.checkpoint or recipe.model_dump_json(exclude={"run_dir": True, "seed": True})
+        if task.kind != "run" or made_here or key in asked:
+            continue
+        asked[key] = None
+        if task.checkpoint:
+            device = pick_device(recipe.device, recipe.threads)
+            found = examine_checkpoints({task.arm: task.checkpoint}, recipe.evaluate, device)
+        else:
+            found = examine(recipe, "run", weights=True)
+        for finding in found:
+            if finding.state in (FAIL, WARN):
+                said.setdefault((finding.state, finding.line), []).append(task.arm)
+    told = [(state, f"arm {_named(arms)}: {line}") for (state, line), arms in said.items()]
+    if problems := [line for state, line in told if state == FAIL]:
+        raise UserError(*problems)
+    for _, line in told:
+        console.warn(f"warning: {line}")
+
+
+def _named(arms: list[str], most: int = 3) -> str:
+    arms = list(dict.fromkeys(arms))
+    more = f" and {len(arms) - most} more" if len(arms) > most else ""
+    return ", ".join(arms[:most]) + more
 
 
 # ------------------------------------------------------------------------------------------- the schedule

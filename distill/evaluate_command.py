@@ -23,7 +23,7 @@ _EVALUATE_KEYS = (
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("targets", nargs="+", metavar="RECIPE [key=value ...] | CHECKPOINT ...")
+    add("targets", nargs="+", metavar="TARGET", help="a RECIPE and key=value changes to it, or checkpoints")
     add("--tasks", nargs="+", metavar="T",
         help="checkpoints: level, FILE, PRESET[:FILE], hub:org/name; prompts.key=value")  # fmt: skip
     add("--problems", type=int, metavar="N", help="checkpoints: problems per level, 210")

@@ -154,7 +154,11 @@ def load_model(
         raise UserError(
             f"'{name}' lacks weights its config asks for (first: {key}); it would run on random numbers"
         )
-    if not rounded:  # rounded weights are already there, and refuse to be moved
+    if rounded:  # already on the device, and they refuse to be moved
+        from distill.quantize import keep_differentiable
+
+        keep_differentiable(model, training)
+    else:
         model.to(device)
     return (model if training else fit_for_inference(model)).eval()
 

@@ -56,6 +56,18 @@ def quantization_config(quantize: str, config: PreTrainedConfig, compute: torch.
     )
 
 
+def keep_differentiable(model: nn.Module, training: bool) -> None:
+    """Stops bitsandbytes from rearranging 4-bit weights for good on CPUs with bf16 units (0.50, AVX512-BF16).
+
+    There a layer that is called once in eval mode, as validation and sampling do, is repacked for a kernel without
+    a backward pass: from then on no gradient passes through it, in train mode either, and nothing says so. Widths
+    that are no multiple of 32 fail in the repacking. So not for a model that trains, nor for such widths.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (training or module.out_features % 32):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _kept_whole(config: PreTrainedConfig) -> list[str]:
     """Full names of the linear layers that are not rounded: the output head and everything in a router."""
     with torch.device("meta"):

@@ -114,7 +114,7 @@ def sections(language: str) -> dict[str, str]:
     """Generated parts of a README by the name in their markers."""
     found = {"results": results_section(read_json(RESULTS), language)}
     if by_budget := claim_results():
-        found["claims"] = claims.claims_section(list(by_budget.values())[-1], language)
+        found["claims"] = claims.claims_section(by_budget, language)
     return found
 
 

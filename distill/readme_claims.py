@@ -8,9 +8,11 @@ compares them with the pages, and the hash of recipes/claims.yaml in them with t
 
 from typing import Any
 
+from distill.bench_metrics import Metric, metric
 from distill.bench_page import MARKS, amount, shown_effect
 from distill.bench_results import shown_commit
 from distill.config import PROJECT_ROOT
+from distill.plots import si
 from distill.shards import hash_file
 
 FOLDER = PROJECT_ROOT / "recipes" / "results"
@@ -22,11 +24,13 @@ _WORDS = {
         "sentence": "{n} claims, {counts}; {seeds} seeds at most, {tasks} tasks, {minutes:.0f} minutes on the wall, "
         "{jobs} at a time; {device}; commit {commit}. All of them, with what each arm used: "
         "[docs/claims.md](docs/claims.md).",
+        "smaller": " `--budget {name}`: {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes.",
     },
     "zh": {
         "head": "| 文章的说法（原文） | 运行之前写下的假设（原文） | 效应 [95 % 区间] | 判定 |",
         "sentence": "共 {n} 条论断：{counts}；最多 {seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
         "同时运行 {jobs} 个；{device}；提交 {commit}。全部论断与各组用量见 [docs/claims.md](docs/claims.md)。",
+        "smaller": "`--budget {name}`：{seeds} 个种子，{tasks} 个任务，{minutes:.0f} 分钟。",
     },
 }
 _INTRODUCTION = f"""\
@@ -58,9 +62,9 @@ def stale(results: dict[str, Any]) -> list[str]:
     return [name for name, digest in results["recipes"].items() if hash_file(PROJECT_ROOT / name) != digest]
 
 
-def claims_section(results: dict[str, Any], language: str = "en") -> str:
-    """The headline claims as a table, and a sentence that says what it rests on."""
-    words = _WORDS[language]
+def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> str:
+    """The headline claims of the largest budget of `found` as a table, what it rests on, and what smaller ones take."""
+    words, (*smaller, results) = _WORDS[language], found.values()
     lines = ["", words["head"], "|---|---|---|---|"]
     for claim in results["claims"]:
         if claim["headline"]:
@@ -73,11 +77,16 @@ def claims_section(results: dict[str, Any], language: str = "en") -> str:
         if (n := sum(c["verdict"] == v for c in results["claims"]))
     )
     sentence = words["sentence"].format(
-        n=len(results["claims"]), counts=counts, seeds=results["seeds"], tasks=results["tasks"],
-        minutes=results["seconds"]["wall"] / 60, jobs=results["jobs"], device=results["device"],
-        commit=shown_commit(results),
+        n=len(results["claims"]), counts=counts, jobs=results["jobs"], device=results["device"],
+        commit=shown_commit(results), **_size(results),
     )  # fmt: skip
+    for other in smaller:
+        sentence += words["smaller"].format(name=other["budget"], **_size(other))
     return "\n".join([*lines, "", sentence, ""])
+
+
+def _size(results: dict[str, Any]) -> dict[str, Any]:
+    return {"seeds": results["seeds"], "tasks": results["tasks"], "minutes": results["seconds"]["wall"] / 60}
 
 
 def _verdict(verdict: str, language: str) -> str:
@@ -105,8 +114,34 @@ def claims_page(found: dict[str, dict[str, Any]]) -> str:
             note = f" *{claim['axis']}*" if claim["axis"] else ""
             hypothesis = f"“{claim['sentence']}” {claim['hypothesis']}.{note}".replace("|", "\\|")
             lines.append(f"| {claim['id']} | {hypothesis} | {' | '.join(cells)} | {stands} |")
+    for curve in largest["curves"]:
+        lines += ["", f"## {curve['title']}", "", *_curve(curve)]
     lines += ["", "## Arms", "", _arms(largest), ""]
     return "\n".join(lines)
+
+
+def _curve(curve: dict[str, Any]) -> list[str]:
+    """Markdown of a figure: a row per point, its fits, and which points nothing beats."""
+    x, y = metric(curve["x"]), metric(curve["y"])
+    lines = [f"| series | arm | {_head(x)} | {_head(y)} |", "|---|---|---|---|"]
+    for name, series in curve["series"].items():
+        for arm, at, value, sd in zip(series["arms"], series["x"], series["y"], series["y_sd"]):
+            spread = f" ± {amount(sd, y.unit)}" if sd is not None else ""
+            mark = " (front)" if arm in curve.get("front", ()) else ""
+            lines.append(f"| {name} | {arm}{mark} | {amount(at, x.unit)} | {amount(value, y.unit)}{spread} |")
+    fits = {name: s["fit"] for name, s in curve["series"].items() if s["fit"]}
+    if fits:
+        lines += ["", "Logistic in the logarithm of the first (`distill/verdicts.py`), fitted to all seeds: "
+                  + "; ".join(f"*{name}* from {100 * f['low']:.0f} to {100 * f['top']:.0f} %, half of the way at "
+                              f"{si(10 ** f['middle'])} ({100 * f['rms']:.1f} points rms)"
+                              for name, f in fits.items()) + "."]  # fmt: skip
+    if "front" in curve:
+        lines += ["", f"No other is both cheaper and better: {', '.join(curve['front'])}."]
+    return lines
+
+
+def _head(about: Metric) -> str:
+    return f"{about.words}, {about.unit}" if about.unit and about.unit not in about.words else about.words
 
 
 def _cell(results: dict[str, Any], claim_id: str) -> str:

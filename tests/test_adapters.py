@@ -335,6 +335,34 @@ def test_a_rounded_base_trains(tmp_path, quantize):
     assert all(torch.equal(p, frozen[n]) for n, p in student.model.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_looking_at_a_rounded_student_between_steps_leaves_its_gradients(tmp_path, quantize):
+    """Validation and sampling call it in eval mode; on some CPUs bitsandbytes would then drop gradients silently."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128}
+    folder = save_model(tmp_path / "llama", sizes, byte_tokenizer(CHATML))
+    student = build_student(Student(model=folder, quantize=quantize, lora=Lora(rank=4)), "bf16", CPU, 0)
+    for name, parameter in student.trainable.items():
+        if "lora_B" in name:  # away from 0, or half of the gradients are
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        student.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            student.model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in student.trainable.items()}
+
+    before = gradients()
+    assert all(bool(g.abs().sum() > 0) for g in before.values())
+    student.model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        student.model(input_ids=ids)
+    student.model.train()
+    after = gradients()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_four_bits_are_nf4_of_the_stored_weights(tmp_path):
     """Every weight is its block's largest magnitude times the nearest NF4 level, up to the second rounding."""
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -170,6 +170,21 @@ def test_every_problem_of_a_bench_file_is_told_at_once(tmp_path):
         load_bench(written(tmp_path, armz={}))
 
 
+def test_doctor_looks_at_every_arm_before_anything_runs(tmp_path):
+    arms = {
+        **TINY["arms"],
+        "half": {"set": {"train.precision": "fp16"}},
+        "endless": {"set": {"generate.max_new_tokens": 5000}},
+        "lost": {"checkpoint": str(tmp_path / "nowhere")},
+    }
+    with pytest.raises(UserError) as error:
+        bench(written(tmp_path, arms=arms), "small", jobs=1, say=lambda line: None)
+    told = {line.partition(":")[0]: line for line in error.value.problems}
+    assert {"arm half", "arm endless", "arm lost"} == set(told)
+    assert "fp16" in told["arm half"] and "5,000" in told["arm endless"] and "nowhere" in told["arm lost"]
+    assert not list((tmp_path / "grid").glob("*-0"))
+
+
 def test_arms_that_differ_by_more_than_the_technique_are_refused(tmp_path):
     arms = {**TINY["arms"], "longer": {"set": {"train.steps": 9}}}
     claims = [{**TINY["claims"][0], "effect": {"longer": 1, "control": -1}}]

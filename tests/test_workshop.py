@@ -154,16 +154,21 @@ def test_overrides_in_the_texts_are_keys_of_a_recipe():
 
 
 def run_install(cwd, tmp_path, installed: bool):
-    """The cell in a process of its own; `pip` is a script that writes down what it was asked for."""
+    """The cell in a process of its own, without site-packages if not `installed`; notes what `pip` is asked."""
     log = tmp_path / "asked.json"
     patch = (
-        "import importlib.util, json, subprocess, sys\n"
-        f"if not {installed}: importlib.util.find_spec = lambda name: None\n"
-        f"subprocess.run = lambda c, **k: json.dump(c, open({str(log)!r}, 'w'))\n"
+        "import json, subprocess, sys\n"
+        "def run(command, **_):\n"
+        f"    json.dump(command, open({str(log)!r}, 'w'))\n"
+        "    return subprocess.CompletedProcess(command, 0)\n"
+        "subprocess.run = run\n"
     )
-    code = patch + workshop.install_cell() + "\nprint(sys.path[0])"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    code = patch + workshop.install_cell() + "\nprint(sys.path[0])\nimport distill.lessons"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if installed:
+        env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *([] if installed else ["-S"]), "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     return done, json.loads(log.read_text()) if log.is_file() else None
 
 
@@ -176,7 +181,19 @@ def test_the_install_cell_pins_what_the_project_pins(tmp_path):
     done, asked = run_install(ROOT / "recipes" / "workshop", tmp_path, installed=False)
     pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert asked[1:5] == ["-m", "pip", "install", "--quiet"] and asked[5:] == pins
-    assert done.stdout.strip() == str(ROOT)
+    assert done.stdout.splitlines()[-1] == str(ROOT)
+
+
+def test_a_folder_of_the_name_is_not_the_package(tmp_path):
+    """A clone in ./distill is found as a namespace without code by the name alone."""
+    package = tmp_path / "distill" / "distill"
+    package.mkdir(parents=True)
+    (tmp_path / "distill" / "checkpoints" / "teacher").mkdir(parents=True)
+    for name in ("__init__.py", "lessons.py"):
+        (package / name).write_text("")
+    done, asked = run_install(tmp_path, tmp_path, installed=False)
+    assert asked and done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "distill")
 
 
 def test_the_install_cell_unpacks_an_uploaded_project(tmp_path):
@@ -185,7 +202,7 @@ def test_the_install_cell_unpacks_an_uploaded_project(tmp_path):
         archive.writestr("project/distill/lessons.py", "")
         archive.writestr("project/checkpoints/teacher/config.json", "{}")
     done, asked = run_install(tmp_path, tmp_path, installed=False)
-    assert asked and done.stdout.strip() == str(tmp_path / "project")
+    assert asked and done.stdout.splitlines()[-1] == str(tmp_path / "project")
 
 
 def test_the_install_cell_says_what_is_missing(tmp_path):

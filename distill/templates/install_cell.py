@@ -28,9 +28,21 @@ def install() -> None:
     folder = project_folder()
     if folder is None:
         raise SystemExit("Upload the project as distill.zip beside this notebook, or set REPOSITORY above.")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *PINS], check=True)
+    print(f"Installing into {sys.prefix}: a few minutes, 2 GB ...", flush=True)
+    if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *PINS]).returncode:
+        raise SystemExit(
+            "pip failed, as told above. Choose a kernel with an environment of its own: README.md."
+        )
+    sys.modules.pop("distill", None)  # a folder of that name without code, found a moment ago
     sys.path.insert(0, str(folder))
 
 
-if importlib.util.find_spec("distill") is None:
+def installed() -> bool:
+    try:
+        return importlib.util.find_spec("distill.lessons") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+if not installed():
     install()
