@@ -4,7 +4,7 @@
     distill bench recipes/claims.yaml && python -m distill.readme checkpoints/claims            (a grid)
 
 copies the run's scores to recipes/results/ (small JSON, no answers) and rewrites the sections of README.md and
-README.zh-CN.md between their markers, and docs/claims.md. A test compares them.
+README.zh-CN.md between their markers, docs/claims.md, and the speed table of docs/training.md. A test compares them.
 """
 
 import re
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from distill import readme_claims as claims
+from distill import readme_speed as speed
 from distill.bench_results import commit, shown_commit
 from distill.config import PROJECT_ROOT
 from distill.errors import DistillError
@@ -139,6 +140,8 @@ def main() -> int:
             write_atomic(path, text)
         if found := claim_results():
             write_atomic(claims.PAGE, claims.claims_page(found))
+        section = speed.speed_section(read_json(speed.RESULTS))
+        write_atomic(speed.PAGE, replaced(speed.PAGE.read_text(), "speed", section))
     except DistillError as error:
         print(f"distill: {error}", file=sys.stderr)
         return error.exit_code

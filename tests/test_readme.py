@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from distill import api_reference, recipe_reference
 from distill import readme_claims as claims
+from distill import readme_speed as speed
 from distill.bench_sections import Bench
 from distill.cli import build_parser
 from distill.config import Recipe
@@ -43,6 +44,20 @@ def test_claims_are_those_of_the_result_files(language):
     assert small < full and found["small"]["seeds"] >= 3
     verdicts = {c["id"]: c["verdict"] for c in found["full"]["claims"]}
     assert verdicts["judge-false"] == "INCONCLUSIVE" and verdicts["judge-true"] == "SUPPORTED"
+
+
+def test_the_speed_table_is_that_of_the_result_file():
+    found, page = json.loads(speed.RESULTS.read_text()), speed.PAGE.read_text()
+    assert page == replaced(page, "speed", speed.speed_section(found)), "run `python -m distill.readme`"
+    (group,) = [
+        g for g in found["groups"]
+        if g["setting"] == "large vocabulary" and g["objective"] == "forward_kl" and g["measured"] == "step"
+        and g["precision"] == "fp32" and g["allocator"] == "glibc"
+    ]  # fmt: skip
+    mine = group["methods"]["distill"]
+    ratio = group["methods"]["TRL DistillationTrainer"][group["clock"]] / mine[group["clock"]]
+    assert mine["times_faster_than"]["TRL DistillationTrainer"] == pytest.approx(ratio, rel=1e-2)
+    assert f"| {ratio:.2f} |" in page and f"{mine['memory_peak'] / 1e9:.2f}" in page
 
 
 def test_both_readmes_have_the_same_parts():
