@@ -3,13 +3,14 @@
     results = collect(bench, "small", file, tasks, clock, jobs=2)      # from finished run folders alone
     write_results(results, Path("checkpoints/claims"))
 
-results.json: `claims` (sentence, hypothesis, terms, `effect` with n, per_seed, mean, ci95, p_value, `p_value_holm`,
-`verdict`, `equal`, `comparable`, `cost`), `arms` (`about`, `metrics` with mean, sd, values by seed, and `budget`),
-`curves`, and what they rest on: `bench`, `recipes` (hashes of the files), `commit`, `device`, `versions`, `seconds`.
+results.json: `claims` (sentence, hypothesis, terms, `effect` with n, per_seed, mean, ci95, p_value of no effect;
+`p_value` of the verdict, `p_value_holm`, `verdict`, `alone`, `equal`, `comparable`, `cost`), `arms` (`about`, `metrics`
+with mean, sd, values by seed, and `budget`), `curves`, and what they rest on: `bench`, `recipes` (hashes of the files),
+`commit`, `device`, `versions`, `seconds`.
 
-A claim's verdict follows from its own 95 % interval (distill/verdicts.py). One in twenty true nulls passes such a
-test, so each p-value stands beside its Holm correction for all claims of the file; `holds_after_holm` says whether
-a verdict survives it. Arms that do not have in common what the claim says they have get NOT COMPARABLE instead.
+One in twenty true nulls passes a test by its own 95 % interval, so with sixty claims a few would be called by chance:
+a verdict also needs the claim's p-value below 0.05 after Holm's correction for all claims of the file. `alone` is
+what its interval alone would say. Arms that do not have in common what the claim says they have get NOT COMPARABLE.
 """
 
 import os
@@ -25,7 +26,7 @@ from distill.config import PROJECT_ROOT, find_file
 from distill.shards import MANIFEST, hash_file, read_json, write_json
 from distill.stages import versions
 from distill.stats import holm
-from distill.verdicts import INCONCLUSIVE, effect, fit_curve, judge, pareto_front
+from distill.verdicts import INCONCLUSIVE, effect, fit_curve, judge, pareto_front, verdict_p
 
 SCHEMA_VERSION = 1
 NOT_COMPARABLE = "NOT COMPARABLE"
@@ -46,11 +47,7 @@ def collect(
         for claim in bench.claims
         if bench.within(budget, claim)
     ]
-    for claim, corrected in zip(claims, holm([c["effect"]["p_value"] for c in claims])):
-        claim["p_value_holm"] = corrected
-        decided = claim["verdict"] not in (INCONCLUSIVE, NOT_COMPARABLE)
-        # A claim of equality is not tested against zero; its interval alone decides.
-        claim["holds_after_holm"] = None if not decided or claim["expect"] == "within" else corrected < 0.05
+    _decide(claims)
     recipe = find_file(bench.recipe) if isinstance(bench.recipe, str) else None
     arms = arms_within(bench, budget)
     device = next(_manifests(t, "eval")["device"] for t in tasks.values() if t.kind == "run")
@@ -74,6 +71,14 @@ def collect(
         "arms": {name: _arm(arms[name].about, name, values, budgets) for name in arms},
         "curves": [_curve(c, values) for c in bench.curves if bench.within(budget, c)],
     }
+
+
+def _decide(claims: list[dict[str, Any]]) -> None:
+    """Verdicts of claims judged together: `verdict` in place of what each would be `alone`."""
+    for claim, corrected in zip(claims, holm([claim["p_value"] for claim in claims])):
+        claim["p_value_holm"] = corrected
+        if claim["comparable"]:
+            claim["verdict"] = judge(claim["effect"], claim["expect"], claim["margin"], corrected)
 
 
 def _wall(bench: Bench, budget: str, clock: dict[str, Any]) -> float:
@@ -131,7 +136,7 @@ def judge_claim(
     budgets: dict,
     seconds: dict,
 ) -> dict[str, Any]:
-    """One row of the claims table."""
+    """One row of the claims table, its `verdict` still without the others'."""
     terms = claim.terms(bench.factorial)
     reference = next(t for t, w in terms.items() if w == -1) if claim.relative else None
     found = effect(terms, {**{t: {} for t in terms}, **values}, reference)
@@ -157,7 +162,9 @@ def judge_claim(
         "unit": "%" if claim.relative else metric(claim.metric).unit,
         "terms": terms,
         "effect": found,
-        "verdict": NOT_COMPARABLE if unequal else judge(found, claim.expect, claim.margin),
+        "verdict": NOT_COMPARABLE if unequal else INCONCLUSIVE,
+        "alone": NOT_COMPARABLE if unequal else judge(found, claim.expect, claim.margin),
+        "p_value": None if unequal else verdict_p(found, claim.expect, claim.margin),
         "means": {term: statistics.fmean(values[term].values()) for term in terms if values.get(term)},
         "equal": claim.equal,
         "axis": claim.axis,

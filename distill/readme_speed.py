@@ -1,6 +1,7 @@
 """The training-speed table of docs/training.md, from the committed result file.
 
-    distill bench speed --only train --peer-python PATH --out recipes/results/train_speed.json && python -m distill.readme
+    distill bench speed --only train --peer-python PATH --out recipes/results/train_speed.json
+    python -m distill.readme
 
 One row per (objective, precision, allocator): the toolkit's speed and peak memory, and its ratios to each of TRL's
 trainers and to the counted floor, measured side by side in one run.
@@ -21,8 +22,8 @@ def speed_section(found: dict[str, Any]) -> str:
     lines = ["", f"{found['device']}, TRL {found['peer']['trl']}, {found['rounds']} round(s); a step includes AdamW, "
              "and no data loading or logging."]  # fmt: skip
     for name, s in found["settings"].items():
-        lines += ["", f"*{name.capitalize()}*: V = {s['vocabulary']:,} (tied head), {s['rows']} x {s['tokens']} tokens, "
-                  f"half of them prompt; teacher {s['teacher'][0]} wide, {s['teacher'][1]} layers, student "
+        lines += ["", f"*{name.capitalize()}*: V = {s['vocabulary']:,} (tied head), {s['rows']} x {s['tokens']} "
+                  f"tokens, half of them prompt; teacher {s['teacher'][0]} wide, {s['teacher'][1]} layers, student "
                   f"{s['student'][0]} and {s['student'][1]}.", "",
                   "| method | objective | format | allocator | tokens/s | peak GB | x DistillationTrainer | "
                   "x GKDTrainer | x the floor's time |",
@@ -37,8 +38,13 @@ def speed_section(found: dict[str, Any]) -> str:
         for method, row in group["methods"].items()
     ]
     if loops:
-        lines += ["", f"Reading, collating and logging add to a step of the small models: {'; '.join(loops)}."]
-    missing = [f"{m['method']}, {_OBJECTIVES[m['group'][1]]}, {m['group'][3]}: {m['why']}" for m in found["missing"]]
+        lines += [
+            "",
+            f"Reading, collating and logging add to a step of the small models: {'; '.join(loops)}.",
+        ]
+    missing = [
+        f"{m['method']}, {_OBJECTIVES[m['group'][1]]}, {m['group'][3]}: {m['why']}" for m in found["missing"]
+    ]
     if notes := [*missing, *found["left_out"]]:
         lines += ["", f"Not measured: {'; '.join(notes)}."]
     return "\n".join([*lines, ""])

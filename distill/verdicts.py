@@ -2,7 +2,7 @@
 
     values = {"student": {0: 0.81, 1: 0.79, 2: 0.84}, "control": {0: 0.22, 1: 0.25, 2: 0.21}}    # arm: seed: metric
     found = effect({"student": 1, "control": -1}, values)       # mean, ci95, p_value, per_seed
-    judge(found, "greater")                                     # SUPPORTED
+    judge(found, "greater")                                     # SUPPORTED, as the only claim
 
 Seeds are the unit: a seed draws its own prompts, teacher samples, held-out problems, adapter start and order of
 rows, and all arms of a seed share them, so an effect is a contrast taken within each seed and its uncertainty
@@ -18,6 +18,9 @@ from typing import Any
 
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "SUPPORTED", "NOT SUPPORTED", "INCONCLUSIVE"
 FEWEST_SEEDS = 3
+LEVEL = (
+    0.05  # chance of a wrong verdict: of one claim by its interval, of any in a file after Holm's correction
+)
 EXPECTATIONS = ("greater", "less", "within")
 
 Values = Mapping[str, Mapping[int, float]]  # term: seed: value
@@ -59,16 +62,17 @@ def mean_interval(sample: Sequence[float], level: float = 0.95) -> dict[str, Any
     return {"mean": mean, "ci95": [mean - half, mean + half], "p_value": p_value}
 
 
-def judge(found: Mapping[str, Any], expect: str, margin: float = 0.0) -> str:
+def judge(found: Mapping[str, Any], expect: str, margin: float = 0.0, p_value: float | None = None) -> str:
     """The verdict on a hypothesis written down before the run.
 
     greater: the effect is above `margin`; less: below -`margin`; within: between -`margin` and `margin`.
     SUPPORTED if the whole interval lies where the hypothesis says, NOT SUPPORTED if the whole of it lies
     elsewhere, INCONCLUSIVE otherwise, and always with fewer than three seeds: two runs can agree by accident.
+    Of several claims judged together each also needs its corrected `p_value` (Holm's of `verdict_p`) below 0.05.
     """
     if expect not in EXPECTATIONS:
         raise ValueError(f"expect is {expect!r}, not one of {EXPECTATIONS}")
-    if found["ci95"] is None or found["n"] < FEWEST_SEEDS:
+    if found["ci95"] is None or found["n"] < FEWEST_SEEDS or (p_value is not None and p_value >= LEVEL):
         return INCONCLUSIVE
     low, high = found["ci95"]
     if expect == "less":
@@ -80,6 +84,28 @@ def judge(found: Mapping[str, Any], expect: str, margin: float = 0.0) -> str:
     if inside == outside:  # neither; both cannot be
         return INCONCLUSIVE
     return SUPPORTED if inside else NOT_SUPPORTED
+
+
+def verdict_p(found: Mapping[str, Any], expect: str, margin: float = 0.0) -> float | None:
+    """The p-value of the verdict that an effect points to: below 0.05 just where its 95 % interval alone decides.
+
+    greater, less: two-sided, of an effect of `margin`. within: twice the larger of both one-sided tests (Schuirmann
+    1987) where the mean lies inside, and two-sided of the nearer bound where it lies outside. None with fewer
+    than three seeds.
+    """
+    if found["ci95"] is None or found["n"] < FEWEST_SEEDS:
+        return None
+    low, high = found["ci95"]
+    mean, half = (low + high) / 2, (high - low) / 2
+    mean = -mean if expect == "less" else mean
+    distance = margin - abs(mean) if expect == "within" else mean - margin
+    if half == 0:
+        return 0.0 if distance else 1.0
+    from scipy.stats import t
+
+    freedom = found["n"] - 1
+    error = half / float(t.ppf(1 - LEVEL / 2, freedom))
+    return min(1.0, float(2 * t.sf(abs(distance) / error, freedom)))
 
 
 def factorial_contrasts(factors: Mapping[str, Sequence[str]]) -> dict[str, dict[tuple[str, ...], float]]:

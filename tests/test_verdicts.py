@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as reference
 
+from distill.stats import holm
 from distill.verdicts import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -19,6 +20,7 @@ from distill.verdicts import (
     judge,
     mean_interval,
     pareto_front,
+    verdict_p,
 )
 
 VALUES = {
@@ -78,6 +80,34 @@ def found(low: float, high: float, n: int = 3) -> dict:
 )
 def test_a_verdict_follows_from_where_the_interval_lies(interval, expect, margin, verdict):
     assert judge(found(*interval), expect, margin) == verdict
+
+
+@pytest.mark.parametrize("expect", ["greater", "less", "within"])
+@given(
+    sample=st.lists(st.floats(-1, 1), min_size=3, max_size=6).filter(lambda x: max(x) - min(x) > 1e-3),
+    margin=st.sampled_from([0.0, 0.1, 0.5]),
+)
+def test_the_p_value_of_a_verdict_agrees_with_the_interval(sample, margin, expect):
+    margin = margin or (0.2 if expect == "within" else 0.0)
+    effect_ = {"n": len(sample), **mean_interval(sample)}
+    p_value = verdict_p(effect_, expect, margin)
+    if abs(p_value - 0.05) > 1e-9:
+        assert (p_value < 0.05) == (judge(effect_, expect, margin) != INCONCLUSIVE)
+    if expect == "greater":  # scipy's own test
+        assert p_value == pytest.approx(reference.ttest_1samp(sample, margin).pvalue, rel=1e-6, abs=1e-12)
+    assert judge(effect_, expect, margin, p_value=0.05) == INCONCLUSIVE
+
+
+def test_a_table_of_nulls_is_rarely_called_in_any_row():
+    """Sixty planted false claims, 400 times: a verdict anywhere in one table of twenty, not in every table."""
+    rng = np.random.default_rng(1)
+    called = alone = 0
+    for table in rng.normal(0, 0.03, (400, 60, 5)).tolist():
+        effects = [{"n": 5, **mean_interval(row)} for row in table]
+        corrected = holm([verdict_p(e, "greater") for e in effects])
+        called += any(judge(e, "greater", 0.0, p) != INCONCLUSIVE for e, p in zip(effects, corrected))
+        alone += any(judge(e, "greater") != INCONCLUSIVE for e in effects)
+    assert called <= 400 * 0.08 and alone >= 400 * 0.9
 
 
 def test_too_few_seeds_decide_nothing():
