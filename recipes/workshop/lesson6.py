@@ -119,12 +119,12 @@ expect(
 # %% [markdown] lang="en"
 # ## The claims table
 #
-# One run with one seed is an anecdote. `distill bench recipes/claims.yaml` trains every arm on several seeds and judges each sentence by one rule: SUPPORTED or NOT SUPPORTED where the 95 % interval over seeds lies on one side, else INCONCLUSIVE.
+# One run with one seed is an anecdote. `distill bench recipes/claims.yaml` trains every arm on several seeds and judges each sentence by one rule: SUPPORTED or NOT SUPPORTED where the 95 % interval over seeds lies on one side, and stays there after a correction for the number of sentences (Holm); else INCONCLUSIVE.
 
 # %% [markdown] lang="zh"
 # ## 说法表
 #
-# 一个种子跑一次只算轶事。`distill bench recipes/claims.yaml` 用多个种子训练每个组，并按同一条规则评判每句话：若跨种子的 95% 区间全在一侧，判为 SUPPORTED（支持）或 NOT SUPPORTED（不支持），否则为 INCONCLUSIVE（无定论）。
+# 一个种子跑一次只算轶事。`distill bench recipes/claims.yaml` 用多个种子训练每个组，并按同一条规则评判每句话：若跨种子的 95% 区间全在一侧，并且按句子数目校正（Holm）之后仍然如此，判为 SUPPORTED（支持）或 NOT SUPPORTED（不支持），否则为 INCONCLUSIVE（无定论）。
 
 # %%
 found = [results / f"claims-{budget}.json" for budget in ("full", "small")]
@@ -138,14 +138,14 @@ if not claims:
     print("no committed results: make them with  distill bench recipes/claims.yaml --budget small")
 
 # %% [markdown] lang="en"
-# Read it with three questions. What was held equal? How wide is the interval? How many claims were tested (one in twenty true nulls passes at 5 %)?
+# Read it with three questions. What was held equal? How wide is the interval? How many claims were tested? One in twenty true nulls passes at 5 %: before the correction the planted sentence “the same recipe run again is better” was once called by its interval.
 #
 # ## Claim 2: $5.576M is the cost of the final run
 #
 # The bill from the V3 paper's own table, and what it does not count.
 
 # %% [markdown] lang="zh"
-# 带着三个问题来读：哪些条件保持相同？区间有多宽？一共检验了多少条（在 5% 水平上，二十个本不成立的效应就会有一个过关）？
+# 带着三个问题来读：哪些条件保持相同？区间有多宽？一共检验了多少条？在 5% 水平上，二十个本不成立的效应就会有一个过关：加上校正之前，故意放进去的“同一配方再跑一次会更好”就曾凭区间过了关。
 #
 # ## 说法二：557.6 万美元是最后一次训练的成本
 #
@@ -300,10 +300,10 @@ exercise(
 )
 
 # %% [markdown] lang="en"
-# **6.3** Write the rule of the claims table: from an interval `[low, high]` of an effect that should be *greater* than zero, the verdict.
+# **6.3** Write the rule for one claim alone: from an interval `[low, high]` of an effect that should be *greater* than zero, the verdict.
 
 # %% [markdown] lang="zh"
-# **6.3** 写出说法表的规则：某效应应当*大于*零，给定它的区间 `[low, high]`，返回判定。
+# **6.3** 写出单独一条说法的判定规则：某效应应当*大于*零，给定它的区间 `[low, high]`，返回判定。
 
 
 # %% tags=["exercise"]
