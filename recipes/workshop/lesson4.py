@@ -104,7 +104,7 @@ for problem in rows:
 loss.backward()
 gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 gradients = gradients[gradients != 0]
-print(f"loss {float(loss):.2g}; {len(gradients):,} gradients that are not zero")
+print(f"loss {loss.item():.2g}; {len(gradients):,} gradients that are not zero")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8))
 left.hist(gradients.abs().log2().numpy(), bins=80)
