@@ -22,6 +22,11 @@ class Metric:
     unit: str  # "%" for shares
     words: str
 
+    @property
+    def label(self) -> str:
+        """For an axis or the head of a column."""
+        return f"{self.words}, {self.unit}" if self.unit and self.unit not in self.words else self.words
+
 
 METRICS = {
     "accuracy.easy": Metric("%", "easy problems solved"),

@@ -111,12 +111,8 @@ def curve(found: dict[str, Any]) -> str:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plots.si(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(_label(x_about))
-        axes.set_ylabel(_label(y_about))
+        axes.set_xlabel(x_about.label)
+        axes.set_ylabel(y_about.label)
         if 1 < len(names) <= 4:
             axes.legend(frameon=False)
     return plots.to_svg(figure, found["title"])
-
-
-def _label(about) -> str:
-    return f"{about.words}, {about.unit}" if about.unit and about.unit not in about.words else about.words

@@ -8,7 +8,7 @@ compares them with the pages, and the hash of recipes/claims.yaml in them with t
 
 from typing import Any
 
-from distill.bench_metrics import Metric, metric
+from distill.bench_metrics import metric
 from distill.bench_page import MARKS, amount, shown_effect
 from distill.bench_results import shown_commit
 from distill.config import PROJECT_ROOT
@@ -123,7 +123,7 @@ def claims_page(found: dict[str, dict[str, Any]]) -> str:
 def _curve(curve: dict[str, Any]) -> list[str]:
     """Markdown of a figure: a row per point, its fits, and which points nothing beats."""
     x, y = metric(curve["x"]), metric(curve["y"])
-    lines = [f"| series | arm | {_head(x)} | {_head(y)} |", "|---|---|---|---|"]
+    lines = [f"| series | arm | {x.label} | {y.label} |", "|---|---|---|---|"]
     for name, series in curve["series"].items():
         for arm, at, value, sd in zip(series["arms"], series["x"], series["y"], series["y_sd"]):
             spread = f" ± {amount(sd, y.unit)}" if sd is not None else ""
@@ -138,10 +138,6 @@ def _curve(curve: dict[str, Any]) -> list[str]:
     if "front" in curve:
         lines += ["", f"No other is both cheaper and better: {', '.join(curve['front'])}."]
     return lines
-
-
-def _head(about: Metric) -> str:
-    return f"{about.words}, {about.unit}" if about.unit and about.unit not in about.words else about.words
 
 
 def _cell(results: dict[str, Any], claim_id: str) -> str:
