@@ -7,6 +7,7 @@ weight is loaded. The resolved recipe (defaults filled in) is what manifests, re
 
 import re
 from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -240,8 +241,14 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
     """(file, what it holds) of a recipe or bench file. Raises UserError where it is missing or no mapping."""
     file = find_file(path)
     if not file.is_file():
-        known = sorted(p.name for p in (PROJECT_ROOT / "recipes").glob("*.yaml"))
-        raise UserError(f"recipe '{path}' not found; shipped recipes: {', '.join(known)}")
+        if (file / "recipe.yaml").is_file():
+            raise UserError(
+                f"recipe '{path}' is a run's folder; did you mean '{path.rstrip('/')}/recipe.yaml'?"
+            )
+        known = {p.stem: f"recipes/{p.name}" for p in sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))}
+        if close := get_close_matches(Path(path).stem, known, n=1):
+            raise UserError(f"recipe '{path}' not found; did you mean '{known[close[0]]}'?")
+        raise UserError(f"recipe '{path}' not found; shipped recipes: {', '.join(known.values())}")
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -329,8 +336,15 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
         section: Any = root or Recipe
         for part in error["loc"][:-1]:
             section = _section_type(section, part)
-        name = str(error["loc"][-1])
-        return f"{file}: unknown key '{where}'{nearest(name, getattr(section, 'model_fields', {}))}"
+        name, fields = str(error["loc"][-1]), getattr(section, "model_fields", {})
+        within = [
+            f"{key}.{name}"
+            for key in fields
+            if name in getattr(_section_type(section, key), "model_fields", {})
+        ]
+        if within and section is (root or Recipe):  # a key of a section, without the section
+            return f"{file}: unknown key '{where}'; did you mean '{within[0]}'?"
+        return f"{file}: unknown key '{where}'{nearest(name, fields)}"
     if error["type"] == "missing":
         return f"{file}: '{where}' is missing; add it"
     message = error["msg"].removeprefix("Value error, ")

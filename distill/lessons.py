@@ -18,12 +18,16 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.errors import UserError
+
+# tqdm in a notebook without ipywidgets falls back to text by itself.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 BUDGET = "DISTILL_LESSON_BUDGET"
 FOLDER = "DISTILL_LESSON_DIR"

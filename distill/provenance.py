@@ -208,5 +208,7 @@ def format_provenance(found: dict[str, Any]) -> str:
         for link in found["links"]
     ]
     if found["whole"]:
-        return "\n".join([*lines, "whole: every link fits the next"])
+        away = [link["name"] for link in found["links"] if link["state"] == "not here"]
+        end = f", as far as it is here; not here: {', '.join(away)}" if away else ""
+        return "\n".join([*lines, f"whole: every link fits the next{end}"])
     return "\n".join([*lines, "broken:", *(f"  {problem}" for problem in found["breaks"])])

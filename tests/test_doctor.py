@@ -312,3 +312,10 @@ def test_a_padded_teacher_distils_as_if_its_rows_were_cut(tmp_path, make_recipe,
         losses.append([line["objectives"] for line in lines])
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert all(value > 0 for line in losses[0] for value in line.values())
+
+
+def test_of_a_model_that_is_not_there_only_that_is_told(recipe, bare, tmp_path):
+    """Its terms are not asked for: nobody could read its card, and a hub would be asked in vain."""
+    found = examine(recipe(tmp_path / "teachr", bare("student")))
+    (failed,) = [f for f in found if f.state == "FAIL"]
+    assert failed.check == "models" and "is not a folder" in failed.text

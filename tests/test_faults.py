@@ -109,6 +109,11 @@ def check_refusal(result: tuple[int, str, str], *said: str, code: int = 2) -> No
 def test_bad_recipe_arguments_and_files(make_recipe, run_cli, tmp_path, hub):
     path, run_dir = make_recipe()
     check_refusal(run_cli("run", "nowhere.yaml"), "nowhere.yaml' not found; shipped recipes: .*demo.yaml")
+    check_refusal(run_cli("run", "demo"), "did you mean 'recipes/demo.yaml'")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "recipe.yaml").write_text("run_dir: x")
+    check_refusal(run_cli("report", tmp_path / "done"), "did you mean '.*done/recipe.yaml'")
+    check_refusal(run_cli("run", path, "steps=3"), "unknown key 'steps'; did you mean 'train.steps'")
     check_refusal(run_cli("run", path, "train.stepz=3"), "unknown key 'train.stepz'; did you mean 'steps'")
     check_refusal(run_cli("run", path, "train.steps=many"), "'train.steps' is 'many'.*integer")
     check_refusal(run_cli("run", path, "--teacher", tmp_path / "gone"), "gone' is not a folder")
