@@ -41,7 +41,7 @@ def bench(
     budget = pick_budget(recipe, budget)
     tasks = plan(recipe, budget, file)
     prepare(recipe.prepare)  # first: recipes name these files
-    _check(tasks)
+    _check({n: t for n, t in tasks.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
     jobs = jobs or _jobs()
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _jobs() -> int:
 
 
 def _check(tasks: dict[str, Task]) -> None:
-    """What `distill doctor` says of every arm whose models are there already, before anything is run.
+    """What `distill doctor` says of arms that are to run and whose models are there already.
 
     One recipe stands for all seeds of an arm, and for arms that differ in nothing that is looked at. Raises
     UserError with every FAIL; a WARN is printed once, with the arms that it is of.
@@ -81,7 +81,7 @@ def _check(tasks: dict[str, Task]) -> None:
     from distill.doctor import examine, examine_checkpoints
     from distill.findings import FAIL, WARN
 
-    asked: dict[str, None] = {}
+    asked: set[str] = set()
     said: dict[tuple[str, str], list[str]] = {}  # (state, line): arms
     for task in tasks.values():
         made_here = [need for need in task.needs if not need.startswith("rows-")]
@@ -89,7 +89,7 @@ def _check(tasks: dict[str, Task]) -> None:
         key = task.checkpoint or recipe.model_dump_json(exclude={"run_dir": True, "seed": True})
         if task.kind != "run" or made_here or key in asked:
             continue
-        asked[key] = None
+        asked.add(key)
         if task.checkpoint:
             device = pick_device(recipe.device, recipe.threads)
             found = examine_checkpoints({task.arm: task.checkpoint}, recipe.evaluate, device)

@@ -76,7 +76,7 @@ def read_metrics(run: Path) -> dict[str, float]:
     """All metrics of METRICS that this run folder has."""
     found: dict[str, float] = {}
     if (run / "eval" / "metrics.json").is_file():
-        found |= _measured(read_json(run / "eval" / "metrics.json")["models"][MODEL], _price(run))
+        found |= _measured(read_json(run / "eval" / "metrics.json")["models"][MODEL])
     if (run / "student" / MANIFEST).is_file():
         found |= _trained(run / "student")
     if (run / "probes.json").is_file():
@@ -86,24 +86,10 @@ def read_metrics(run: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _price(run: Path) -> float | None:
-    """USD per device-hour of the run's recipe."""
-    import yaml
+def _measured(model: dict[str, Any]) -> dict[str, float | None]:
+    from distill.usage_cost import usd_per_million
 
-    recipe = run / "recipe.yaml"
-    return (
-        yaml.safe_load(recipe.read_text(encoding="utf-8"))["prices"]["usd_per_device_hour"]
-        if recipe.is_file()
-        else None
-    )
-
-
-def _measured(model: dict[str, Any], usd_per_hour: float | None) -> dict[str, float | None]:
-    tasks, about = model["tasks"], model["model"]
-
-    def usd_per_million(speed: float | None) -> float | None:
-        return usd_per_hour / 3600 / speed * 1e6 if usd_per_hour and speed else None
-
+    tasks, about, cost = model["tasks"], model["model"], model["cost"]
     scores = {f"accuracy.{level}": score["accuracy"] for level, score in tasks.items()}
     found = {
         **scores,
@@ -112,15 +98,17 @@ def _measured(model: dict[str, Any], usd_per_hour: float | None) -> dict[str, fl
         "parameters.total": about["parameters_total"],
         "parameters.active": about["parameters_active"],
         "cost.flops_per_token": about["flops_per_token"],
-        "cost.flops_per_answer": model["cost"]["flops_per_answer"],
-        "cost.usd_per_million": usd_per_million(model["cost"]["decode_tokens_per_second"]),
+        "cost.flops_per_answer": cost["flops_per_answer"],
+        "cost.usd_per_million": cost.get("usd_per_million_output_tokens"),
     }
     for entry in model.get("interventions") or []:
         if entry["kind"] in ("none", "top_k"):
             k = f"k{entry['experts_per_token']}"
             found |= {f"{k}.accuracy.{level}": score["accuracy"] for level, score in entry["tasks"].items()}
             found[f"{k}.cost.flops_per_token"] = entry["flops_per_token"]
-            found[f"{k}.cost.usd_per_million"] = usd_per_million(entry.get("decode_tokens_per_second"))
+            if price := cost.get("usd_per_hour"):
+                speed = entry.get("decode_tokens_per_second")
+                found[f"{k}.cost.usd_per_million"] = usd_per_million(price, speed)
     layers = list(model.get("moe", {}).get("layers", {}).values())
     if layers:
         found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)

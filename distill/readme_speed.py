@@ -10,11 +10,12 @@ trainers and to the counted floor, measured side by side in one run.
 from typing import Any
 
 from distill.config import PROJECT_ROOT
+from distill.speed_cases import DISTILLATION, GKD
+from distill.train_speed import TITLES
 
 RESULTS = PROJECT_ROOT / "recipes" / "results" / "train_speed.json"
 PAGE = PROJECT_ROOT / "docs" / "training.md"
-PEERS = ("TRL DistillationTrainer", "TRL GKDTrainer")
-_OBJECTIVES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "generalized_jsd": "JSD (beta 0.5)"}
+PEERS = (DISTILLATION.name, GKD.name)
 
 
 def speed_section(found: dict[str, Any]) -> str:
@@ -43,7 +44,7 @@ def speed_section(found: dict[str, Any]) -> str:
             f"Reading, collating and logging add to a step of the small models: {'; '.join(loops)}.",
         ]
     missing = [
-        f"{m['method']}, {_OBJECTIVES[m['group'][1]]}, {m['group'][3]}: {m['why']}" for m in found["missing"]
+        f"{m['method']}, {TITLES[m['group'][1]]}, {m['group'][3]}: {m['why']}" for m in found["missing"]
     ]
     if notes := [*missing, *found["left_out"]]:
         lines += ["", f"Not measured: {'; '.join(notes)}."]
@@ -59,7 +60,7 @@ def _rows(group: dict[str, Any]) -> list[str]:
         cells = [f"{ratio:.2f}" if ratio else "–" for ratio in ratios]
         floor = f"{row['times_the_floor']:.1f}" if "times_the_floor" in row else "–"
         rows.append(
-            f"| {method} | {_OBJECTIVES[group['objective']]} | {group['precision']} | {group['allocator']} "
+            f"| {method} | {TITLES[group['objective']]} | {group['precision']} | {group['allocator']} "
             f"| {row['tokens_per_second']:,.0f} | {row['memory_peak'] / 1e9:.2f} | {' | '.join(cells)} | {floor} |"
         )
     for method in PEERS:

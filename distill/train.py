@@ -235,7 +235,7 @@ class MicroBatches:
                 optimizer.zero_grad(set_to_none=True)
                 if balancer:
                     balancer.forget()
-                self.size //= 2
+                self.size, self.saved_bytes = self.size // 2, None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -52,7 +52,7 @@ ALLOCATORS = {
         "MALLOC_TOP_PAD_": str(2**26),
     },
 }
-_TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "generalized_jsd": "JSD (beta 0.5)"}
+TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "generalized_jsd": "JSD (beta 0.5)"}
 AGREE = {"fp32": 1e-3, "medium": 2e-2, "bf16": 5e-2}  # relative, of loss and gradient norm
 BUSY = 0.9  # CPU seconds over wall seconds, below which somebody else had the core
 
@@ -273,7 +273,7 @@ def format_training_speed(found: dict[str, Any]) -> str:
 
 def _block(group: dict[str, Any]) -> list[str]:
     rows, by_cpu = group["methods"], group["clock"] == "step_cpu_seconds"
-    title = f"{group['setting']}, {_TITLES[group['objective']]}, {group['precision']}, allocator {group['allocator']}"
+    title = f"{group['setting']}, {TITLES[group['objective']]}, {group['precision']}, allocator {group['allocator']}"
     if by_cpu:
         title += "  (the core was shared: ratios are of CPU seconds)"
     if group["measured"] == "loop":

@@ -18,9 +18,8 @@ from typing import Any
 
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "SUPPORTED", "NOT SUPPORTED", "INCONCLUSIVE"
 FEWEST_SEEDS = 3
-LEVEL = (
-    0.05  # chance of a wrong verdict: of one claim by its interval, of any in a file after Holm's correction
-)
+# Chance of a wrong verdict: of one claim by its interval, of any in a file after Holm's correction.
+LEVEL = 0.05
 EXPECTATIONS = ("greater", "less", "within")
 
 Values = Mapping[str, Mapping[int, float]]  # term: seed: value
