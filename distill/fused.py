@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from distill import losses
-from distill.gradients import Rows, closed
+from distill.gradients import MakeGradient, Rows, closed
 from distill.rowwise import CPU_CHUNK
 from distill.sparse_losses import check_sampled, check_stored
 
-# Bytes of a chunk of logits. At V = 151,936 a float32 product of 110 rows (2^26 bytes) reaches 0.85 of the rate that
-# one of 205 rows does, since every chunk reads the whole head again; below 64 rows it is a half.
-CHUNK, LEAST_ROWS, MOST_ROWS = 2**27, 64, 8192
+# Bytes of a chunk of logits. Every chunk reads the whole head again: at V = 151,936 float32 products of 96 rows take
+# 1.07 times as long as those of 147, which fit here and are as fast as any (1.2 times on a CPU with a smaller cache).
+CHUNK, LEAST_ROWS, MOST_ROWS = 3 * 2**25, 64, 8192
 ACCELERATOR_CHUNK = 2**28
 CHECKS = {"sparse": check_stored, "sampled": check_sampled}  # of stored signals, by form
 
@@ -60,6 +60,11 @@ class Head:
     @property
     def plain(self) -> bool:
         return self.scale == 1 and self.softcap is None
+
+    @property
+    def finite(self) -> bool:
+        """Whether logits of finite hidden states are: a bias of -inf forbids its token."""
+        return self.bias is None or bool(self.bias.isfinite().all())
 
     def transform(self, raw: Tensor) -> Tensor:
         if self.plain:
@@ -106,21 +111,26 @@ class Term:
 
     def __post_init__(self):
         self.closed = closed(self.name, self.options)
+        # What the gradients below are still to be multiplied by, the same for every row.
+        self.factor = self.weight * (self.closed.factor if self.closed else 1.0)
 
     def formula(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(value [m], gradient [m, V]) by autograd through the objective's formula."""
+        """(value [m], its gradient [m, V]) by autograd through the objective's formula."""
         function = getattr(losses, self.name)
         with torch.enable_grad():
             student = rows.student.detach().requires_grad_()
             value = function(student, *rows.given[self.form], **self.options)
             return value.detach(), torch.autograd.grad(value.sum(), student)[0]
 
-    def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        if self.closed is None:
-            return self.formula(rows)
-        value, gradient = self.closed(rows)
-        # -inf in a logit: the formula knows what it is worth.
-        return (value, gradient) if bool(value.isfinite().all()) else self.formula(rows)
+    def __call__(self, rows: Rows) -> tuple[Tensor, MakeGradient]:
+        """(value [m], what makes the gradient [m, V] of weight times value, but for `factor`)."""
+        if self.closed is not None:
+            value, make = self.closed(rows)
+            # -inf in a logit: the formula knows what it is worth. (Rows that were written over had none: it is a NaN.)
+            if rows.alone or math.isfinite(value.sum()):
+                return value, make
+        value, gradient = self.formula(rows)
+        return value, lambda out=None: torch.mul(gradient, self.weight / self.factor, out=out)
 
 
 # ---- what the teacher says of N tokens, readable a chunk at a time ----------------------------------------
@@ -183,7 +193,12 @@ def match_vocabulary(logits: Tensor, vocabulary: int) -> Tensor:
 
 
 def fused_loss(
-    hidden: Tensor, head: Head, terms: list[Term], signals: dict[str, Any], scratch: Scratch | None = None
+    hidden: Tensor,
+    head: Head,
+    terms: list[Term],
+    signals: dict[str, Any],
+    scratch: Scratch | None = None,
+    leave: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum over N tokens of the weighted terms, each term's own sum [terms]) for student states [N, d].
 
@@ -191,7 +206,8 @@ def fused_loss(
     that are 0 there count for no objective on targets: nobody but the student said them. The first result is
     differentiable in `hidden` and, where it requires grad, in the head's weight and bias; both results are
     float32 (the terms float64). Products run in autocast's dtype where autocast is on, else in `hidden`'s;
-    everything elementwise in float32 (float64 for float64 states). `scratch` is for a caller of many steps.
+    everything elementwise in float32 (float64 for float64 states). `scratch` is for a caller of many steps; `leave`
+    is given the gradient of the head's weight in the backward pass, which autograd then hears nothing of.
     """
     if (
         not terms
@@ -208,44 +224,50 @@ def fused_loss(
         grad = torch.is_grad_enabled()
         return _FusedLoss.apply(
             hidden if grad else hidden.detach(), head.weight if grad else head.weight.detach(), head.bias,
-            head, terms, signals, dtype, scratch or Scratch(),
+            head, terms, signals, dtype, scratch or Scratch(), leave,
         )  # fmt: skip
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype, scratch: Scratch):
+    def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype, scratch: Scratch, leave):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden.device)
+        sums = [0.0] * len(terms)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight_low = weight.detach().to(dtype)
         d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+        fresh = torch.empty if len(hidden) else torch.zeros  # the first chunk fills it, where there is one
+        d_weight = fresh(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(len(weight), dtype=wide, device=weight.device) if wants_bias else None
         wants = wants_hidden or wants_weight or wants_bias
         size = chunk_rows(len(hidden), len(weight), dtype.itemsize, hidden.device)
         buffer = scratch.take(size, hidden, len(weight), dtype)
+        ours, alone = _ours(head, terms, signals)
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
             states = hidden[part].detach().to(dtype)
             logits = head.raw(states, buffer[: len(states)], weight_low)
             given = {form: signal.chunk(part, logits) for form, signal in signals.items()}
-            scales = _pieces(logits, given, head, terms, sums, wants)
+            scales = _pieces(logits, given, head, terms, sums, ours, alone, wants)
             if not wants:
                 continue
-            # From here on `logits` holds d loss / d raw logits, each row divided by its scale.
+            # From here on `logits` holds d loss / d raw logits, divided by the first factor and each row by its scale.
             if d_hidden is not None:
                 d_hidden[part] = _unscaled(torch.mm(logits, weight_low), scales, wide)
             if d_weight is not None:
                 rows = states if scales is None else states * scales[:, None].to(dtype)
                 if d_weight.dtype == dtype:
-                    d_weight.addmm_(logits.t(), rows)
+                    d_weight.addmm_(logits.t(), rows, beta=0 if start == 0 else 1)
+                elif start == 0:
+                    d_weight.copy_(torch.mm(logits.t(), rows))
                 else:
                     d_weight += torch.mm(logits.t(), rows)
             if d_bias is not None:
                 d_bias += _unscaled(logits, scales, wide).sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
+        ctx.factor, ctx.leave = terms[0].factor, leave
+        sums = torch.tensor(sums, dtype=torch.float64, device=hidden.device)
         ctx.mark_non_differentiable(sums)
         weights = torch.tensor([t.weight for t in terms], dtype=torch.float64, device=sums.device)
         return (sums * weights).sum().to(wide), sums
@@ -253,11 +275,22 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _sums):
-        found = [
-            None if saved is None else saved.mul_(upstream).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        ]
-        return *found, None, None, None, None, None
+        found = [None if saved is None else saved.mul_(upstream * ctx.factor) for saved in ctx.saved_tensors]
+        if ctx.leave is not None and found[1] is not None:
+            ctx.leave(found[1])
+            found[1] = None
+        found = [None if f is None else f.to(dtype) for f, dtype in zip(found, ctx.dtypes)]
+        return *found, None, None, None, None, None, None
+
+
+def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> tuple[frozenset[str], bool]:
+    """(names of the logits that are made here, free of -inf and read once, so that they may be written over; whether
+    all that one objective reads are such).
+    """
+    ours = {"student"} if head.finite else set()
+    ours |= {form for form, signal in signals.items() if isinstance(signal, Projected) and signal.head.finite}
+    alone = len(terms) == 1 and "student" in ours and (terms[0].form != "dense" or "dense" in ours)
+    return frozenset(ours), alone
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
@@ -272,30 +305,38 @@ def _pieces(
     given: dict[str, tuple[Tensor, ...]],
     head: Head,
     terms: list[Term],
-    sums: Tensor,
+    sums: list[float],
+    ours: frozenset[str],
+    alone: bool,
     wants: bool,
 ) -> Tensor | None:
     """Losses of a chunk [n, V] of raw logits, a few rows at a time so that temporaries stay in the cache.
 
-    Adds to `sums`, and overwrites `logits` with their gradient. A float16 gradient would vanish (the loss
-    scaler multiplies it only in `backward`), so its rows are divided by their largest entry, which is returned.
+    Adds to `sums`, and overwrites `logits` with d loss / d logits / the first term's factor. A float16 gradient would
+    vanish (the loss scaler multiplies it only in `backward`), so its rows are divided by their largest entry too,
+    which is returned. `ours` are the names of what may be written to on the way.
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scales = logits.new_empty(len(logits), dtype=wide) if logits.dtype == torch.float16 else None
     rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_CHUNK // logits.shape[1])
+    in_place = alone and head.plain and wide == logits.dtype
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         raw = logits[part].to(wide)
-        piece = Rows(head.transform(raw), {form: tuple(t[part] for t in ts) for form, ts in given.items()})
+        said = {form: tuple(t[part] for t in ts) for form, ts in given.items()}
+        piece = Rows(head.transform(raw), said, ours, alone)
         gradient = None
         for i, term in enumerate(terms):
-            value, own = term(piece)
+            value, make = term(piece)
             if term.form == "targets" and "from_teacher" in given:
                 (written,) = piece.given["from_teacher"]
-                value, own = value * written, own.mul_(written[:, None])
-            sums[i] += value.sum()
-            gradient = own.mul_(term.weight) if gradient is None else gradient.add_(own, alpha=term.weight)
-        if not wants:
+                value, make = value * written, _masked(make, written)
+            sums[i] += float(value.sum())
+            if not wants:
+                continue
+            own = make(raw if in_place else None)
+            gradient = own if gradient is None else gradient.add_(own, alpha=term.factor / terms[0].factor)
+        if not wants or in_place:
             continue
         gradient = head.pull_back(gradient, raw)
         if scales is not None:
@@ -303,6 +344,11 @@ def _pieces(
             gradient = gradient / scales[part, None]
         logits[part] = gradient
     return scales
+
+
+def _masked(make: MakeGradient, rows: Tensor) -> MakeGradient:
+    """The same gradient where `rows` [m] is 1, and 0 where it is 0."""
+    return lambda out=None: make(out).mul_(rows[:, None])
 
 
 def _unscaled(rows: Tensor, scales: Tensor | None, wide: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ the way there (hidden states, routers), each an object of `distill.state_objecti
 Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from distill.data import Batch
 from distill.fused import Given, Scratch, Term, fused_loss, whole_loss
 from distill.kept import AtHead, KeptLogits
 from distill.taps import decoder_layers
+from distill.tied import TiedGradient
 from distill.train_sections import Objective
 
 ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
@@ -44,6 +46,7 @@ class StudentStep(nn.Module):
         self.__dict__["at"] = at if at.fusable else None
         self.__dict__["scratch"] = Scratch()
         self.__dict__["kept"] = None if at.fusable else KeptLogits(model)
+        self.__dict__["tied"] = TiedGradient.of(model) if at.fusable else None
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -69,18 +72,18 @@ class StudentStep(nn.Module):
         inputs = batch.inputs()
         if self.at:
             # The loss is taken inside the head's place in the forward, where FSDP2 has its weight whole.
-            total, sums = self.at(
-                lambda hidden: fused_loss(
-                    hidden[batch.keep], self.at.head(), self.terms, given, self.scratch
-                ),
-                **inputs,
-            )
+            with self.tied.reading() if self.tied else contextlib.nullcontext():
+                total, sums = self.at(lambda hidden: self._loss(hidden[batch.keep], given), **inputs)
         else:
             logits = self.kept(keep=batch.keep, **inputs)
             total, sums = whole_loss(logits, self.terms, given)
         if not self.states:
             return total, sums
         return self._with_states(total, list(sums), batch, signals)
+
+    def _loss(self, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        leave = self.tied.leave if self.tied and self.tied.asked else None
+        return fused_loss(hidden, self.at.head(), self.terms, given, self.scratch, leave)
 
     def _with_states(self, total: Tensor, sums: list[Tensor], batch: Batch, signals: dict[str, Any]):
         found, states = [], iter(self.states)

@@ -209,13 +209,30 @@ def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made():
     assert 0 < largest <= 10 * V < N * V
 
 
+OURS = frozenset({"student", "dense"})
+
+
+def in_closed_form(name: str, options: dict, rows: Rows):
+    form = closed(name, options)
+    value, make = form(rows)
+    return value, make(rows.student if rows.alone else None) * form.factor
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_closed_forms_are_their_formulas(beta, temperature):
-    student, teacher = torch.randn(9, V, dtype=torch.float64), torch.randn(9, V, dtype=torch.float64)
+def test_closed_forms_are_their_formulas(beta, temperature, alone, rows):
+    """For one row or several; in memory of their own, or (`alone`) in that of the logits."""
+    student, teacher = torch.randn(rows, V, dtype=torch.float64), torch.randn(rows, V, dtype=torch.float64)
     options = {"temperature": temperature, "temperature_squared": False}
     for name, extra in (("forward_kl", {}), ("reverse_kl", {}), ("generalized_jsd", {"beta": beta})):
-        value, gradient = closed(name, options | extra)(Rows(student, {"dense": (teacher,)}))
+        given = (student.clone(), {"dense": (teacher.clone(),)})
+        value, gradient = in_closed_form(
+            name, options | extra, Rows(*given, OURS if alone else frozenset(), alone)
+        )
+        if not alone:
+            assert torch.equal(given[0], student) and torch.equal(given[1]["dense"][0], teacher), "written to"
         leaf = student.clone().requires_grad_()
         expected = getattr(losses, name)(leaf, teacher, **options, **extra)
         expected.sum().backward()
@@ -223,8 +240,9 @@ def test_closed_forms_are_their_formulas(beta, temperature):
         torch.testing.assert_close(gradient, leaf.grad)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_closed_forms_of_stored_signals_are_their_formulas(temperature):
+def test_closed_forms_of_stored_signals_are_their_formulas(temperature, alone):
     """Absent entries, an id drawn twice, and both tails that have a closed form."""
     student = torch.randn(9, V, dtype=torch.float64)
     logprobs, ids = torch.randn(9, V, dtype=torch.float64).log_softmax(-1).topk(K, dim=-1)
@@ -237,7 +255,8 @@ def test_closed_forms_of_stored_signals_are_their_formulas(temperature):
         ("sparse_forward_kl", "sparse", (ids, logprobs), {"tail": "zero"}),
         ("sampled_cross_entropy", "sampled", (drawn, weights), {}),
     ):
-        value, gradient = closed(name, common | extra)(Rows(student, {form: stored}))
+        rows = Rows(student.clone(), {form: stored}, OURS if alone else frozenset(), alone)
+        value, gradient = in_closed_form(name, common | extra, rows)
         leaf = student.clone().requires_grad_()
         expected = getattr(losses, name)(leaf, *stored, **common, **extra)
         expected.sum().backward()
@@ -265,12 +284,13 @@ def test_second_objective_does_not_see_the_first_ones_scratch():
     """Closed forms share softmaxes: none may write to them."""
     student, teacher = torch.randn(5, V, dtype=torch.float64), torch.randn(5, V, dtype=torch.float64)
     options = {"temperature": 1.0, "temperature_squared": False}
-    alone = closed("generalized_jsd", {**options, "beta": 0.4})(Rows(student, {"dense": (teacher,)}))
+    jsd = ("generalized_jsd", {**options, "beta": 0.4})
+    alone = in_closed_form(*jsd, Rows(student, {"dense": (teacher,)}))
     shared = Rows(student, {"dense": (teacher,), "targets": (torch.arange(5),)})
     for name in ("forward_kl", "reverse_kl"):
-        closed(name, options)(shared)
-    closed("cross_entropy", {})(shared)
-    again = closed("generalized_jsd", {**options, "beta": 0.4})(shared)
+        in_closed_form(name, options, shared)
+    in_closed_form("cross_entropy", {}, shared)
+    again = in_closed_form(*jsd, shared)
     for a, b in zip(alone, again):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -283,6 +303,62 @@ def test_chunks_are_of_one_size_and_fit(rows, vocabulary, itemsize):
     chunks = -(-rows // size)
     assert rows == 0 or chunks * size - rows < chunks  # each as large as the next, but for one row
     assert chunks == -(-rows // min(room, fused.MOST_ROWS)), "no more chunks than must be"
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd", "cross_entropy"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_token_that_a_bias_forbids_is_what_the_formula_says(name, whose):
+    """A logit of -inf in the middle of the vocabulary: whoever forbids it, nothing needed is written over."""
+    if (name, whose) == ("cross_entropy", "teacher"):
+        pytest.skip("hears no teacher")
+
+    def forbidden():
+        hidden, weight, bias, signals = parts()
+        signals["targets"] = Given((signals["targets"].tensors[0] % 7,))
+        theirs = signals["dense"].head
+        (bias.detach() if whose == "student" else theirs.bias)[11] = -torch.inf
+        return hidden, weight, bias.detach(), signals
+
+    hidden, weight, bias, signals = forbidden()
+    total, _ = fused_loss(hidden, Head(weight, bias), [term(name)], signals)
+    total.backward()
+    again, other, bias, signals = forbidden()
+    whole, _ = whole_loss(again @ other.T + bias, [term(name)], signals)
+    whole.backward()
+    assert total.isfinite()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(hidden.grad, again.grad)
+    torch.testing.assert_close(weight.grad, other.grad)
+
+
+def test_a_signal_that_is_not_ours_is_left_as_it_was():
+    """Logits that somebody gave, or a model made whole, are read again by the next objective or the next step."""
+    hidden, weight, _, signals = parts()
+    given = Given(signals["dense"].chunk(slice(0, N), None))
+    before = given.tensors[0].clone()
+    fused_loss(hidden, Head(weight), [term("forward_kl")], {"dense": given})[0].backward()
+    assert torch.equal(given.tensors[0], before)
+
+
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "reverse_kl", "generalized_jsd", "cross_entropy", "sparse_forward_kl"]
+)
+def test_a_diverged_student_has_no_finite_loss(name):
+    hidden, weight, _, signals = parts()
+    with torch.no_grad():
+        hidden[5, 2] = torch.nan
+    total, _ = fused_loss(hidden, Head(weight), [term(name)], signals)
+    assert not total.isfinite()
+
+
+def test_nothing_to_learn_from_is_a_gradient_of_zero():
+    _, weight, _, _ = parts()
+    hidden = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    total, _ = fused_loss(
+        hidden, Head(weight), [term("cross_entropy")], {"targets": Given((torch.zeros(0, dtype=torch.long),))}
+    )
+    total.backward()
+    assert total == 0 and torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 def test_scratch_is_kept_from_step_to_step_and_shared_by_nobody():
