@@ -126,7 +126,7 @@ class Term:
         """(value [m], what makes the gradient [m, V] of weight times value, but for `factor`)."""
         if self.closed is not None:
             value, make = self.closed(rows)
-            # -inf in a logit: the formula knows what it is worth. (Rows that were written over had none: it is a NaN.)
+            # -inf in a logit: the formula knows what it is worth. (Rows that are written over had none: it is a NaN.)
             if rows.alone or math.isfinite(value.sum()):
                 return value, make
         value, gradient = self.formula(rows)
@@ -283,14 +283,20 @@ class _FusedLoss(torch.autograd.Function):
         return *found, None, None, None, None, None, None
 
 
-def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> tuple[frozenset[str], bool]:
-    """(names of the logits that are made here, free of -inf and read once, so that they may be written over; whether
-    all that one objective reads are such).
+def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Of "student" and "dense": which logits are made here, so that they may be shifted, and which of those one
+    objective reads, so that it may write over them.
+
+    Nothing is written over where a logit may be -inf: the formula must see it as it was.
     """
-    ours = {"student"} if head.finite else set()
-    ours |= {form for form, signal in signals.items() if isinstance(signal, Projected) and signal.head.finite}
-    alone = len(terms) == 1 and "student" in ours and (terms[0].form != "dense" or "dense" in ours)
-    return frozenset(ours), alone
+    finite = {"student"} if head.finite else set()
+    finite |= {
+        form for form, signal in signals.items() if isinstance(signal, Projected) and signal.head.finite
+    }
+    readers = {"student": len(terms), "dense": sum(term.form == "dense" for term in terms)}
+    all_finite = "student" in finite and (not readers["dense"] or "dense" in finite)
+    alone = {who for who in finite if all_finite and readers[who] == 1}
+    return frozenset(finite), frozenset(alone)
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
@@ -307,7 +313,7 @@ def _pieces(
     terms: list[Term],
     sums: list[float],
     ours: frozenset[str],
-    alone: bool,
+    alone: frozenset[str],
     wants: bool,
 ) -> Tensor | None:
     """Losses of a chunk [n, V] of raw logits, a few rows at a time so that temporaries stay in the cache.
@@ -319,24 +325,26 @@ def _pieces(
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scales = logits.new_empty(len(logits), dtype=wide) if logits.dtype == torch.float16 else None
     rows = len(logits) if logits.device.type != "cpu" else max(1, CPU_CHUNK // logits.shape[1])
-    in_place = alone and head.plain and wide == logits.dtype
+    in_place = head.plain and wide == logits.dtype
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         raw = logits[part].to(wide)
         said = {form: tuple(t[part] for t in ts) for form, ts in given.items()}
-        piece = Rows(head.transform(raw), said, ours, alone)
-        gradient = None
+        piece, makers = Rows(head.transform(raw), said, ours, alone), []
         for i, term in enumerate(terms):
             value, make = term(piece)
             if term.form == "targets" and "from_teacher" in given:
                 (written,) = piece.given["from_teacher"]
                 value, make = value * written, _masked(make, written)
             sums[i] += float(value.sum())
-            if not wants:
-                continue
-            own = make(raw if in_place else None)
-            gradient = own if gradient is None else gradient.add_(own, alpha=term.factor / terms[0].factor)
-        if not wants or in_place:
+            makers.append(make)
+        if not wants:
+            continue
+        # All losses are known: the first gradient may take the place of the logits.
+        gradient = makers[0](raw if in_place else None)
+        for term, make in zip(terms[1:], makers[1:]):
+            gradient.add_(make(), alpha=term.factor / terms[0].factor)
+        if in_place:
             continue
         gradient = head.pull_back(gradient, raw)
         if scales is not None:

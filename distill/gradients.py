@@ -102,8 +102,9 @@ class Softmax:
 class Rows:
     """A chunk of the student's logits [n, V] and what the teacher says of the same tokens, by signal form.
 
-    Softmaxes are computed once per temperature, whatever the number of objectives that read them. `ours` names what
-    may be written to of "student" and "dense", and `alone` says that one objective reads the rows (see `Softmax`).
+    Softmaxes are computed once per temperature, whatever the number of objectives that read them. Of "student" and
+    "dense" (the teacher's logits), `ours` names what may be shifted in place and `alone` what one objective reads,
+    and may write over (see `Softmax`).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Rows:
         student: Tensor,
         given: dict[str, tuple[Tensor, ...]],
         ours: frozenset[str] = frozenset(),
-        alone: bool = False,
+        alone: frozenset[str] = frozenset(),
     ):
         self.student, self.given = student, given
         self.ours, self.alone = ours, alone
@@ -121,7 +122,7 @@ class Rows:
         if (who, temperature) not in self._softmaxes:
             logits = given.to(self.student.dtype)
             logits = logits if temperature == 1 else logits / temperature
-            found = Softmax(logits, who in self.ours or logits is not given, self.alone)
+            found = Softmax(logits, who in self.ours or logits is not given, who in self.alone)
             # A vocabulary padded to the student's width (distill/fused.py) counts as the formulas count it.
             if who == "dense" and logits.numel() and found.logits[0, -1].item() == -torch.inf:
                 found.forbid()

@@ -98,6 +98,23 @@ def test_every_head_equals_autograd(head):
     assert_equal(*both_ways(terms, HEADS[head]))
 
 
+@pytest.mark.parametrize("upstream", [0.37, -2.0])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [term("cross_entropy", 0.7), term("forward_kl", 0.3)],
+        [term("reverse_kl", 0.3, temperature=2.0), term("cross_entropy", 0.1)],
+        [term("cross_entropy"), term("generalized_jsd", 0.5, beta=0.2, temperature=0.5)],
+        [term("sparse_forward_kl"), term("sampled_cross_entropy", 0.2), term("forward_kl", temperature=3.0)],
+        [term("total_variation", 2.0), term("cross_entropy")],
+    ],
+    ids=lambda terms: "+".join(t.name for t in terms),
+)
+def test_mixtures_equal_autograd(terms, upstream):
+    """One reader of the teacher's logits writes over them, several readers of the student's do not."""
+    assert_equal(*both_ways(terms, lambda w, b: Head(w, b), upstream=upstream))
+
+
 def test_a_frozen_head_gets_no_gradient_and_costs_none():
     hidden, weight, _, signals = parts()
     fused_loss(hidden, Head(weight.detach()), [term("forward_kl")], signals)[0].backward()
@@ -228,9 +245,7 @@ def test_closed_forms_are_their_formulas(beta, temperature, alone, rows):
     options = {"temperature": temperature, "temperature_squared": False}
     for name, extra in (("forward_kl", {}), ("reverse_kl", {}), ("generalized_jsd", {"beta": beta})):
         given = (student.clone(), {"dense": (teacher.clone(),)})
-        value, gradient = in_closed_form(
-            name, options | extra, Rows(*given, OURS if alone else frozenset(), alone)
-        )
+        value, gradient = in_closed_form(name, options | extra, Rows(*given, *(OURS, OURS) if alone else ()))
         if not alone:
             assert torch.equal(given[0], student) and torch.equal(given[1]["dense"][0], teacher), "written to"
         leaf = student.clone().requires_grad_()
@@ -255,7 +270,7 @@ def test_closed_forms_of_stored_signals_are_their_formulas(temperature, alone):
         ("sparse_forward_kl", "sparse", (ids, logprobs), {"tail": "zero"}),
         ("sampled_cross_entropy", "sampled", (drawn, weights), {}),
     ):
-        rows = Rows(student.clone(), {form: stored}, OURS if alone else frozenset(), alone)
+        rows = Rows(student.clone(), {form: stored}, *(OURS, OURS) if alone else ())
         value, gradient = in_closed_form(name, common | extra, rows)
         leaf = student.clone().requires_grad_()
         expected = getattr(losses, name)(leaf, *stored, **common, **extra)
