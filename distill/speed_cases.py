@@ -24,6 +24,7 @@ class Setting:
     warm_up: int
     timed: int  # steps at most
     patience: float  # seconds of timed steps after which no other begins
+    repeats: int = 1  # processes a round: short steps are told apart by many of them
 
     @property
     def kept(self) -> int:
@@ -31,7 +32,9 @@ class Setting:
 
 
 LARGE = Setting("large vocabulary", 151_936, 4, 512, (256, 4), (128, 2), warm_up=1, timed=3, patience=12.0)
-SMALL = Setting("small models", 512, 32, 128, (192, 4), (96, 2), warm_up=3, timed=10, patience=10.0)
+SMALL = Setting(
+    "small models", 512, 32, 128, (192, 4), (96, 2), warm_up=3, timed=10, patience=10.0, repeats=3
+)
 
 
 @dataclass(frozen=True)

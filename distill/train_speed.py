@@ -3,11 +3,12 @@
     distill bench speed --only train [--quick] [--peer-python PATH] [--out FILE] [--json]
 
 One process per (setting, method, objective, precision, allocator), one at a time, each on one thread; rounds are
-interleaved, so that a slow minute of the machine hits everybody. A step is forward of both models, loss, backward,
-clipping and AdamW; data loading and logging are left out for everyone. "Tokens read" are prompt and completion
-tokens of the batch. Before anything is compared, the loss and the gradient norm of the first step must agree with
-the plain definition's: a method of other arithmetic gets no ratio. The floor is the counted work of the step
-(bodies, heads on kept tokens, backward) at the matmul rates measured here for these shapes.
+interleaved, so that a slow minute of the machine hits everybody, and the small models' short steps get three turns in
+each. A step is forward of both models, loss, backward, clipping and AdamW; data loading and logging are left out for
+everyone. "Tokens read" are prompt and completion tokens of the batch. Before anything is compared, the loss and the
+gradient norm of the first step must agree with the plain definition's: a method of other arithmetic gets no ratio.
+The floor is the counted work of the step (bodies, heads on kept tokens, backward) at the matmul rates measured here
+for these shapes.
 
 Peers run in `--peer-python`, an interpreter where `trl` can be imported; in one where it cannot they are listed as
 not installed. What is measured is in `distill.speed_cases`, the process in `distill.speed_worker`, TRL in
@@ -117,7 +118,8 @@ def training_speed(
     say: Callable[[str], None] = lambda line: None,
     cases: list[Case] | None = None,
 ) -> dict[str, Any]:
-    """Measure `cases` (default: all, or the quick ones) and compare. Returns what `--json` prints.
+    """Measure `cases` (default: all, or the quick ones) and compare. Returns what `--json` prints; Ctrl-C
+    ends the measuring, not what was measured.
 
     Raises UserError for a peer interpreter that does not run, RunError where the toolkit's own step fails.
     """
@@ -133,19 +135,7 @@ def training_speed(
     left_out: list[str] = []
     if cases is None:
         cases, left_out = (quick_cases(), []) if quick else all_cases(rates[LARGE.name])
-    runs, missing = {case: [] for case in cases}, {}
-    for turn in range(rounds):
-        for i, case in enumerate(cases):
-            if case in missing:
-                continue
-            where = " · ".join(case.group[:4])
-            say(f"round {turn + 1} of {rounds}, {i + 1} of {len(cases)}: {where}: {case.method.name}")
-            try:
-                runs[case].append(_run_case(case, peer_python, trl))
-            except RunError as error:
-                if not case.method.peer and case.method is not NAIVE:
-                    raise
-                missing[case] = str(error)
+    runs, missing = _measure_all(cases, rounds, peer_python, trl, say, left_out)
     return {
         "settings": {s.name: {**asdict(s), "work_flops": counted_work(s)} for s in settings},
         "groups": compare({case: found for case, found in runs.items() if case not in missing}, rates),
@@ -160,6 +150,45 @@ def training_speed(
         "rounds": rounds,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def _measure_all(
+    cases: list[Case],
+    rounds: int,
+    peer_python: str,
+    trl: str | None,
+    say: Callable[[str], None],
+    left_out: list[str],
+) -> tuple[dict[Case, list[dict[str, Any]]], dict[Case, str]]:
+    """(what each case's processes said, why others said nothing). Stopped by hand, it keeps what it has, and
+    says so in `left_out`."""
+    runs, missing = {case: [] for case in cases}, {}
+    last = rounds * max(case.setting.repeats for case in cases)
+    plan = [
+        (turn, i, c) for turn in range(last) for i, c in enumerate(cases) if turn < rounds * c.setting.repeats
+    ]
+    start, done = time.perf_counter(), 0
+    try:
+        for done, (turn, i, case) in enumerate(plan):
+            if case in missing:
+                continue
+            minutes = (time.perf_counter() - start) * (len(plan) - done) / max(done, 1) / 60
+            left = f"; about {minutes:.0f} min left" if done else ""
+            where = f"{' · '.join(case.group[:4])}: {case.method.name}"
+            say(f"turn {turn + 1} of {last}, {i + 1} of {len(cases)}: {where}{left}")
+            try:
+                runs[case].append(_run_case(case, peer_python, trl))
+            except RunError as error:
+                if not case.method.peer and case.method is not NAIVE:
+                    raise
+                missing[case] = str(error)
+    except KeyboardInterrupt:
+        if not any(runs.values()):
+            raise
+        left_out.append(
+            f"stopped by hand after {done} of {len(plan)} measurements: rows and ratios are missing"
+        )
+    return runs, missing
 
 
 def _run_case(case: Case, peer_python: str, trl: str | None) -> dict[str, Any]:

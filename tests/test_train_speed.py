@@ -291,6 +291,26 @@ def test_our_own_failure_is_not_a_missing_row(monkeypatch):
         train_speed.training_speed(cases=[Case(SMALL, OURS, "forward_kl")])
 
 
+def test_stopped_by_hand_it_keeps_what_was_measured(monkeypatch):
+    said, answers = [], iter([RATES, RUN, RUN])
+
+    def answer(*_):
+        for found in answers:
+            return found
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_speed, "run_worker", answer)
+    cases = [Case(SMALL, OURS, name) for name in ("forward_kl", "reverse_kl", "generalized_jsd")]
+    found = train_speed.training_speed(rounds=2, cases=cases, say=said.append)
+    assert [g["objective"] for g in found["groups"]] == ["forward_kl", "reverse_kl"]
+    assert found["left_out"] == ["stopped by hand after 2 of 18 measurements: rows and ratios are missing"]
+    assert "stopped by hand" in train_speed.format_training_speed(found)
+    assert "min left" not in said[0] and "about 0 min left" in said[1]
+    answers = iter([RATES])
+    with pytest.raises(KeyboardInterrupt):
+        train_speed.training_speed(cases=cases)
+
+
 def test_command_line(run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr(
         train_speed, "run_worker", lambda python, spec, *_: RATES if spec["do"] == "rates" else RUN
