@@ -10,7 +10,7 @@ back, and the embedding, which comes last, adds its rows to it and hands it on:
 
 Autograd sees one use of the matrix, so DDP, FSDP2, clipping and accumulation are none the wiser. Two lookups, or none
 on the way to the loss, are still right: a lookup that finds nothing makes its own gradient, and one that never comes
-back is an error in the next pass rather than a head that does not learn.
+back is an error at the end of the backward pass rather than a head that does not learn.
 
 Shapes: V vocabulary, d hidden size.
 """
@@ -28,9 +28,7 @@ class TiedGradient:
 
     def __init__(self, embedding: nn.Embedding):
         self.embedding = embedding
-        self.asked = (
-            False  # whether the pass that is going on has looked a token up, and will come back for it
-        )
+        self.asked = False  # whether this pass has looked a token up, and will come back for it
         self._left: Tensor | None = None
 
     @classmethod
@@ -45,10 +43,8 @@ class TiedGradient:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Lookups in here share their gradient. Raises RuntimeError if that of the pass before was left lying."""
-        if self._left is not None:
-            self._left = None
-            raise RuntimeError("the head's gradient was not taken on: no embedding is on the way to its loss")
+        """Lookups in here share their gradient."""
+        self._left = None  # of a pass that failed on its way back, as for want of memory
         self.asked, self.embedding.forward = False, self._look_up
         try:
             yield
@@ -60,10 +56,19 @@ class TiedGradient:
         return _LookUp.apply(self.embedding.weight, ids, self)
 
     def leave(self, gradient: Tensor) -> None:
-        """Of the head's weight [V, d], float32 or wider; from now on it belongs to the embedding."""
+        """Of the head's weight [V, d], float32 or wider; from now on it belongs to the embedding.
+
+        Called in a backward pass, which raises RuntimeError at its end if no embedding came for it.
+        """
         self._left = gradient if self._left is None else self._left.add_(gradient)
+        torch.autograd.Variable._execution_engine.queue_callback(self._all_taken)
+
+    def _all_taken(self) -> None:
+        if self.take() is not None:
+            raise RuntimeError("the head's gradient was not taken on: no embedding is on the way to its loss")
 
     def take(self) -> Tensor | None:
+        """What the head left, once."""
         taken, self._left = self._left, None
         return taken
 

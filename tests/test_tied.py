@@ -89,16 +89,32 @@ def test_gradients_accumulate_over_passes():
     assert torch.allclose(gradient(model, RUNS["once"], tied), 2 * once)
 
 
-def test_a_gradient_that_nobody_took_is_an_error_in_the_next_pass():
+def test_a_gradient_that_nobody_took_is_an_error_of_the_backward_pass():
     model = Tied()
     tied = TiedGradient.of(model)
-    gradient(
-        model,
-        lambda m, loss: (m(IDS), loss(torch.zeros(6, D, dtype=torch.float64, requires_grad=True)))[1],
-        tied,
-    )
-    with pytest.raises(RuntimeError, match="not taken on"), tied.reading():
-        pass
+
+    def detached(m, loss):
+        m(IDS)
+        return loss(torch.zeros(6, D, dtype=torch.float64, requires_grad=True))
+
+    with pytest.raises(RuntimeError, match="not taken on"):
+        gradient(model, detached, tied)
+
+
+def test_a_pass_that_failed_on_its_way_back_leaves_nothing_to_the_next():
+    """Out of memory, say: `train.auto_micro_batch` goes on with smaller ones."""
+    model = Tied()
+    tied = TiedGradient.of(model)
+
+    def fails(m, loss):
+        hidden = m.embed(IDS)
+        hidden.register_hook(lambda _: (_ for _ in ()).throw(MemoryError("no room")))
+        return loss(m.mix(hidden))
+
+    with pytest.raises(MemoryError, match="no room"):
+        gradient(model, fails, tied)
+    model.zero_grad()
+    torch.testing.assert_close(gradient(model, RUNS["once"], tied), gradient(model, RUNS["once"], None))
 
 
 def test_only_a_plain_trained_tied_embedding_is_shared():
