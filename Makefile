@@ -1,6 +1,6 @@
 # make demo   the whole story on this machine          make test     the test suite
 # make teacher, make base                              rebuild the shipped checkpoints from their recipes
-# make docs   the generated pages: docs/recipes.md, docs/api.md, the result tables of the READMEs
+# make docs   the generated parts of the pages, and the pages with the API as a small site: docs/site/index.html
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,17 +26,19 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 docs: install
-	$(BIN)/python -m distill.recipe_reference
-	$(BIN)/python -m distill.api_reference
-	$(BIN)/python -m distill.readme
+	$(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/python docs/generate/recipes.py
+	$(BIN)/python docs/generate/readme.py
+	$(BIN)/python docs/generate/tree.py
+	$(BIN)/python docs/generate/website.py
 
 teacher: install
 	$(BIN)/distill run recipes/teacher.yaml
-	$(BIN)/python -m distill.publish checkpoints/teacher-run checkpoints/teacher
+	$(BIN)/python recipes/publish.py checkpoints/teacher-run checkpoints/teacher
 
 base: install
 	$(BIN)/distill run recipes/base.yaml
-	$(BIN)/python -m distill.publish checkpoints/base-run checkpoints/base
+	$(BIN)/python recipes/publish.py checkpoints/base-run checkpoints/base
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """`python -m distill ...` is the `distill` command (and what `accelerate launch -m distill` starts)."""
 
-from distill.cli import main
+from distill.commands.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

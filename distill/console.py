@@ -3,14 +3,17 @@
     with console.bar(total=512, desc="generate", unit="answer") as bar: bar.update()
     console.say("dataset: done")                       # on one process of a launch, not under --quiet
     console.paint("FAIL", "red", sys.stdout)           # colour on a terminal only, and never under NO_COLOR
+    console.text_table([("stage", "USD"), ("student", "$2")])      # aligned rows; the first row is the head
 
 A bar redraws itself on a terminal. Where standard error is a file or a pipe it is a plain line at most every
 `INTERVAL` seconds, and nothing at all for work that is done sooner. `--quiet` leaves out bars and lines, so that what
 was asked for, warnings and errors remain; `--verbose` adds what the libraries say, notes and tracebacks.
 """
 
+import logging
 import os
 import sys
+import warnings
 from typing import Any, TextIO
 
 INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
@@ -95,3 +98,36 @@ def bar(*iterable: Any, main: bool = True, **options: Any) -> Any:
         bar_format="{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         **options,
     )
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own warnings and bars out of ours; with --verbose their warnings are shown."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose():
+        return
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per 8-bit matmul otherwise
+    # Notices about the libraries' own future; a user of this one can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b")
+
+
+def text_table(rows: list[tuple[str, ...]], text_columns: tuple[int, ...] = (0,)) -> list[str]:
+    """One indented line per row; `text_columns` stand left, numbers right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def millions(amount: list[float]) -> str:
+    """[low, high] in USD as `$500M to $1,600M`; one figure where both are the same."""
+    low, high = (f"${value / 1e6:,.{0 if value >= 1e7 else 2}f}M" for value in amount)
+    return low if low == high else f"{low} to {high}"

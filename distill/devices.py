@@ -15,8 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from distill.console import quiet_libraries
 from distill.errors import UserError
-from distill.models import quiet_libraries
 
 
 def pick_device(name: str = "auto", threads: int = 0) -> torch.device:

@@ -2,7 +2,7 @@
 
 `UserError`: the recipe, the arguments or a file they name is wrong; nothing was started (exit code 2).
 `RunError`: a run that had begun cannot go on; what was finished is kept (exit code 1).
-Both carry every problem found, one line each, every line naming its fix. `distill.cli` prints them
+Both carry every problem found, one line each, every line naming its fix. `distill.commands.cli` prints them
 without a traceback; code called from Python sees ordinary exceptions.
 """
 

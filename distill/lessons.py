@@ -7,7 +7,7 @@
     exercise("1.1", lambda: mine(3) == 9, "square it")             # "solved", or "not solved yet" and the hint
 
 A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
-`EXPECTED` and `EXERCISES`, which `distill.workshop` and the tests read. The variables: DISTILL_LESSON_BUDGET=short
+`EXPECTED` and `EXERCISES`, which `build` and the tests read. The variables: DISTILL_LESSON_BUDGET=short
 cuts steps and problems so that a test can run every lesson; DISTILL_LESSON_DIR is where runs go instead of
 checkpoints/workshop.
 """
@@ -71,8 +71,8 @@ def begin(lesson: int) -> Path:
     import matplotlib.pyplot as plt
     import torch
 
-    from distill.config import PROJECT_ROOT
     from distill.devices import pick_device
+    from distill.storage import PROJECT_ROOT
 
     EXPECTED.clear()
     EXERCISES.clear()
@@ -117,7 +117,7 @@ def exercise(number: str, test: Callable[[], Any], hint: str) -> None:
 
 
 def account() -> dict[str, Any]:
-    """What this lesson measured, as plain JSON: for `distill.workshop` and the tests."""
+    """What this lesson measured, as plain JSON: for `build` and the tests."""
     import torch
 
     expected = [asdict(e) | {"met": e.met} for e in EXPECTED]
@@ -132,8 +132,8 @@ def held_out_problems(
     per_level: dict[str, int], seed: int = 0, families: list[str] | None = None
 ) -> list[dict]:
     """Problems of the test split, as {"prompt_id", "family", "level", "messages", "answer", "verifier", ...}."""
-    from distill.config import Prompts
-    from distill.prompts import task_prompts
+    from distill.config.data import Prompts
+    from distill.data.prompts import task_prompts
 
     chosen = Prompts(families=families) if families else Prompts()
     return task_prompts("test", per_level, chosen, seed)
@@ -144,8 +144,8 @@ def ask(model, tokenizer, problems: list[dict], **how) -> list[dict]:
 
     Greedy unless `temperature` is given. A row has "text", "verdict", "tokens", "prompt_id", "family", "level", ...
     """
-    from distill.answers import answer_problems
-    from distill.config import load_evaluate
+    from distill.config.recipe import load_evaluate
+    from distill.evaluation.answers import answer_problems
 
     section = load_evaluate({"max_new_tokens": 80, **how})
     return answer_problems(model, tokenizer, problems, "", section, bar=False)[0]
@@ -164,7 +164,7 @@ def experiment(folder: Path, overrides: list[str], data: Path | None = None, com
     with other settings is made anew: it is the lesson's own.
     """
     from distill import pipeline
-    from distill.config import load_recipe
+    from distill.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, [*overrides, f"run_dir={folder}"])
     for stage in ("prompts", "generations", "dataset") if data else ():

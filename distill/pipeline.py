@@ -7,17 +7,17 @@ its inputs, so `run` after an interruption continues, and `run` after a change s
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.config import Recipe
-from distill.shards import read_json
+from distill.config.recipe import Recipe
+from distill.storage import read_json
 
 
 def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]:
     """(folder or file it leaves, function) in order. Imported here: each pulls in torch."""
-    from distill.arms import train_arms
-    from distill.evaluate import evaluate_recipe
-    from distill.filter import make_dataset
-    from distill.generate import generate
-    from distill.prompts import make_prompts
+    from distill.data.filter import make_dataset
+    from distill.data.generate import generate
+    from distill.data.prompts import make_prompts
+    from distill.evaluation.evaluate import evaluate_recipe
+    from distill.training.arms import train_arms
 
     asked = [("generations", generate)] if recipe.teacher else []
     return [
@@ -33,7 +33,7 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
 _SHARED = ("generations", "student")
 
 # What each command of the CLI runs: the stage itself and, for `generate`, the prompts it needs.
-COMMANDS = {
+STAGES_OF = {
     "generate": ("prompts", "generations"),
     "filter": ("dataset",),
     "train": ("student",),
@@ -48,7 +48,7 @@ def run(recipe: Recipe, command: str, redo: bool, say: Callable[[str], None]) ->
 
     ranks = processes(pick_device(recipe.device, recipe.threads))
     for folder, function in stages(recipe):
-        if folder not in COMMANDS[command]:
+        if folder not in STAGES_OF[command]:
             continue
         was_done = (recipe.path / folder / "manifest.json").is_file()
         if ranks.is_main_process or folder in _SHARED:
@@ -73,13 +73,3 @@ def stage_line(folder: Path, state: str) -> str:
     if counts.get("errors"):
         shown.append(f"{counts['errors']:,} errors")
     return f"{folder.name}: {state}, {', '.join(filter(None, shown))}, {manifest['seconds']:.0f} s"
-
-
-def resolved(recipe: Recipe) -> str:
-    """The recipe with every default filled in, as YAML, objectives with their options."""
-    import yaml
-
-    data = recipe.model_dump(mode="json")
-    for entry, objective in zip(data["train"]["objectives"], recipe.train.objectives):
-        entry.update(objective.options)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["training_example"]  # the fixture `trained`
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 CHATML = (
@@ -72,6 +74,14 @@ QWEN3_MOE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its precision for the whole process; what one test chose must not meet the next."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> dict[str, str]:
     """A tiny 'hub': folders of other families, each with its own tokenizer."""
@@ -122,7 +132,7 @@ def make_recipe(tmp_path, hub):
 @pytest.fixture
 def run_cli(capsys):
     """Run the command in this process: run_cli("train", recipe) -> (exit code, stdout, stderr)."""
-    from distill.cli import main
+    from distill.commands.cli import main
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

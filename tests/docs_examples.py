@@ -19,10 +19,10 @@ from pathlib import Path
 import yaml
 from conftest import ROOT
 
-from distill import evaluate_command
-from distill.bench_grid import load_bench, pick_budget, plan
-from distill.cli import parse
-from distill.config import Recipe, load_evaluate, load_prompts, load_recipe
+from distill.bench.grid import load_bench, pick_budget, plan
+from distill.commands import recipe as evaluate_command
+from distill.commands.cli import parse
+from distill.config.recipe import Recipe, load_evaluate, load_prompts, load_recipe
 
 PAGES = [
     ROOT / "README.md",

@@ -146,7 +146,7 @@ def layer_name(index: int) -> str:
 
 
 def interventions(rng, experts: int, layers: int, k: int) -> list[dict]:
-    """As `distill.sweeps` returns them: fewer and more experts, without each in turn, controls."""
+    """As `distill.evaluation.interventions` returns them: fewer and more experts, without each in turn, controls."""
 
     def entry(kind: str, value, label: str, shift: float, per_token: int = k) -> dict:
         compared = {"n": 3 * N, "difference": -shift, "ci95": [-shift - 0.05, -shift + 0.05], "p_value": 0.01}
@@ -173,7 +173,7 @@ def interventions(rng, experts: int, layers: int, k: int) -> list[dict]:
 
 
 def precisions(layers: int) -> list[dict]:
-    """As `distill.precision_sweep` returns them."""
+    """As `distill.evaluation.precision` returns them."""
     tasks = {t: score(p, N) for t, p in zip(LEVELS, SKILL["teacher"])}
 
     def entry(name: str, nll: float, flips: float) -> dict:
@@ -338,7 +338,7 @@ def example_metrics(experts: int = 8, layers: int = 3, k: int = 2) -> dict:
 
 
 def write_routes(path: Path, experts: int, layers: int, k: int, answers: int, tokens: int) -> None:
-    """As the docstring of distill/routes.py has it, written here without its help."""
+    """As the docstring of distill/evaluation/routes.py has it, written here without its help."""
     rng = np.random.default_rng(11)
     words = ["4", "7", "+", "8", " =", " ?", "\n", "carry", " the", "1", ""]
     rows = []
@@ -402,7 +402,7 @@ def example(folder: Path, experts=8, layers=3, k=2, answers=24, tokens=150) -> P
 
 
 if __name__ == "__main__":
-    from distill.dossier import build_dossier
+    from distill.report.dossier import build_dossier
 
     sizes = dict(zip(("experts", "layers", "k"), map(int, sys.argv[2:])))
     print(build_dossier(example(Path(sys.argv[1]), **sizes)))

@@ -1,6 +1,6 @@
 """One process of the FSDP2 test: two SGD steps of a sharded student over gloo, its state saved, read and gathered.
 
-Run by tests/test_sharded.py under `torch.distributed.run`; rank 0 writes what it found to the file named.
+Run by tests/launches/test_sharded.py under `torch.distributed.run`; rank 0 writes what it found to the file named.
 """
 
 import sys
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from test_student_step import MIXED, build, rows
+from step_example import MIXED, build, rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distill.checkpoint import load_state, save_state, whole
-from distill.live import LiveTeacher
-from distill.student_step import StudentStep
+from distill.training.checkpoint import load_state, save_state, whole
+from distill.training.live_teachers import FrozenTeacher
+from distill.training.step import StudentStep
 
 
 def main(out: Path, world: int) -> None:
     torch.set_num_threads(1)
     rank = 0
-    step, teacher = StudentStep(build("qwen3 tied"), MIXED), LiveTeacher(build("qwen3", seed=1).eval())
+    step, teacher = StudentStep(build("qwen3 tied"), MIXED), FrozenTeacher(build("qwen3", seed=1).eval())
     if world > 1:
         dist.init_process_group("gloo")
         rank = dist.get_rank()

@@ -1,6 +1,6 @@
 """Tiny random models of every MoE `*ForCausalLM` of the installed transformers, and a slow reference.
 
-Families are discovered from the source text of transformers, not by `distill.routing`: a family that the
+Families are discovered from the source text of transformers, not by `distill.moe.recording`: a family that the
 code under test does not recognise must fail by name, not vanish. The reference decides one token at a time
 in float64, from the router's input, its weights, the bias and the config; it shares nothing with the code
 under test. FAMILIES says what each family does, read from its source.

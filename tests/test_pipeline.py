@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.shards import read_json, read_rows
+from distill.storage import read_json, read_rows
 
 
 @pytest.mark.parametrize(

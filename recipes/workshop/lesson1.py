@@ -42,8 +42,8 @@
 import matplotlib.pyplot as plt
 import torch
 
+from distill import load_model, load_tokenizer
 from distill.lessons import accuracy, ask, begin, exercise, expect, experiment, held_out_problems, scaled
-from distill.models import load_model, load_tokenizer
 
 folder = begin(1)
 tokenizer = load_tokenizer("checkpoints/teacher")
@@ -88,10 +88,9 @@ expect("base, hard problems, greedy", accuracy(ask(base, tokenizer, problems)), 
 # %%
 import numpy as np
 
+from distill import cross_entropy
 from distill.data import TokenRows
-from distill.kept import KeptLogits
-from distill.losses import cross_entropy
-from distill.models import prompt_ids
+from distill.models import KeptLogits, prompt_ids
 
 
 def logits_on(model, rows):
@@ -195,8 +194,8 @@ expect("correct at T = 2", accuracy(samples[2.0]), 0.4, 0.75, short=True)
 # 校验器检查每个答案，错的不进训练集。于是错误答案多花的是词元，而不致损害质量（在这个规模上差别小到定不下来，见第 6 课）。配方（recipe）里的 `generate` 和 `filter` 两个阶段做的就是这件事，并逐条记录丢掉了什么、为什么。下面用 `recipes/demo.yaml`（一份写明运行全部设置的文件）跑一个小规模的例子，T = 2；其中混有简单和中等题，所以错的比上面少，而答对的仍有许多重复。
 
 # %%
-from distill.filter import explain
-from distill.shards import read_json
+from distill.data import explain
+from distill.storage import read_json
 
 settings = [
     f"prompts.levels={scaled('{easy: 30, medium: 40, hard: 70}', '{hard: 28}')}",
@@ -263,7 +262,7 @@ def pass_at(n, c, k):
 
 
 # %%
-from distill.stats import pass_at_k
+from distill import pass_at_k
 
 exercise(
     "1.2",

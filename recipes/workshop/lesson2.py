@@ -34,6 +34,7 @@
 import matplotlib.pyplot as plt
 import torch
 
+from distill import cross_entropy, forward_kl, generalized_jsd, load_model, load_tokenizer, reverse_kl
 from distill.lessons import (
     accuracy,
     ask,
@@ -45,8 +46,7 @@ from distill.lessons import (
     scaled,
     step_log,
 )
-from distill.losses import cross_entropy, forward_kl, generalized_jsd, reverse_kl
-from distill.models import load_model, load_tokenizer, prompt_ids
+from distill.models import prompt_ids
 
 folder = begin(2)
 
@@ -176,7 +176,8 @@ plt.show()
 # 不同损失的曲线不能互相比较，但忠实度（fidelity）可以：在留出的题目上，每个学生离教师有多远？分别看*教师*写的答案和学生*自己*写的答案。
 
 # %%
-from distill.fidelity import answer_rows, fidelity
+from distill import fidelity
+from distill.evaluation import answer_rows
 
 tokenizer = load_tokenizer("checkpoints/teacher")
 master = load_model("checkpoints/teacher")
@@ -229,7 +230,7 @@ expect("after reverse KL", agreement["reverse_kl"], 0.5, 0.95, short=(0.35, 1.0)
 # %%
 import shutil
 
-from distill.merge import merge_adapter
+from distill import merge_adapter
 
 start = folder / "merged"
 shutil.rmtree(start, ignore_errors=True)

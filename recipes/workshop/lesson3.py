@@ -36,11 +36,10 @@ import shutil
 import matplotlib.pyplot as plt
 import torch
 
-from distill.adapters import add_lora
+from distill import load_model
+from distill.config import Lora
 from distill.lessons import begin, exercise, expect, experiment, scaled, step_log
-from distill.models import load_model
-from distill.train_sections import Lora
-from distill.weight_groups import format_trainable
+from distill.models import add_lora, format_trainable
 
 folder = begin(3)
 
@@ -154,7 +153,8 @@ expect("share of base tensors unchanged", same / len(before), 1.0, 1.0, short=Tr
 # 可以把 W + (alpha / r) B A 直接写进 W：推理时没有适配器，也没有额外开销。`distill merge` 在 float32 下合并并测量误差。若以 bfloat16 存储，求和结果会被舍入，小的更新会丢掉一部分。
 
 # %%
-from distill.merge import format_errors, merge_adapter
+from distill import merge_adapter
+from distill.training import format_errors
 
 for dtype in ("fp32", "bf16"):
     out = folder / f"merged-{dtype}"

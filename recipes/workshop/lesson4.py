@@ -34,8 +34,9 @@
 import matplotlib.pyplot as plt
 import torch
 
+from distill import load_model, load_tokenizer
 from distill.lessons import begin, exercise, expect, experiment, scaled, step_log
-from distill.models import load_model, load_tokenizer, prompt_ids
+from distill.models import prompt_ids
 
 folder = begin(4)
 formats = {
@@ -91,7 +92,7 @@ expect("2^-25 in fp16", torch.tensor(2.0**-25).half(), 0, 0, short=True)
 # 模型的梯度落在哪里？下面用教师在它早已掌握的题目上求梯度，就像任何训练的后期：损失很小，梯度也很小。
 
 # %%
-from distill.tasks import sample_problems
+from distill import sample_problems
 
 tokenizer = load_tokenizer("checkpoints/teacher")
 model = load_model("checkpoints/teacher", "fp32", training=True)
@@ -174,7 +175,7 @@ expect("scaler: last loss over first", scaled_up[-1] / scaled_up[0], 0, 0.2, sho
 # 8 位时，每个矩阵要配一个缩放系数：把最大的绝对值映射到该格式的最大数 448。于是一个**离群值**就会把其余的数都压向零。DeepSeek-V3 给激活的每个 1 x 128 小段、权重的每个 128 x 128 小块各配一个系数，离群值便只伤害自己的邻居。
 
 # %%
-from distill.fp8_arithmetic import VARIANTS, Tile, round_trip
+from distill.models import VARIANTS, Tile, round_trip
 
 torch.manual_seed(0)
 whole, piece = VARIANTS["tensor"].activation, VARIANTS["tiles"].activation  # one scale; one per 1 x 128
@@ -238,18 +239,18 @@ mean = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in losses.item
 expect("fp32 over bf16, mean of the last 10 losses", mean["fp32"] / mean["bf16"], 0.9, 1.1, short=True)
 expect("fp8 over bf16", mean["fp8-emulated"] / mean["bf16"], 0.85, 1.15, short=True)
 # %% [markdown] lang="en"
-# Thirty steps say "the same within noise", no more: a claim of 0.25 % needs seeds and a long run, which `python -m distill.precision_run` makes. Note its control: how far fp32 is from bf16.
+# Thirty steps say "the same within noise", no more: a claim of 0.25 % needs seeds and a long run, which `python recipes/benchmarks/precisions.py` makes. Note its control: how far fp32 is from bf16.
 #
 # What a device cannot do is refused, never silently replaced:
 
 # %% [markdown] lang="zh"
-# 三十步只能说明“在噪声范围内相同”，仅此而已：要断言 0.25%，需要多个随机种子和更长的训练，`python -m distill.precision_run` 做的就是这个。注意它的对照：fp32 与 bf16 相差多少。
+# 三十步只能说明“在噪声范围内相同”，仅此而已：要断言 0.25%，需要多个随机种子和更长的训练，`python recipes/benchmarks/precisions.py` 做的就是这个。注意它的对照：fp32 与 bf16 相差多少。
 #
 # 设备做不到的，会被拒绝，绝不会悄悄替换：
 
 # %%
 from distill.errors import UserError
-from distill.precision import resolve_precision
+from distill.models import resolve_precision
 
 for name in ("auto", "fp16", "fp8"):
     try:

@@ -35,8 +35,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from distill import describe, load_model, load_tokenizer, record_routing
 from distill.data import TokenRows
-from distill.describe import describe
 from distill.lessons import (
     accuracy,
     ask,
@@ -48,8 +48,7 @@ from distill.lessons import (
     scaled,
     step_log,
 )
-from distill.models import load_model, load_tokenizer, prompt_ids
-from distill.routing import record_routing
+from distill.models import prompt_ids
 
 folder = begin(5)
 size = describe("checkpoints/teacher")
@@ -136,7 +135,7 @@ for place in range(start, start + min(tokens, 14)):
 # 每类任务的词元有多大比例到达每个专家；若没有专门化，每一格都应是 k/E = 0.25。
 
 # %%
-from distill.routing_metrics import specialisation
+from distill.moe.metrics import specialisation
 
 families = sorted({p["family"] for p in problems})
 lengths = batch.attention_mask.sum(1)
@@ -164,7 +163,7 @@ expect("largest share of a family at one expert (uniform 0.25)", share.max(), 0.
 # 在一个上下文里改变路由，回答同样的题目，再作比较。
 
 # %%
-from distill.interventions import drop_experts, route, use_top_k
+from distill import drop_experts, route, use_top_k
 
 few = problems[: scaled(42, 14)]
 score = {"as trained": accuracy(ask(teacher, tokenizer, few))}
@@ -200,7 +199,7 @@ expect("random experts", score["random routing"], 0.0, 0.6, short=True)
 # 训练会奖励被使用的专家，于是受欢迎的越来越强，也越来越受欢迎。传统疗法：在负载上加一项损失，但它也会把模型推离最佳路由。DeepSeek-V3 的疗法：给每个专家一个偏置，*只用于选择*；每步之后移动固定的 u，用得少的上调，太忙的下调。下面模拟一个偏爱 0 号专家的路由器：
 
 # %%
-from distill.routing_metrics import max_violation
+from distill.moe import max_violation
 
 preference = torch.linspace(1.5, -1.5, 8)
 
@@ -279,7 +278,7 @@ expect(
 # 两层网络，各自塌缩到一个专家上，且不是同一个。transformers 自带的均衡损失在比较*之前*就把各层的计数加在一起，于是报告它的最优值；逐层计算，同样的损失离最优远得很。
 
 # %%
-from distill.router_losses import batch_balance
+from distill.training.losses import batch_balance
 
 
 def collapsed(expert, tokens=64, experts=2):

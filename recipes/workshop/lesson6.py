@@ -38,10 +38,9 @@ import re
 
 import matplotlib.pyplot as plt
 
-from distill.cli import main
-from distill.config import PROJECT_ROOT
+from distill.commands.cli import main
 from distill.lessons import ask, begin, exercise, expect, held_out_problems, scaled
-from distill.shards import read_json
+from distill.storage import PROJECT_ROOT, read_json
 
 folder = begin(6)
 results = PROJECT_ROOT / "recipes" / "results"
@@ -184,17 +183,16 @@ plt.show()
 # %% [markdown] lang="en"
 # ## Claim 3: terms of use matter
 #
-# May this teacher's outputs train another model? `distill` asks before a token is spent. Not legal advice; the dates in `distill/terms.yaml` say when each text was read.
+# May this teacher's outputs train another model? `distill` asks before a token is spent. Not legal advice; the dates in `distill/data/terms.yaml` say when each text was read.
 
 # %% [markdown] lang="zh"
 # ## 说法三：使用条款很重要
 #
-# 这位教师的输出可以用来训练别的模型吗？`distill` 在花费任何词元之前先问这个问题。这不是法律意见；`distill/terms.yaml` 里的日期说明各文本是何时查阅的。
+# 这位教师的输出可以用来训练别的模型吗？`distill` 在花费任何词元之前先问这个问题。这不是法律意见；`distill/data/terms.yaml` 里的日期说明各文本是何时查阅的。
 
 # %%
-from distill.config import Teacher
-from distill.terms import decide
-from distill.train_sections import Student
+from distill.config import StudentSection, TeacherSection
+from distill.data import decide
 
 answers = {}
 for model in (
@@ -204,7 +202,7 @@ for model in (
     "meta-llama/Llama-2-7b",
     "gpt-4o",
 ):
-    decision = decide(Teacher(model=model), Student(model="checkpoints/base"))
+    decision = decide(TeacherSection(model=model), StudentSection(model="checkpoints/base"))
     answers[model] = decision["allowed"]
     print(f"{model:28} {decision['answer']:14} {decision.get('name') or '-'}")
 expect("teachers of these five that allow it", sum(answers.values()), 3, 3, short=True)
@@ -220,7 +218,7 @@ expect("teachers of these five that allow it", sum(answers.values()), 3, 3, shor
 # 校验器只读最终答案，所以错误的答案会被拦下。漏过的是什么？让教师在 T = 2 下采样，对判为正确的答案逐*步*检查：有多少含有错误的算式？
 
 # %%
-from distill.models import load_model, load_tokenizer
+from distill import load_model, load_tokenizer
 
 STEP = re.compile(r"(\d)([+*])(\d)\+(\d)=(\d\d)")
 
@@ -340,7 +338,7 @@ exercise(
 # | A small model is cheaper anyway | fewer FLOPs and bytes per answer | a small model that thinks longer can cost more per *answer*; distilled V2.5 doubled its length (V3 paper, table 9) | `distill evaluate`: FLOPs per answer |
 # | $5.576M is the final run only | the paper says so itself | it was still low for that result; the GPUs were rented on paper | `distill cost deepseek-v3` |
 # | Compute still matters; a few dozen GPUs can take part | distilling needs thousandths of pre-training | somebody had to train the teacher, and it may be closed | break-even |
-# | Terms of use matter | contracts forbid what licences allow | no settled law; enforcement is hard | `distill/terms.yaml` |
+# | Terms of use matter | contracts forbid what licences allow | no settled law; enforcement is hard | `distill/data/terms.yaml` |
 # | Flaws are inherited | what a verifier cannot see passes | filters and other data can remove some | last section; `distill inherit` |
 #
 # ## What commonly goes wrong
@@ -377,7 +375,7 @@ exercise(
 # | 小模型本来就更便宜 | 每个答案的 FLOPs 和字节更少 | 思考更久的小模型，每个*答案*可能更贵；蒸馏后的 V2.5 输出长度翻倍（V3 论文表 9） | `distill evaluate`：每个答案的 FLOPs |
 # | 557.6 万美元只是最后一次训练 | 论文自己就这么说 | 就其结果而言依然很低；GPU 只是账面上的租金 | `distill cost deepseek-v3` |
 # | 算力依然重要；几十张 GPU 也能参与 | 蒸馏只需预训练的千分之几 | 总得有人先训练教师，而且它可能是封闭的 | 盈亏平衡 |
-# | 使用条款很重要 | 合同会禁止许可证所允许的事 | 法律尚无定论；难以执行 | `distill/terms.yaml` |
+# | 使用条款很重要 | 合同会禁止许可证所允许的事 | 法律尚无定论；难以执行 | `distill/data/terms.yaml` |
 # | 缺陷会被继承 | 校验器看不见的都会漏过 | 过滤和其他数据能去掉一部分 | 上一节；`distill inherit` |
 #
 # ## 常见问题

@@ -1,0 +1,1 @@
+"""`distill bench`: arms and seeds over a recipe, with verdicts."""

@@ -1,0 +1,158 @@
+"""What a finished run is compared by: names for numbers that its manifests and metrics.json already hold.
+
+    read_metrics(Path("checkpoints/claims/student-0"))     # {"accuracy.hard": 0.61, "train.flops": 1.3e12, ...}
+
+A metric a run does not have (routing of a dense model, training of a checkpoint) is absent. Each has a unit for
+tables; shares are 0 to 1 in files and per cent on pages.
+"""
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.storage import MANIFEST, read_json
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str  # "%" for shares
+    words: str
+
+    @property
+    def label(self) -> str:
+        """For an axis or the head of a column."""
+        return f"{self.words}, {self.unit}" if self.unit and self.unit not in self.words else self.words
+
+
+METRICS = {
+    "accuracy.easy": Metric("%", "easy problems solved"),
+    "accuracy.medium": Metric("%", "medium problems solved"),
+    "accuracy.hard": Metric("%", "hard problems solved"),
+    "accuracy.mean": Metric("%", "problems solved, mean of the levels"),
+    "tokens.answer": Metric("tokens", "mean length of an answer"),
+    "loss.train": Metric("nats/token", "training loss, smoothed"),
+    "loss.held_out": Metric("nats/token", "loss on held-out rows"),
+    "moe.max_violation": Metric("", "MaxVio, the worst layer (0 is perfect balance)"),
+    "moe.load_entropy": Metric("", "load entropy over its maximum, mean of the layers"),
+    "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean"),
+    "train.flops": Metric("FLOPs", "training FLOPs"),
+    "train.tokens": Metric("tokens", "completion tokens trained on"),
+    "train.seconds": Metric("s", "training seconds"),
+    "train.steps": Metric("", "optimizer steps"),
+    "parameters.total": Metric("", "parameters"),
+    "parameters.active": Metric("", "parameters active per token"),
+    "parameters.trainable": Metric("", "parameters that train"),
+    "bytes.training_state": Metric("B", "gradients and Adam moments of what trains"),
+    "bytes.saved": Metric("B", "what a micro-batch's forward pass keeps for its backward pass"),
+    "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer"),
+    "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token"),
+    "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
+}
+_WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.(?:flops_per_token|usd_per_million))")
+MODEL = "student"  # the name under which every run's model is measured
+
+
+def metric(name: str) -> Metric:
+    """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token.
+
+    KeyError for another."""
+    if name.startswith("flaw."):
+        return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")
+    if found := _WITH_K.fullmatch(name):
+        of = METRICS[found[2]]
+        return Metric(of.unit, f"{of.words}, {found[1]} experts per token")
+    return METRICS[name]
+
+
+def is_metric(name: str) -> bool:
+    return name in METRICS or name.startswith("flaw.") or bool(_WITH_K.fullmatch(name))
+
+
+def read_metrics(run: Path) -> dict[str, float]:
+    """All metrics of METRICS that this run folder has."""
+    found: dict[str, float] = {}
+    if (run / "eval" / "metrics.json").is_file():
+        found |= _measured(read_json(run / "eval" / "metrics.json")["models"][MODEL])
+    if (run / "student" / MANIFEST).is_file():
+        found |= _trained(run / "student")
+    if (run / "probes.json").is_file():
+        found |= {
+            f"flaw.{name}": flaw["share"] for name, flaw in read_json(run / "probes.json")["flaws"].items()
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _measured(model: dict[str, Any]) -> dict[str, float | None]:
+    from distill.evaluation.usage import usd_per_million
+
+    tasks, about, cost = model["tasks"], model["model"], model["cost"]
+    scores = {f"accuracy.{level}": score["accuracy"] for level, score in tasks.items()}
+    found = {
+        **scores,
+        "accuracy.mean": statistics.fmean(scores.values()),
+        "tokens.answer": statistics.fmean(score["mean_tokens"] for score in tasks.values()),
+        "parameters.total": about["parameters_total"],
+        "parameters.active": about["parameters_active"],
+        "cost.flops_per_token": about["flops_per_token"],
+        "cost.flops_per_answer": cost["flops_per_answer"],
+        "cost.usd_per_million": cost.get("usd_per_million_output_tokens"),
+    }
+    for entry in model.get("interventions") or []:
+        if entry["kind"] in ("none", "top_k"):
+            k = f"k{entry['experts_per_token']}"
+            found |= {f"{k}.accuracy.{level}": score["accuracy"] for level, score in entry["tasks"].items()}
+            found[f"{k}.cost.flops_per_token"] = entry["flops_per_token"]
+            if price := cost.get("usd_per_hour"):
+                speed = entry.get("decode_tokens_per_second")
+                found[f"{k}.cost.usd_per_million"] = usd_per_million(price, speed)
+    layers = list(model.get("moe", {}).get("layers", {}).values())
+    if layers:
+        found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)
+        found["moe.load_entropy"] = statistics.fmean(layer["load_entropy"] for layer in layers)
+        found["moe.family_spread"] = _family_spread(layers)
+    return found
+
+
+def _family_spread(layers: list[dict]) -> float | None:
+    """Total variation between a task family's load and that of all tokens, mean over families and layers."""
+    distances = []
+    for layer in layers:
+        groups = layer.get("specialisation", {}).get("family")
+        for share in groups["share"] if groups else []:
+            routed = sum(share)  # k: a group's shares are of its tokens, each of which goes to k experts
+            distances.append(sum(abs(s / routed - load) for s, load in zip(share, layer["load"])) / 2)
+    return statistics.fmean(distances) if distances else None
+
+
+def _trained(folder: Path) -> dict[str, float | None]:
+    manifest = read_json(folder / MANIFEST)
+    counts = manifest["counts"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["validation"] for line in lines if line.get("validation") is not None]
+    trainable = counts["parameters_trainable"]
+    return {
+        "loss.train": smoothed([line["loss"] for line in lines])[-1],
+        "loss.held_out": held_out[-1] if held_out else None,
+        "train.flops": manifest["flops"],
+        "train.tokens": counts["tokens"],
+        "train.seconds": manifest["seconds"],
+        "train.steps": counts["steps"],
+        "parameters.trainable": trainable,
+        "bytes.saved": counts.get("saved_bytes"),
+        "bytes.training_state": 12 * trainable,  # float32: one gradient, two moments
+    }
+
+
+SMOOTHING = 0.9
+
+
+def smoothed(losses: list[float], keep: float = SMOOTHING) -> list[float]:
+    """Exponential average, each step weighing `keep` times the next; the first ones are not biased to 0."""
+    average, weight, curve = 0.0, 0.0, []
+    for loss in losses:
+        average, weight = keep * average + (1 - keep) * loss, keep * weight + (1 - keep)
+        curve.append(average / weight)
+    return curve

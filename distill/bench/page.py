@@ -1,0 +1,231 @@
+"""What a grid found, for people: the claims as text, and `bench.html`, one self-contained page.
+
+    print(claims_text(results)); build_bench_page(results, Path("bench.html"))
+    svg = forest("Distillation", claims); svg = curve(results["curves"][0])     # effects; a metric against another
+
+It reads results.json's content and nothing else. Figures are inline SVG in the style of the other pages, readable
+in black and white and at phone width; there is no script.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from distill.bench.metrics import metric
+from distill.report import drawing, numbers
+from distill.report.pages import page_environment
+from distill.storage import write_atomic
+
+MARKS = {"SUPPORTED": "✓", "NOT SUPPORTED": "✗", "INCONCLUSIVE": "?", "NOT COMPARABLE": "–"}
+
+
+def amount(value: float | None, unit: str, sign: bool = False) -> str:
+    """A number in its unit: shares as points of a per cent, small and large ones with a prefix."""
+    if value is None:
+        return numbers.DASH
+    plus = "+" if sign else ""
+    if unit == "%":
+        return f"{100 * value:{plus}.{_digits(100 * value)}f}"
+    if unit == "nats/token":
+        return f"{value:{plus}.3f}"
+    if abs(value) >= 10_000:
+        return ("+" if sign and value > 0 else "") + numbers.si(value)
+    return f"{value:{plus}.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    size = abs(value)
+    return 1 if size >= 1 or size == 0 else 2 if size >= 0.1 else 3 if size >= 0.01 else 4
+
+
+def shown_effect(claim: dict[str, Any]) -> str:
+    """`+68.8 [61.2, 76.4] points`, or the mean alone where there is one seed."""
+    effect, unit = claim["effect"], claim["unit"]
+    words = {"%": "%" if claim["relative"] else "points"}.get(unit, unit)
+    text = amount(effect["mean"], unit, sign=True)
+    if effect["ci95"] is not None:
+        low, high = (amount(bound, unit) for bound in effect["ci95"])
+        text += f" [{low}, {high}]"
+    return f"{text} {words}".rstrip().replace("-", "−")
+
+
+def claims_text(results: dict[str, Any]) -> str:
+    """The claims table in plain text, one claim a line, with what it rests on."""
+    lines, group = [], None
+    for claim in results["claims"]:
+        if claim["group"] != group:
+            group = claim["group"]
+            lines += ["", group] if group else [""]
+        lines.append(
+            f"  {claim['verdict']:14} {claim['id']:24} {shown_effect(claim)}  ({claim['hypothesis']})"
+        )
+        lines += [f"{'':17}not comparable: {why}" for why in claim["unequal"]]
+    count = {v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS}
+    seconds = results["seconds"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{', '.join(f'{n} {v}' for v, n in count.items() if n)}; {results['seeds']} seeds, "
+            f"{results['tasks']} tasks, {seconds['wall'] / 60:.0f} min on the wall ({results['jobs']} at a time), "
+            f"{results['device']}",
+        ]
+    ).lstrip("\n")
+
+
+def build_bench_page(results: dict[str, Any], path: Path) -> None:
+    """Write the page."""
+    groups: dict[str, list] = {}
+    for claim in results["claims"]:
+        shown = {**claim, "shown": shown_effect(claim), "mark": MARKS[claim["verdict"]]}
+        shown["means"] = [
+            (term.partition("@")[0], amount(mean, metric(term.partition("@")[2]).unit))
+            for term, mean in claim["means"].items()
+        ]
+        shown["words"] = metric(claim["metric"]).words
+        groups.setdefault(claim["group"], []).append(shown)
+    figures = {group: Markup(forest(group, claims)) for group, claims in groups.items()}
+    curves = [(c, Markup(curve(c))) for c in results["curves"] if any(s["x"] for s in c["series"].values())]
+    page = (
+        page_environment()
+        .get_template("bench.html.j2")
+        .render(
+            results=results,
+            groups=groups,
+            figures=figures,
+            curves=curves,
+            arms=_arms(results),
+            counts={v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS},
+        )
+    )
+    write_atomic(path, page)
+
+
+def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per arm: what it is, its budget, and accuracy with its spread over seeds."""
+    rows = []
+    for name, arm in results["arms"].items():
+        cells = []
+        for key in ("accuracy.easy", "accuracy.medium", "accuracy.hard"):
+            found = arm["metrics"].get(key)
+            sd = f" ± {100 * found['sd']:.1f}" if found and found["sd"] is not None else ""
+            cells.append(f"{100 * found['mean']:.1f}{sd}" if found else numbers.DASH)
+        rows.append({"name": name, "about": arm["about"], "cells": cells, "budget": arm["budget"]})
+    return rows
+
+
+_FACES = {
+    "SUPPORTED": drawing.ACCENT,
+    "NOT SUPPORTED": "#d55e00",
+    "INCONCLUSIVE": drawing.CARD,
+    "NOT COMPARABLE": drawing.CARD,
+}
+_SHAPES = {"SUPPORTED": "o", "NOT SUPPORTED": "X", "INCONCLUSIVE": "o", "NOT COMPARABLE": "s"}
+
+
+def forest(title: str, claims: list[dict[str, Any]]) -> str:
+    """One line per claim: the effect over its interval's half width, so that different units share an axis.
+
+    Where 1 is the half width of the 95 % interval, an interval that leaves out 0 is one beyond -1 and 1. Claims of
+    one unit are drawn in it instead.
+    """
+    with matplotlib.rc_context(drawing.RC):
+        units = {(c["unit"], c["relative"]) for c in claims}
+        scale = 100 if {unit for unit, _ in units} == {"%"} else 1
+        figure = drawing.new_figure(6.4, 0.7 + 0.42 * len(claims))
+        axes = figure.add_subplot()
+        drawing.plain_axes(axes, "x")
+        axes.axvline(0, color=drawing.MUTED, linewidth=1)
+        for row, claim in enumerate(claims):
+            effect, verdict = claim["effect"], claim["verdict"]
+            unit = scale if len(units) == 1 else _own_scale(effect)
+            if effect["mean"] is None:
+                continue
+            if effect["ci95"] is not None:
+                low, high = (bound * unit for bound in effect["ci95"])
+                axes.plot([low, high], [row, row], color=drawing.INK, linewidth=1.6, solid_capstyle="butt")
+            look = {
+                "color": _FACES.get(verdict, drawing.CARD),
+                "markeredgecolor": drawing.INK,
+                "markersize": 8,
+            }
+            axes.plot(effect["mean"] * unit, row, _SHAPES.get(verdict, "o"), **look)
+            if claim["margin"]:
+                for side in {"within": (-1, 1), "greater": (1,), "less": (-1,)}[claim["expect"]]:
+                    axes.plot(side * claim["margin"] * unit, row, "|", color=drawing.INK, markersize=14)
+        axes.set_yticks(range(len(claims)), [drawing.shorten(c["id"], 26) for c in claims])
+        axes.set_ylim(len(claims) - 0.5, -0.5)
+        axes.set_xlabel(_effect_label(units))
+    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals")
+
+
+def _effect_label(units: set[tuple[str, bool]]) -> str:
+    if len(units) > 1:
+        return "effect, in half widths of its 95 % interval"
+    unit, relative = next(iter(units))
+    words = "% of the reference" if relative else {"%": "percentage points"}.get(unit, unit)
+    return f"effect, {words}" if words else "effect"
+
+
+def _own_scale(effect: dict[str, Any]) -> float:
+    low, high = effect["ci95"] or (0.0, 0.0)
+    half = (high - low) / 2
+    return 1 / half if half else 1.0
+
+
+def curve(found: dict[str, Any]) -> str:
+    """One metric against another: a line (or points) per series, one sd over seeds as bars, fits dashed."""
+    x_about, y_about = metric(found["x"]), metric(found["y"])
+    by_x, by_y = (100 if about.unit == "%" else 1 for about in (x_about, y_about))
+    with matplotlib.rc_context(drawing.RC):
+        figure = drawing.new_figure(6.4, 3.8)
+        axes = figure.add_subplot()
+        drawing.plain_axes(axes, "both")
+        names = list(found["series"])
+        if found.get("front"):
+            places = {
+                arm: (x * by_x, y * by_y)
+                for s in found["series"].values()
+                for arm, x, y in zip(s["arms"], s["x"], s["y"])
+            }
+            axes.step(*zip(*(places[arm] for arm in found["front"])), where="post", color=drawing.MUTED,
+                      linewidth=5, alpha=0.3, label="not beaten on both axes")  # fmt: skip
+        for name, series in found["series"].items():
+            colour, _, line = drawing.model_style(name, names)
+            marker = "osD^vP*"[names.index(name) % 7]
+            x, y = (np.asarray(series[key], float) * by for key, by in (("x", by_x), ("y", by_y)))
+            if not len(x):
+                continue
+            spread = [0 if sd is None else sd * by_y for sd in series["y_sd"]]
+            joined = "none" if series["fit"] or len(x) == 1 else line
+            axes.errorbar(x, y, spread, label=name, color=colour, marker=marker, linestyle=joined, capsize=3,
+                          markeredgecolor=drawing.INK, ecolor=drawing.MUTED)  # fmt: skip
+            if series["fit"]:
+                fit = series["fit"]
+                grid = np.geomspace(x.min(), x.max(), 100)
+                rise = 1 + np.exp(-fit["slope"] * (np.log10(grid / by_x) - fit["middle"]))
+                axes.plot(
+                    grid, by_y * (fit["low"] + (fit["top"] - fit["low"]) / rise), color=colour, linestyle=line
+                )
+            if len(names) > 4 or len(x) == 1:
+                axes.annotate(
+                    drawing.shorten(name),
+                    (x[-1], y[-1]),
+                    textcoords="offset points",
+                    xytext=(6, 4),
+                    fontsize=8,
+                )
+        if found["log_x"]:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.si(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(x_about.label)
+        axes.set_ylabel(y_about.label)
+        if 1 < len(names) <= 4:
+            axes.legend(frameon=False)
+    return drawing.to_svg(figure, found["title"])

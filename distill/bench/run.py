@@ -1,0 +1,374 @@
+"""`distill bench RECIPE`: arms x seeds over a recipe, every run an ordinary resumable run folder, and verdicts.
+
+    distill bench recipes/claims.yaml --budget small             (2 CPU cores: recipes/results/claims-small.json says
+    distill bench recipes/claims.yaml --budget full --jobs 8      how long it took)
+    distill bench recipes/claims.yaml --dry-run                  the runs, and what they share
+
+Runs go to worker processes, `--jobs` at a time (as many as cores by default, one thread each; with a GPU one). A
+failed run does not stop the others, and the same command does what is left. It leaves in the bench's `run_dir`
+`results.json` (distill/bench/results.py describes it), `results.parquet` (arm, seed, metric, value) and
+`bench.html`.
+
+One task of a grid runs in a worker process: ordinary stages in ordinary run folders, nothing printed.
+
+    start_worker(threads=1)      # once per process
+    run_task(task, redo=False)   # -> seconds spent; finished stages are skipped as everywhere
+
+A run folder's `prompts`, `generations` and `dataset` are links to the shared ones, so that every command that
+reads a run folder reads this one.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from distill import console
+from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
+from distill.bench.metrics import MODEL, read_metrics
+from distill.bench.results import collect_results, write_results
+from distill.errors import DistillError, RunError, UserError
+from distill.storage import MANIFEST, read_json, write_json
+
+CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
+
+
+def run_bench(
+    path: str,
+    budget: str | None = None,
+    jobs: int = 0,
+    redo: bool = False,
+    say: Callable[[str], None] = console.say,
+) -> dict[str, Any]:
+    """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed."""
+    recipe, file = load_bench(path)
+    budget = pick_budget(recipe, budget)
+    tasks = plan(recipe, budget, file)
+    prepare(recipe.prepare)  # first: recipes name these files
+    _check({n: t for n, t in tasks.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
+    jobs = jobs or _jobs()
+    root = Path(recipe.run_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    clock = _Clock(root / CLOCK, budget)
+    say(f"{recipe.title}: {len(tasks)} tasks in budget '{budget}', {jobs} at a time")
+    failed = run_tasks(tasks, jobs, redo, clock, say)
+    if failed:
+        lines = [f"{name}: {line}" for name, lines in failed.items() for line in lines]
+        more = len(tasks) - len(clock.known(tasks)) - len(failed)
+        raise RunError(
+            f"{len(failed)} of {len(tasks)} tasks failed{f' and {more} wait for them' if more > 0 else ''}; what is "
+            "finished is kept, and the same command does the rest:",
+            *lines,
+        )
+    results = collect_results(recipe, budget, file, tasks, clock.data, jobs)
+    write_results(results, root)
+    return results
+
+
+def _jobs() -> int:
+    import torch
+
+    from distill.devices import cores
+
+    if torch.cuda.is_available():
+        return 1  # a second process would fight for the same memory
+    return cores()
+
+
+def _check(tasks: dict[str, Task]) -> None:
+    """What `distill doctor` says of arms that are to run and whose models are there already.
+
+    One recipe stands for all seeds of an arm, and for arms that differ in nothing that is looked at. Raises
+    UserError with every FAIL; a WARN is printed once, with the arms that it is of.
+    """
+    from distill.devices import pick_device
+    from distill.doctor.checks import examine, examine_checkpoints
+    from distill.doctor.findings import FAIL, WARN
+
+    asked: set[str] = set()
+    said: dict[tuple[str, str], list[str]] = {}  # (state, line): arms
+    for task in tasks.values():
+        made_here = [need for need in task.needs if not need.startswith("rows-")]
+        recipe = task.recipe
+        key = task.checkpoint or recipe.model_dump_json(exclude={"run_dir": True, "seed": True})
+        if task.kind != "run" or made_here or key in asked:
+            continue
+        asked.add(key)
+        if task.checkpoint:
+            device = pick_device(recipe.device, recipe.threads)
+            found = examine_checkpoints({task.arm: task.checkpoint}, recipe.evaluate, device)
+        else:
+            found = examine(recipe, "run", weights=True)
+        for finding in found:
+            if finding.state in (FAIL, WARN):
+                said.setdefault((finding.state, finding.line), []).append(task.arm)
+    told = [(state, f"arm {_named(arms)}: {line}") for (state, line), arms in said.items()]
+    if problems := [line for state, line in told if state == FAIL]:
+        raise UserError(*problems)
+    for _, line in told:
+        console.warn(f"warning: {line}")
+
+
+def _named(arms: list[str], most: int = 3) -> str:
+    arms = list(dict.fromkeys(arms))
+    more = f" and {len(arms) - most} more" if len(arms) > most else ""
+    return ", ".join(arms[:most]) + more
+
+
+# ------------------------------------------------------------------------------------------- the schedule
+
+
+def run_tasks(
+    tasks: dict[str, Task], jobs: int, redo: bool, clock: "_Clock", say: Callable[[str], None]
+) -> dict[str, list[str]]:
+    """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
+    from distill.devices import cores
+
+    threads = max(1, cores() // jobs)
+    waiting, running, done, failed = dict(tasks), {}, set(), {}
+    dependants = _dependants(tasks)
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(threads,)
+    ) as pool:
+        try:
+            while waiting or running:
+                ready = [t for t in waiting.values() if done.issuperset(t.needs)]
+                ready.sort(key=lambda t: (-dependants[t.name], t.seed, list(tasks).index(t.name)))
+                for task in ready[: 2 * jobs - len(running)]:
+                    running[pool.submit(run_task, task, redo)] = waiting.pop(task.name)
+                if not running:
+                    break  # what is left waits for tasks that failed
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task = running.pop(future)
+                    _take(task, future, done, failed, clock)
+                    left = [*waiting.values(), *running.values()]
+                    say(_line(task, len(done), len(tasks), failed, clock, left, jobs))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock") -> None:
+    try:
+        clock.add(task, future.result())
+        done.add(task.name)
+    except DistillError as error:
+        failed[task.name] = error.problems
+    except BrokenProcessPool:
+        failed[task.name] = [
+            "its process ended (memory?); use a smaller --jobs, and see log.txt in its folder"
+        ]
+    except Exception as error:  # a bug of ours must not lose the other runs
+        failed[task.name] = [f"{type(error).__name__}: {error}"]
+
+
+def _dependants(tasks: dict[str, Task]) -> dict[str, int]:
+    """How many tasks wait, directly or not, for each."""
+    users: dict[str, set[str]] = {name: set() for name in tasks}
+
+    def note(name: str, user: str) -> None:
+        for need in tasks[name].needs:
+            if user not in users[need]:
+                users[need].add(user)
+                note(need, user)
+
+    for name in tasks:
+        note(name, name)
+    return {name: len(found) for name, found in users.items()}
+
+
+def _line(
+    task: Task, done: int, total: int, failed: dict, clock: "_Clock", left: list[Task], jobs: int
+) -> str:
+    """One finished task for a person: what it found, how long it took, and how long the rest may take."""
+    counted = f"[{done + len(failed)}/{total}]"
+    if task.name in failed:
+        return f"{counted} {task.name}: FAILED, {failed[task.name][0]}"
+    found = read_metrics(task.folder) if task.kind == "run" else {}
+    shown = f", hard {100 * found['accuracy.hard']:.1f} %" if "accuracy.hard" in found else ""
+    remaining = clock.estimate(left)
+    wait_for = f"; about {remaining / jobs / 60:.0f} min left" if remaining else ""
+    return f"{counted} {task.name}: {clock.seconds(task.name):.0f} s{shown}{wait_for}"
+
+
+class _Clock:
+    """Seconds of every task over all invocations, and of each budget on the wall; kept in the bench's folder."""
+
+    def __init__(self, path: Path, budget: str):
+        self.path, self.budget = path, budget
+        self.data: dict[str, Any] = {"tasks": {}, "wall": {}}
+        if path.is_file():
+            self.data = read_json(path)
+        self._begun = time.perf_counter()
+
+    def add(self, task: Task, seconds: float) -> None:
+        kept = self.data["tasks"].setdefault(task.name, {"arm": task.arm or task.kind, "seconds": 0.0})
+        kept["seconds"] = round(kept["seconds"] + seconds, 2)
+        now = time.perf_counter()
+        wall = self.data["wall"]
+        wall[self.budget] = round(wall.get(self.budget, 0.0) + now - self._begun, 1)
+        self._begun = now
+        write_json(self.path, self.data)
+
+    def seconds(self, name: str) -> float:
+        return self.data["tasks"][name]["seconds"]
+
+    def known(self, tasks: dict[str, Task]) -> list[str]:
+        return [name for name in tasks if name in self.data["tasks"]]
+
+    def estimate(self, left: list[Task]) -> float | None:
+        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first."""
+        by_arm: dict[str, list[float]] = {}
+        for kept in self.data["tasks"].values():
+            by_arm.setdefault(kept["arm"], []).append(kept["seconds"])
+        runs = [s for arm, of in by_arm.items() if arm not in ("answers", "rows") for s in of]
+        if not runs:
+            return None
+        mean = statistics.fmean(runs)
+        return sum(
+            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0])) for t in left
+        )
+
+
+# ------------------------------------------------------------------------------------------------ dry run
+
+
+def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
+    """What a budget would run, for --dry-run: arms, seeds, tasks, steps and rows, from recipes alone."""
+    recipe, file = load_bench(path)
+    budget = pick_budget(recipe, budget)
+    tasks = plan(recipe, budget, file)
+    runs = [t for t in tasks.values() if t.kind == "run"]
+    trained = [t for t in runs if not t.checkpoint]
+    return {
+        "budget": budget,
+        "seeds": recipe.budgets[budget].seeds,
+        "arms": {arm: sum(t.arm == arm for t in runs) for arm in dict.fromkeys(t.arm for t in runs)},
+        "runs": len(runs),
+        "shared_generations": sum(t.kind == "answers" for t in tasks.values()),
+        "shared_datasets": sum(t.kind == "rows" for t in tasks.values()),
+        "optimizer_steps": sum(t.recipe.train.steps for t in trained),
+        "rows_trained": sum(t.recipe.train.steps * t.recipe.train.batch_size for t in trained),
+        "finished": sum((t.folder / "eval" / MANIFEST).is_file() for t in runs),
+        "claims": [c.id for c in recipe.claims if recipe.within(budget, c)],
+    }
+
+
+_LINKED = ("prompts", "generations", "dataset")
+
+
+def start_worker(threads: int) -> None:
+    """What a process does before its first task: its share of the cores, and silence."""
+    os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console.set_verbosity(-1)
+    console.hush_foreign_bars()
+
+
+def prepare(section: Prepared | None) -> None:
+    """The files that runs read. Written again they are the same, so finished runs stay valid."""
+    if section is not None:
+        from distill.tasks.flaws import write_data
+
+        write_data(Path(section.flaws))
+
+
+def run_task(task: Task, redo: bool = False) -> float:
+    """Do one task, or what is left of it. Raises UserError and RunError of its stages."""
+    begun = time.perf_counter()
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with open(task.folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        {"answers": _answers, "rows": _rows, "run": _run}[task.kind](task, redo)
+    return time.perf_counter() - begun
+
+
+def _answers(task: Task, redo: bool) -> None:
+    from distill.data.generate import generate
+    from distill.data.prompts import make_prompts
+
+    make_prompts(task.recipe, redo)
+    if task.recipe.teacher:
+        generate(task.recipe, redo)
+
+
+def _rows(task: Task, redo: bool) -> None:
+    from distill.data.filter import make_dataset
+
+    _link(task.folder, task.rows, _LINKED[:2])
+    make_dataset(task.recipe, redo)
+
+
+def _run(task: Task, redo: bool) -> None:
+    from distill.config.recipe import resolved
+    from distill.evaluation.evaluate import evaluate_named, evaluate_recipe
+    from distill.training.arms import train_arms
+
+    (task.folder / "recipe.yaml").write_text(resolved(task.recipe), encoding="utf-8")
+    model = str(task.folder / "student")
+    if task.checkpoint:
+        model = task.checkpoint
+        evaluate_named(task.recipe, {MODEL: model}, redo)
+    else:
+        _link(task.folder, task.rows, _LINKED)
+        train_arms(task.recipe, redo)
+        evaluate_recipe(task.recipe, redo)
+    if task.merged:
+        _start_for_others(task.folder)
+    if task.probes:
+        _probe(task, model, redo)
+
+
+def _link(folder: Path, source: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        link, target = folder / name, source / name
+        if target.exists() and not link.exists():
+            link.unlink(missing_ok=True)  # a link to what has been moved away
+            link.symlink_to(os.path.relpath(target, folder))
+
+
+def _start_for_others(folder: Path) -> None:
+    """`start/`: the student as a whole model, which other runs train on from."""
+    student, start = folder / "student", folder / "start"
+    if start.exists():
+        return
+    if (student / "adapter_config.json").is_file():
+        from distill.training.merge import merge_adapter
+
+        merge_adapter(str(student), start)
+        return
+    kept = [p for p in student.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
+    partial = folder / ".start.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in kept:
+        if path.name != MANIFEST:
+            shutil.copy(path, partial / path.name)
+    partial.rename(start)
+
+
+def _probe(task: Task, model: str, redo: bool) -> None:
+    """`probes.json`: how often the run's model shows each planted flaw."""
+    out = task.folder / "probes.json"
+    if out.is_file() and not redo:
+        return
+    from distill.devices import pick_device
+    from distill.evaluation.inherit import measure_probes
+    from distill.models.load import load_model, load_tokenizer
+    from distill.tasks.flaws import embedded_probes
+    from distill.tasks.probes import load_probes
+
+    device = pick_device(task.recipe.device, task.recipe.threads)
+    probes = embedded_probes() if task.probes == "embedded" else load_probes(task.probes)
+    loaded = load_model(model, device=device), load_tokenizer(model)
+    limit = task.recipe.evaluate.max_new_tokens
+    _rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
+    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws})

@@ -1,0 +1,1 @@
+"""The `distill` command: for each word a parser and a function."""

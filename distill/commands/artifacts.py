@@ -1,0 +1,188 @@
+"""The commands about finished folders: describe, provenance, export, merge, play, inherit.
+
+Each is a function that adds its arguments and one that runs, listed in `COMMANDS`. Heavy imports stay inside, so that
+a mistake in the arguments is told in a fraction of a second.
+
+    distill inherit STUDENT ... --teacher PATH [--clean PATH] [--probes FILE|embedded] [--out DIR] [--json]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from distill.commands.command import Command, json_argument
+from distill.errors import UserError
+
+
+def provenance_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN_DIR | STUDENT | CHECKPOINT")
+    json_argument(parser)
+
+
+def provenance_command(arguments: argparse.Namespace) -> int:
+    from distill.data.provenance import format_provenance, provenance
+
+    found = provenance(Path(arguments.path))
+    print(json.dumps(found, indent=2) if arguments.json else format_provenance(found))
+    return 0 if found["whole"] else 1
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_dir", metavar="RUN_DIR")
+    add("--format", choices=["prompt_completion", "messages"], default="prompt_completion",
+        help="prompt and completion apart, or one list of chat messages")  # fmt: skip
+    add("--plain", action="store_true", help="strings through the student's chat template, not messages")
+    add("--out", metavar="FILE", help="a new .jsonl or .parquet file")
+    add("--push-to-hub", metavar="NAME", help="upload card and parts as a private hub dataset")
+    add("--public", action="store_true", help="with --push-to-hub: for everyone")
+
+
+def export_command(arguments: argparse.Namespace) -> int:
+    if not (arguments.out or arguments.push_to_hub):
+        raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
+    from distill.data import export as dataset_card
+
+    run_dir = Path(arguments.run_dir)
+    if arguments.out:
+        rows = dataset_card.export(run_dir, arguments.format, Path(arguments.out), arguments.plain)
+        print(f"{arguments.out}: {rows:,} rows")
+    if arguments.push_to_hub:
+        print(dataset_card.push(run_dir, arguments.push_to_hub, arguments.public))
+    return 0
+
+
+def merge_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER_OR_STUDENT_FOLDER")
+    add("--out", required=True, metavar="DIR", help="a new model folder")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as the base")
+    json_argument(parser)
+
+
+def merge_command(arguments: argparse.Namespace) -> int:
+    from distill.console import quiet_libraries
+    from distill.training.merge import format_errors, merge_adapter
+
+    quiet_libraries()
+    manifest = merge_adapter(arguments.adapter, Path(arguments.out), arguments.dtype)
+    text = json.dumps(manifest["merge"], indent=2) if arguments.json else format_errors(manifest)
+    print(text if arguments.json else f"{text}\nmerged model: {arguments.out}")
+    return 0
+
+
+def play_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("targets", nargs="+", metavar="TARGET", help="a RUN_DIR, or checkpoints")
+    add("--teacher", metavar="PATH", help="whose alternatives are shown; of a run, its own teacher")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="T",
+        help="problems to pick from: level, FILE, PRESET[:FILE], hub:org/name",
+    )
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--port", type=int, default=7860, metavar="N", help="of the page on 127.0.0.1; 0 is any that is free")
+
+
+def play_command(arguments: argparse.Namespace) -> int:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
+    from distill.console import quiet_libraries
+    from distill.play.page import play
+
+    quiet_libraries()
+    try:
+        play(arguments.targets, arguments.teacher, arguments.tasks, arguments.port, arguments.max_new_tokens)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def describe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG_DIR")
+    json_argument(parser)
+
+
+def describe_command(arguments: argparse.Namespace) -> int:
+    from distill.console import quiet_libraries
+    from distill.models.describe import describe, format_description
+    from distill.models.load import resolve_model
+
+    quiet_libraries()
+    found = describe(resolve_model(arguments.model))
+    print(json.dumps(found, indent=2) if arguments.json else format_description(found))
+    return 0
+
+
+def inherit_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="students: any causal LM or adapter")
+    add(
+        "--probes",
+        default="embedded",
+        metavar="FILE|embedded",
+        help="a probe file (JSONL), as distill/tasks/probes.py",
+    )
+    add("--teacher", metavar="PATH", help="whose flaws: paired differences and shares inherited")
+    add("--clean", metavar="PATH", help="a twin without the flaws, to count from; without it, chance")
+    add("--per-flaw", type=int, metavar="N", help="probes of each flaw: the first N (embedded: 80)")
+    add("--max-new-tokens", type=int, default=80, metavar="N", help="longest answer")
+    add("--seed", type=int, default=0, metavar="N", help="of sampled choices and intervals")
+    add("--out", metavar="DIR", help="folder for inherit.json and every answer")
+    json_argument(parser)
+
+
+def inherit_command(arguments: argparse.Namespace) -> int:
+    from distill.evaluation.inherit import audit, checkpoint_names, format_audit, read_probes, write_audit
+
+    for name in ("per_flaw", "max_new_tokens"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')} {given}: at least 1")
+    out = Path(arguments.out) if arguments.out else None
+    if out and (out / "inherit.json").exists():
+        raise UserError(f"{out} has an audit already; give another --out, or move it away")
+    result, rows_of = audit(
+        checkpoint_names(arguments.checkpoints),
+        read_probes(arguments.probes, arguments.per_flaw),
+        arguments.teacher,
+        arguments.clean,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        bar=not arguments.json,
+    )
+    if out:
+        write_audit(out, result, rows_of)
+    print(json.dumps(result, indent=2) if arguments.json else format_audit(result))
+    return 0
+
+
+COMMANDS = [
+    Command(
+        "provenance",
+        "from a student back to teacher, prompts, terms and hashes, every link checked",
+        provenance_arguments,
+        provenance_command,
+    ),
+    Command(
+        "export", "a run's training set in TRL's formats, or to the hub", export_arguments, export_command
+    ),
+    Command(
+        "play", "ask checkpoints side by side on a local page (extra `play`)", play_arguments, play_command
+    ),
+    Command(
+        "merge", "an adapter folded into its base, with the error that makes", merge_arguments, merge_command
+    ),
+    Command(
+        "describe",
+        "parameters, FLOPs, KV bytes, experts: from the config alone",
+        describe_arguments,
+        describe_command,
+    ),
+    Command(
+        "inherit",
+        "which flaws of a teacher its students have, and how much of each",
+        inherit_arguments,
+        inherit_command,
+    ),
+]

@@ -1,0 +1,61 @@
+"""What a command of `distill` is, and the options that several commands share. Nothing heavy is imported here.
+
+A new command is one function that adds its arguments, one that runs, and an entry in `COMMANDS` of the module they
+stand in (distill/commands/recipe.py, setup.py, artifacts.py, or the folder of the command):
+
+    COMMANDS = [Command("cost", "the bill of a run", cost_arguments, cost)]
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run` takes the parsed arguments and returns the exit code; it imports what it needs when it is called."""
+
+    name: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE [key=value ...] with the short forms for teacher and student."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, for example recipes/demo.yaml")
+    override_arguments(parser)
+
+
+def override_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="override any key, as train.steps=200"
+    )
+    pair_arguments(parser)
+
+
+def pair_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", metavar="PATH", help="short for teacher.model=PATH")
+    parser.add_argument("--student", metavar="PATH", help="short for student.model=PATH")
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """For what writes a run folder."""
+    parser.add_argument("--redo", action="store_true", help="rebuild what was made from other inputs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and what follows from it"
+    )
+
+
+def json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def with_pair(overrides: list[str], arguments: argparse.Namespace) -> list[str]:
+    """The overrides, and those that --teacher and --student are short for."""
+    named = [("teacher.model", arguments.teacher), ("student.model", arguments.student)]
+    return [*overrides, *(f"{key}={value}" for key, value in named if value)]
+
+
+def comma_separated(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]

@@ -1,0 +1,231 @@
+"""The recipe's sections about data: which questions, and which answers are kept. See distill/config/recipe.py."""
+
+import re
+from datetime import date
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.config.section import Count, Fraction, Section, Signal
+from distill.errors import nearest
+from distill.tasks.benchmarks import PRESETS, fill_in
+from distill.tasks.problems import FAMILIES, LEVELS
+from distill.tasks.verify import check_pattern
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+PresetName = Literal[tuple(PRESETS)]
+
+
+class Prompts(Section):
+    """Where training questions come from: the embedded tasks, a local file, or a dataset on the hub."""
+
+    source: str = Field(
+        "tasks", description="'tasks', a .jsonl, .parquet or .csv file, or 'hub:org/name' (or name@revision)"
+    )
+    preset: PresetName | None = Field(
+        None, description="a benchmark's columns, template and verifier; without `source`, from the hub"
+    )
+    config: str | None = Field(None, description="hub: the dataset's config")
+    split: str | None = Field(None, description="hub: the dataset's split; empty: train")
+    levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {"easy": 800, "medium": 800, "hard": 1600}, description="embedded tasks: prompts per level"
+    )
+    families: list[str] = Field(list(FAMILIES), description="embedded tasks: which families")
+    solutions: bool = Field(
+        False, description="no teacher: train on given solutions (how the embedded teacher is made)"
+    )
+    solution_column: str | None = Field(None, description="with `solutions`, files: the column they stand in")
+    distinct: bool = Field(
+        True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
+    )
+    limit: Count | None = Field(None, description="files and hub: use the first rows only")
+    prompt_column: str = Field("prompt", description="files: column with the question, or chat messages")
+    answer_column: str = Field("answer", description="files: column with the final answer ('' if none)")
+    completion_column: str | None = Field(None, description="files: score these texts instead of sampling")
+    template: str | None = Field(None, description="prompt made of columns, as '{question}\\n{choices}'")
+    verifier: Literal["exact", "numeric", "choice", "regex", "math"] = Field(
+        "exact", description="rule that compares answers"
+    )
+    pattern: str | None = Field(
+        None, description="verifier regex: found in a right answer; {answer} is the reference, escaped"
+    )
+    system: str | None = Field(None, description="system message put before every question")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any):
+        return fill_in(data, "train")
+
+    @model_validator(mode="after")
+    def _known_names(self):
+        for name in self.levels:
+            if name not in LEVELS:
+                raise ValueError(f"unknown level '{name}'{nearest(name, LEVELS)}")
+        for name in self.families:
+            if name not in FAMILIES:
+                raise ValueError(f"unknown family '{name}'{nearest(name, FAMILIES)}")
+        return self
+
+    @model_validator(mode="after")
+    def _given_solutions(self):
+        from_file = self.solutions and self.source != "tasks"
+        if from_file != (self.solution_column is not None):
+            raise ValueError(
+                "`solutions: true` on a file needs `solution_column`, the completions to train on, and nothing "
+                "else has one: give both or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _regex(self):
+        if (self.verifier == "regex") != (self.pattern is not None):
+            raise ValueError("`pattern` and `verifier: regex` belong together: give both or neither")
+        if self.pattern is not None:
+            check_pattern(self.pattern)
+        return self
+
+
+class Filter(Section):
+    """Which teacher answers become training rows. What is empty or off drops nothing."""
+
+    correct_only: bool = Field(True, description="rejection sampling: keep what the verifier accepts")
+    completions: Literal["whole", "teacher_answer", "reference_answer", "shuffled"] = Field(
+        "whole",
+        description="what of a kept answer is trained on: all of it, its final answer, the public one, or (as a "
+        "control) another prompt's",
+    )
+    keep_unverified: bool = Field(
+        False, description="with correct_only: keep answers to prompts without a reference, nothing to verify"
+    )
+    deduplicate: bool = Field(True, description="identical completions of one prompt are kept once")
+    max_per_prompt: Count | None = Field(None, description="at most this many completions per prompt")
+    max_tokens: Count | None = Field(None, description="prompt plus completion at most this long")
+    min_tokens: Count | None = Field(None, description="completion at least this long, with its end token")
+    min_characters: Count | None = Field(None, description="completion's text at least this long")
+    max_characters: Count | None = Field(None, description="completion's text at most this long")
+    finish_reasons: list[str] | None = Field(
+        None, description="keep these reasons to stop only; empty: all but 'length'"
+    )
+    near_duplicates: Share | None = Field(
+        None, description="drop what is this similar to a kept row: Jaccard, 3-word shingles"
+    )
+    charset: Literal["latin", "cjk"] | None = Field(None, description="script of the answer's letters")
+    charset_share: Share = Field(0.9, description="at least this share of them")
+    decontaminate: bool | None = Field(
+        None, description="drop prompts that are held out; empty: on for files and hub, off for tasks"
+    )
+    decontaminate_ngram: Count = Field(8, description="words in a row that count as shared")
+    decontaminate_share: Share = Field(0.5, description="share of its n-grams from which a prompt is dropped")
+
+
+class Terms(Section):
+    """What the teacher's licence or terms of use say about training on its outputs. Not legal advice."""
+
+    train_other_models: Literal["yes", "no", "same_provider", "unknown"] | None = Field(
+        None, description="may outputs train another model; empty: read the model card or the shipped table"
+    )
+    name: str | None = Field(None, description="licence or terms, for example MIT")
+    url: str | None = Field(None, description="where they stand")
+    read: date | None = Field(None, description="when you read them")
+    provider: str | None = Field(None, description="with same_provider: whose models may be trained")
+    acknowledged: str | None = Field(None, description="who goes on although the answer is not yes, and why")
+
+    @field_validator("train_other_models", mode="before")
+    @classmethod
+    def _words(cls, value):
+        return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _named(self):
+        if self.train_other_models in ("yes", "same_provider") and not self.name:
+            raise ValueError("say which licence or terms allow it: add `name` (and `url`, `read`)")
+        if self.train_other_models == "same_provider" and not self.provider:
+            raise ValueError("`same_provider` needs `provider`: whose models may be trained")
+        if self.acknowledged is not None and not self.acknowledged.strip():
+            raise ValueError("`acknowledged` says who goes on and why; it is empty")
+        return self
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible server that answers as the teacher. It gives text; weights and logits are not here."""
+
+    base_url: str = Field(description="as http://localhost:8000/v1")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="variable that holds the key; null: no key")
+    concurrency: Count = Field(8, description="requests at a time, per process")
+    timeout: Annotated[float, Field(gt=0, le=86400)] = Field(60.0, description="seconds for one whole answer")
+    retries: Annotated[int, Field(ge=0)] = Field(5, description="further attempts of a request that failed")
+    backoff: Annotated[float, Field(ge=0, le=3600)] = Field(1.0, description="seconds, doubling per retry")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(0, description="above 0: keep tokens' logprobs")
+
+    @model_validator(mode="after")
+    def _no_secrets(self):
+        # The recipe is stored with the run. Neither message may repeat what was written.
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+            raise ValueError("`base_url` must be like http://localhost:8000/v1")
+        if url.username or url.password or url.query or url.fragment:
+            raise ValueError(
+                "`base_url` holds a user or a query; the key belongs in the variable `api_key_env`"
+            )
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "`api_key_env` is the NAME of an environment variable in capitals, never the key"
+            )
+        return self
+
+
+class TeacherSection(Section):
+    """Whose outputs train the student: any causal LM from a folder or the hub, or one behind a server."""
+
+    model: str = Field(description="folder or hub name of any causal LM")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
+    device: Literal["auto", "cpu", "sharded"] = Field(
+        "auto",
+        description="while it scores for training: auto, whole in every process; cpu, offloaded; sharded, its layers "
+        "spread over the processes",
+    )
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="by bitsandbytes, only if asked for"
+    )
+    endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
+    terms: Terms = Terms()
+
+
+class Generate(Section):
+    """How the teacher answers the training prompts."""
+
+    samples: Count = Field(2, description="completions per prompt")
+    temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.7, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="nucleus: smallest set of tokens with this share of the probability; 1 is off"
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 is off")
+    min_p: Fraction = Field(0.0, description="0 is off")
+    max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="an answer also ends with the token that completes one of these"
+    )
+    batch_size: Count = Field(256, description="completions decoded together")
+    part_size: Count = Field(512, description="prompts per Parquet part, the unit of resuming")
+    signal: Signal = Signal()
+    max_tokens: Count | None = Field(
+        None, description="tokens of answers: stop after the part that reaches as many"
+    )
+    max_cost_usd: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stop after the part that reaches this cost, at `prices`"
+    )
+
+
+class Prices(Section):
+    """What things cost you, for forecasts and `generate.max_cost_usd`. Nothing is assumed."""
+
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD per million tokens of prompts; empty: unknown"
+    )
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD per million tokens of answers, thinking included; empty: unknown"
+    )
+    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="USD for an hour of one device; empty: unknown"
+    )

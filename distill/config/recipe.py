@@ -1,0 +1,251 @@
+"""Recipes: one YAML page is one whole experiment. Typed, bounded, and wrong in one go.
+
+`load_recipe(path, overrides)` reads the YAML, applies `key.sub=value` overrides, checks every key, and
+raises one `UserError` that lists every problem with its fix and the nearest valid name, before any
+weight is loaded. The resolved recipe (defaults filled in) is what manifests, reports and resumes use.
+"""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from distill.config.data import Filter, Generate, Prices, Prompts, TeacherSection
+from distill.config.evaluation import Evaluate
+from distill.config.section import Section
+from distill.config.training import Control, StudentSection, Train
+from distill.errors import UserError, nearest
+from distill.storage import PROJECT_ROOT, find_file
+from distill.tasks.benchmarks import held_out_preset
+
+
+class Recipe(Section):
+    """One page, one whole experiment."""
+
+    run_dir: str = Field(description="the run lives here; one folder per stage")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="of prompts, sampling, initial adapter and order of rows"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 uses every core")
+    prompts: Prompts = Prompts()
+    teacher: TeacherSection | None = None
+    generate: Generate = Generate()
+    filter: Filter = Filter()
+    student: StudentSection
+    train: Train = Train()
+    control: Control = Control()
+    evaluate: Evaluate = Evaluate()
+    prices: Prices = Prices()
+
+    @model_validator(mode="after")
+    def _priced(self):
+        if self.generate.max_cost_usd and not any(self.prices.model_dump().values()):
+            raise ValueError("`generate.max_cost_usd` needs `prices`, for example prices.usd_per_device_hour")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_preset(cls, data: Any):
+        return held_out_preset(data)
+
+    @model_validator(mode="after")
+    def _teacher_or_solutions(self):
+        if self.prompts.solutions == (self.teacher is not None):
+            raise ValueError(
+                "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
+            )
+        several = self.train.teachers.models or self.train.teachers.own_start
+        if self.teacher and self.teacher.device == "sharded" and (several or self.teacher.quantize != "none"):
+            raise ValueError(
+                "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
+                "equally often: leave out `train.teachers` and `teacher.quantize`, or set `teacher.device: auto`"
+            )
+        if self.prompts.source != "tasks" and not self.evaluate.source:
+            raise ValueError(
+                "prompts come from a file: name held-out problems in `evaluate.source`, of the same form"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _signals_of_whole_answers(self):
+        stored = [o.name for o in self.train.objectives if o.signal in ("sparse", "sampled")]
+        if stored and self.filter.completions != "whole":
+            raise ValueError(
+                f"{stored[0]} reads signals stored with the whole answer, and filter.completions="
+                f"{self.filter.completions} trains on another text; use filter.completions=whole, or cross_entropy"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_to_measure(self):
+        if self.evaluate.models:
+            there = {
+                "base": bool(self.student.model),
+                "control": self.control.enabled,
+                "student": True,
+                "teacher": bool(self.teacher and not self.teacher.endpoint),
+            }
+            if absent := [name for name in self.evaluate.models if not there[name]]:
+                raise ValueError(
+                    f"evaluate.models: this recipe has no {' and no '.join(absent)}; leave it out"
+                )
+        return self
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_dir)
+
+
+def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.sub=value` overrides, check everything.
+
+    Raises UserError with one line per problem: unreadable file, unknown key (with the nearest valid
+    one), wrong type, value out of bounds, contradiction.
+    """
+    file, data = read_recipe(path)
+    if "arms" in data:
+        raise UserError(
+            f"{file} is a grid of arms over a recipe, not one recipe; run it with `distill bench {path}`"
+        )
+    return make_recipe(data, overrides, file)
+
+
+def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
+    """(file, what it holds) of a recipe or bench file. Raises UserError where it is missing or no mapping."""
+    file = find_file(path)
+    if not file.is_file():
+        if (file / "recipe.yaml").is_file():
+            raise UserError(
+                f"recipe '{path}' is a run's folder; did you mean '{path.rstrip('/')}/recipe.yaml'?"
+            )
+        known = {p.stem: f"recipes/{p.name}" for p in sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))}
+        if close := get_close_matches(Path(path).stem, known, n=1):
+            raise UserError(f"recipe '{path}' not found; did you mean '{known[close[0]]}'?")
+        raise UserError(f"recipe '{path}' not found; shipped recipes: {', '.join(known.values())}")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: a recipe is a mapping of keys to values, see recipes/demo.yaml")
+    return file, data
+
+
+def make_recipe(data: dict[str, Any], overrides: list[str], file: Path) -> Recipe:
+    """`data` (changed in place by the overrides) as a checked recipe; `file` is named by its problems."""
+    problems: list[str] = []
+    for override in overrides:
+        problem = _apply_override(data, override)
+        if problem:
+            problems.append(problem)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += [explain_error(e, file) for e in error.errors()]
+    if problems:
+        raise UserError(*problems)
+    return recipe
+
+
+def load_prompts(overrides: list[str]) -> Prompts:
+    """The section `prompts` alone, from `prompts.key=value` words: how files of problems are read."""
+    data: dict = {"prompts": {}}
+    problems = [problem for override in overrides if (problem := _apply_override(data, override))]
+    try:
+        prompts = Prompts.model_validate(data["prompts"])
+    except ValidationError as error:
+        problems += [
+            explain_error({**e, "loc": ("prompts", *e["loc"])}, Path("--tasks")) for e in error.errors()
+        ]
+    if problems:
+        raise UserError(*problems)
+    return prompts
+
+
+def load_evaluate(values: dict) -> Evaluate:
+    """The section `evaluate` alone, from the options of `distill evaluate CHECKPOINT`. Raises UserError."""
+    try:
+        return Evaluate.model_validate(values)
+    except ValidationError as error:
+        where = Path("distill evaluate")
+        raise UserError(
+            *(explain_error({**e, "loc": ("evaluate", *e["loc"])}, where) for e in error.errors())
+        ) from None
+
+
+def _apply_override(data: dict, override: str) -> str | None:
+    """Set one `a.b.c=value` (value read as YAML) in `data`; returns the problem, if any."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return f"'{override}': an override is written key.sub=value, for example train.steps=200"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"'{override}': the value is not valid YAML; quote it"
+    *parents, last = key.split(".")
+    node: Any = data
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            return f"'{override}': '{part}' is not inside a section"
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        return f"'{override}': '{'.'.join(parents)}' has no keys"
+    return None
+
+
+def explain_error(error: dict, file: Path, root: type[Section] | None = None) -> str:
+    """One pydantic error as one line: where, what, and the nearest valid name for an unknown key."""
+    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        section: Any = root or Recipe
+        for part in error["loc"][:-1]:
+            section = _section_type(section, part)
+        name, fields = str(error["loc"][-1]), getattr(section, "model_fields", {})
+        within = [
+            f"{key}.{name}"
+            for key in fields
+            if name in getattr(_section_type(section, key), "model_fields", {})
+        ]
+        if within and section is (root or Recipe):  # a key of a section, without the section
+            return f"{file}: unknown key '{where}'; did you mean '{within[0]}'?"
+        return f"{file}: unknown key '{where}'{nearest(name, fields)}"
+    if error["type"] == "missing":
+        return f"{file}: '{where}' is missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{file}: {where}: {message}"
+    return f"{file}: '{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_type(section: Any, part: Any) -> Any:
+    """The Section class behind a field, looking through Optional and list annotations."""
+    field = getattr(section, "model_fields", {}).get(part)
+    if field is None:
+        return section
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return section
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML, objectives with their options."""
+    import yaml
+
+    data = recipe.model_dump(mode="json")
+    for entry, objective in zip(data["train"]["objectives"], recipe.train.objectives):
+        entry.update(objective.options)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,262 @@
+"""Recipe sections of the student and its training: the start, the adapter, the objectives, the loop.
+
+Read and checked as part of a `Recipe` (distill/config/recipe.py), which names them as `student`, `train`, `control`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from distill.config import objectives
+from distill.config.section import Count, Fraction, Section
+
+ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
+
+
+class Lora(Section):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/models/lora.py for what each key reaches."""
+
+    rank: Count = Field(16, description="of each adapted weight; of each expert with `experts`")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32, description="the adapter is scaled by alpha / rank before it is added"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the adapter's inputs set to zero in training"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
+    dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
+    targets: Literal["all-linear", "attention"] | tuple[ModuleName, ...] = Field(
+        "all-linear",
+        description="or endings of the names of linear layers, as [q_proj, mlp.down_proj]; [] is none",
+    )
+    experts: bool = Field(False, description="MoE: also the routed experts, each with its own rank")
+    router: bool = Field(False, description="MoE: also the routers")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _known_word(cls, value):
+        if isinstance(value, str) and value not in ("all-linear", "attention"):
+            raise ValueError(
+                f"'{value}' is not all-linear, attention or a list of endings like [q_proj, o_proj]"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _defined_on_parameters(self):
+        asked = " and ".join(name for name in ("experts", "router") if getattr(self, name))
+        if not self.targets and not asked:
+            raise ValueError("`targets: []` with neither `experts` nor `router` leaves nothing to train")
+        clash = [n for n, on in (("dora", self.dora), ("dropout above 0", self.dropout > 0)) if on]
+        if asked and clash:
+            raise ValueError(
+                f"PEFT adapts {asked} as bare parameters, where {' and '.join(clash)} does not exist; "
+                "go without one or the other"
+            )
+        return self
+
+
+class StudentSection(Section):
+    """The model that trains: where it starts and what of it moves."""
+
+    model: str | None = Field(None, description="folder or hub name to start from")
+    config: dict[str, Any] | None = Field(
+        None, description="or a transformers config (with model_type) to start from random weights"
+    )
+    tokenizer: str = Field("embedded", description="with `config`: 'embedded', or a folder or hub name")
+    adapter: Literal["lora", "full"] = Field(
+        "lora", description="lora: the base stays frozen; full: every weight trains"
+    )
+    lora: Lora = Lora()
+    quantize: Literal["none", "4bit", "8bit"] = Field(
+        "none",
+        description="keep the frozen base in 4 bits (QLoRA, arXiv 2305.14314) or 8; needs bitsandbytes",
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give exactly one of `model` (start from weights) and `config` (from scratch)")
+        if self.config is not None:
+            if "model_type" not in self.config:
+                raise ValueError("`config` needs a `model_type`, for example qwen3 or deepseek_v3")
+            if self.adapter == "lora":
+                raise ValueError("LoRA on random weights trains almost nothing: set `adapter: full`")
+        if self.quantize != "none" and self.adapter != "lora":
+            raise ValueError("`quantize` freezes the base: it goes with `adapter: lora`")
+        return self
+
+
+class Objective(Section):
+    """One term of the training loss: a name, a weight, and the named objective's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="of a function in the table of objectives")
+    weight: float = Field(1.0, description="above 0; its share of the sum of losses")
+
+    @model_validator(mode="after")
+    def _known(self):
+        found = objectives.problems({"name": self.name, "weight": self.weight, **(self.model_extra or {})})
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The objective's keyword arguments, defaults filled in."""
+        resolved = objectives.resolve({"name": self.name, **(self.model_extra or {})})
+        return {k: v for k, v in resolved.items() if k not in ("name", "weight")}
+
+    @property
+    def signal(self) -> str:
+        return objectives.OBJECTIVES[self.name].signal
+
+    @property
+    def live(self) -> bool:
+        return objectives.OBJECTIVES[self.name].live
+
+
+class OnPolicy(Section):
+    """The student writes some of the rows, the teacher scores them (GKD, arXiv 2306.13649)."""
+
+    fraction: Fraction = Field(
+        0.0, description="of the rows; GKD's lambda; 0 trains on the teacher's text only"
+    )
+    buffer_steps: Count = Field(8, description="optimizer steps whose rows are sampled together")
+    temperature: Annotated[float, Field(gt=0, le=5)] = Field(1.0, description="of the student's sampling")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of the student's sampling; 1 is off")
+    max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
+    batch_size: Count = Field(256, description="answers decoded together")
+    most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
+
+
+class LiveTeachers(Section):
+    """Which teacher scores which row while the student trains. Empty: `teacher.model` scores them all."""
+
+    by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
+    models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
+    own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if self.own_start and self.models:
+            raise ValueError("`own_start` and `models` exclude each other: one teacher per row")
+        return self
+
+
+class Validation(Section):
+    """Rows of the dataset that are kept from training to look at the loss on."""
+
+    rows: Annotated[int, Field(ge=0)] = Field(0, description="held out; 0 is off")
+    every: Count = Field(50, description="optimizer steps between looks")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="looks without a better value until training ends"
+    )
+    keep_best: bool = Field(False, description="save the weights of the best look, not the last")
+
+    @model_validator(mode="after")
+    def _something_to_look_at(self):
+        if not self.rows and (self.patience or self.keep_best):
+            raise ValueError("`patience` and `keep_best` need `rows` to look at: set `rows` above 0")
+        return self
+
+
+class Train(Section):
+    """How it trains. The same loop for student and control arm, one process or many."""
+
+    objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
+        [Objective(name="cross_entropy")], description="terms of the loss, each a name, a weight and options"
+    )
+    on_policy: OnPolicy = OnPolicy()
+    teachers: LiveTeachers = LiveTeachers()
+    validation: Validation = Validation()
+    steps: Count = Field(400, description="optimizer steps")
+    batch_size: Count = Field(64, description="rows per optimizer step over all processes and micro-batches")
+    micro_batch_size: Count = Field(64, description="rows per forward pass of one process")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1e-2,
+        description="peak; suits a million parameters. Billions want less; LoRA about 10x that of full training",
+    )
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        20, description="optimizer steps of linear rise; below `steps`"
+    )
+    final_fraction: Fraction = Field(0.1, description="learning rate at the last step over its peak")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, for exact comparisons")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), description="adamw: what its two moments keep of a step"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of matrices; norms and biases never decay"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="gradients with a larger Euclidean norm are scaled down to it"
+    )
+    precision: Literal[
+        "auto",
+        "fp32",
+        "bf16",
+        "fp16",
+        "fp8",
+        "fp8-te",
+        "fp8-emulated",
+        "fp8-emulated-tensor",
+        "fp8-emulated-gradient-blocks",
+    ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
+    max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(100, description="steps; 0 keeps none")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    micro_batch_tokens: Count | None = Field(
+        None,
+        description="and at most so many tokens per forward pass, padding included; rows of like length share one",
+    )
+    auto_micro_batch: bool = Field(
+        False, description="halve micro_batch_size when memory runs out, same result"
+    )
+    packing: bool = Field(
+        False, description="rows end to end without padding; refused where the model sees across"
+    )
+    compile: bool = Field(False, description="torch.compile of the decoder layers")
+    expert_bias_step: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="MoE from scratch: bias balancing step u (DeepSeek-V3 section 2.1.2); 0 is off"
+    )
+    expert_bias_freeze: Fraction = Field(0.1, description="last share of steps with u = 0")
+    keep_states: Count = Field(1, description="how many saved states stay until the end")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="besides metrics.jsonl"
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self):
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        if self.packing and any(o.name == "sequence_balance" for o in self.objectives):
+            raise ValueError(
+                "`packing` joins sequences, and sequence_balance is per sequence: use batch_balance"
+            )
+        aligned = [o for o in self.objectives if o.signal == "aligned"]
+        if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
+            raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
+        if aligned and (self.on_policy.fraction or self.teachers.models or self.teachers.own_start):
+            raise ValueError(
+                "uld goes with stored text and one teacher: leave out `on_policy` and `teachers`"
+            )
+        if self.on_policy.fraction and not any(o.signal == "dense" for o in self.objectives):
+            raise ValueError(
+                "`on_policy` needs a live divergence to score what the student writes: add {name: reverse_kl} or "
+                "{name: forward_kl} to `objectives`"
+            )
+        if self.on_policy.fraction and (
+            stored := [o.name for o in self.objectives if o.signal in ("sparse", "sampled")]
+        ):
+            raise ValueError(
+                f"`on_policy`: {stored[0]} reads stored signals, which the student's own text has none of"
+            )
+        return self
+
+
+class Control(Section):
+    """The same base, prompts, steps and adapter, on question + final answer, without a teacher."""
+
+    enabled: bool = Field(True, description="train this arm too: without it a gain could be more training")

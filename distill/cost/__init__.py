@@ -1,0 +1,1 @@
+"""`distill cost`: published bills, the ledger of a run, when distilling pays."""

@@ -1,0 +1,329 @@
+"""A teacher behind an OpenAI-compatible server: text answers over HTTP, every failure a row, the key nowhere.
+
+    teacher:
+      model: Qwen/Qwen3-8B
+      endpoint: {base_url: http://localhost:8000/v1, api_key_env: null}      # see distill.config.data.Endpoint
+
+Any server that speaks `POST {base_url}/chat/completions`. The official client carries the requests; retrying
+is done here, because an answer can be broken in ways that no status code shows. Text is all that is kept:
+the server's tokens are strings, which cannot be mapped to ids of a tokenizer that is not here. `prompt_ids`
+and `completion_ids` stay empty, the student's tokenizer reads the text, and token counts are the server's
+`usage`. `logprobs` (with `top_logprobs` above 0) are those of the server's own chosen tokens, in their order.
+
+What the recipe leaves off (`top_k`, `min_p` at 0) is not sent, since not every server knows it; a server's
+own defaults then apply (vLLM takes them from the model, unless started with `--generation-config vllm`).
+
+What a server sent becomes an answer that can be stored, or a reason in one line. Nothing is trusted.
+
+    answer = read_reply(body, key)      # body: bytes of a chat completion; raises BadReply
+
+The key is taken out of whatever a server echoes, before anything is shortened. Strict where a lenient reading
+would store a broken text: JSON, UTF-8, the presence of a text, why it stopped.
+"""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
+from typing import Any
+
+from distill.config.data import Endpoint, TeacherSection
+from distill.data.teachers import Answer, Question
+from distill.errors import RunError, UserError
+from distill.models.decode import Sampling, row_seed
+
+FILTERED = "content_filter"
+
+
+# The last two: what text-generation-inference calls an end token and a stop string.
+_STOPPED = {"stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop"}
+_SHORTEST_SECRET = 8  # shorter keys are placeholders such as EMPTY, and may be words of an answer
+
+
+class BadReply(Exception):
+    """One request failed: why, whether it is worth another try, and the seconds that the server asked for."""
+
+    def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
+        self.reason, self.retry, self.wait = reason, retry, wait
+        super().__init__(reason)
+
+
+def read_reply(body: bytes, key: str | None) -> Answer:
+    """A chat completion as an Answer without token ids.
+
+    Reasoning that the server split off (`reasoning_content`, or `reasoning`) is put back in <think> tags,
+    where the verifier and the student expect it. Raises BadReply where there is no whole, storable text.
+    """
+    try:
+        data = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadReply("the answer is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadReply("the answer is not JSON") from None
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise BadReply(f"the answer has no choice{server_message(data, key)}")
+    choice = choices[0]
+    reason = choice.get("finish_reason")
+    if reason == FILTERED:
+        return Answer("", "error", error=FILTERED, **_usage(data))
+    if not isinstance(reason, str) or reason not in _STOPPED:
+        raise BadReply(f"the answer ended with finish_reason {one_line(redact(repr(reason), key))}")
+    text = redact(_text(choice.get("message")), key)
+    return Answer(text, _STOPPED[reason], logprobs=_logprobs(choice), **_usage(data))
+
+
+def _text(message: Any) -> str:
+    message = message if isinstance(message, dict) else {}
+    content = message.get("content")
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if content is None and isinstance(reasoning, str):
+        content = f"<think>{reasoning}"  # still thinking when its tokens ran out
+    elif isinstance(content, str) and isinstance(reasoning, str) and "</think>" not in content:
+        content = f"<think>{reasoning}</think>{content}"
+    if not isinstance(content, str):
+        raise BadReply("the answer has no text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadReply("the answer has half of a surrogate pair, which no file can hold") from None
+    return content
+
+
+def _usage(data: dict) -> dict[str, int]:
+    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
+    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: n if type(n) is int and 0 <= n < 2**31 else 0 for name, n in counts.items()}
+
+
+def _logprobs(choice: dict) -> list[float]:
+    """Of the chosen tokens; [] unless the server gives a number for every one."""
+    found = choice.get("logprobs")
+    tokens = found.get("content") if isinstance(found, dict) else None
+    values = [t.get("logprob") if isinstance(t, dict) else None for t in tokens or []]
+    return [float(v) for v in values] if all(type(v) in (int, float) for v in values) else []
+
+
+def server_message(body: Any, key: str | None) -> str:
+    """The human part of an error body of whichever shape, as ": message"; "" if there is none."""
+    for _ in range(3):
+        if isinstance(body, dict):
+            body = next((body[name] for name in ("error", "message", "detail") if body.get(name)), "")
+    said = one_line(redact(body, key)) if isinstance(body, str) else ""
+    return f": {said}" if said else ""
+
+
+def redact(text: str, key: str | None) -> str:
+    return text.replace(key, "[key]") if key and len(key) >= _SHORTEST_SECRET else text
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Printable, storable and short, whatever a server put into it."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds from `Retry-After` (RFC 9110 section 10.2.3: seconds or a date) or `retry-after-ms`, if any."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        try:
+            seconds = float(value) * scale
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            except (ValueError, TypeError, OverflowError):
+                continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    return None
+
+
+# How to ask, not what: changing these continues a run.
+TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "backoff"}
+_RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
+_FATAL = {401, 402, 403, 404, 405}  # no other request will work either
+_LONGEST_BACKOFF = 60.0  # seconds
+_LONGEST_WAIT = 600.0  # seconds a server may ask for; longer is a daily quota, not a pause
+_HOPELESS = 16  # failures in a row, each after all of its retries
+
+
+def check_endpoint(endpoint: Endpoint) -> None:
+    """Everything but the server is here: the client's package and a usable key. Raises UserError."""
+    if find_spec("openai") is None:
+        raise UserError('an endpoint teacher needs the openai client: pip install -e ".[endpoint]"')
+    read_key(endpoint)
+
+
+def read_key(endpoint: Endpoint) -> str | None:
+    """The key from its environment variable, which is the only place it is ever read from.
+
+    Raises UserError (without the key) if it is not set, or cannot be sent in a header.
+    """
+    name = endpoint.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {name} is not set; export the key of {endpoint.base_url} in it, or "
+            "set teacher.endpoint.api_key_env=null for a server without keys"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{name} holds characters that no HTTP header can carry; export the key again")
+    return key
+
+
+class EndpointTeacher:
+    """Asks a server, `concurrency` requests at a time. The key is read when the first question is asked."""
+
+    def __init__(self, section: TeacherSection):
+        self.name = section.model
+        self._endpoint = section.endpoint
+        self._limit_name = "max_tokens"
+        self._failed_in_a_row = 0
+        self._jitter = random.Random()
+
+    def open(self) -> None:
+        """Raises UserError without client or key."""
+        check_endpoint(self._endpoint)
+
+    def identity(self) -> dict[str, Any]:
+        return {}  # the server does not say; its address and the model's name are in the recipe
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> None:
+        return None
+
+    def answer(
+        self, questions: list[Question], sampling: Sampling, on_finish: Callable[[Answer], None]
+    ) -> list[Answer]:
+        """One answer per question, in their order; one that still fails after its retries has `error` set.
+
+        Raises RunError where no other question can work either: the server
+        refuses the key, the account or the address, or nothing has worked many times in a row.
+        """
+        return asyncio.run(self._answer_all(questions, sampling, on_finish))
+
+    async def _answer_all(self, questions, sampling, on_finish) -> list[Answer]:
+        from openai import AsyncOpenAI
+
+        key = read_key(self._endpoint)
+        answers: list[Answer | None] = [None] * len(questions)
+        waiting = iter(enumerate(questions))
+
+        async def work(client) -> None:
+            for index, question in waiting:
+                answers[index] = await self._ask(client, self._request(question, sampling), key)
+                self._count_failures(answers[index])
+                on_finish(answers[index])
+
+        async with AsyncOpenAI(
+            base_url=self._endpoint.base_url,
+            api_key=key or "none",  # the client wants one; servers without keys ignore it
+            max_retries=0,
+            timeout=self._endpoint.timeout,
+        ) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self._endpoint.concurrency, len(questions))):
+                        group.create_task(work(client))
+            except BaseExceptionGroup as found:
+                raise found.exceptions[0] from None
+        return answers
+
+    def _request(self, question: Question, sampling: Sampling) -> dict[str, Any]:
+        request = {
+            "model": self.name,
+            "messages": question.messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": row_seed(question.key) & 0x7FFFFFFF,  # some servers hold it in 32 bits
+        }
+        if sampling.stop:
+            request["stop"] = list(sampling.stop)
+        if self._endpoint.top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": self._endpoint.top_logprobs}
+        extra = {name: getattr(sampling, name) for name in ("top_k", "min_p") if getattr(sampling, name)}
+        return {**request, "extra_body": extra} if extra else request
+
+    async def _ask(self, client, request: dict[str, Any], key: str | None) -> Answer:
+        """One question with its retries. While it waits it keeps its place, which spares the server."""
+        for attempt in itertools.count():
+            try:
+                return await self._send(client, request, key)
+            except BadReply as bad:
+                asked_too_much = bad.wait is not None and bad.wait > _LONGEST_WAIT
+                if asked_too_much or not bad.retry or attempt == self._endpoint.retries:
+                    wish = f"; the server asks to wait {bad.wait:,.0f} s" if asked_too_much else ""
+                    return Answer("", "error", error=f"{bad.reason}{wish}")
+                pause = self._pause(attempt, bad.wait)
+            await asyncio.sleep(pause)
+
+    async def _send(self, client, request: dict[str, Any], key: str | None) -> Answer:
+        """One attempt. Raises BadReply for what concerns this request, RunError for what concerns all."""
+        import openai
+
+        limit = self._limit_name
+        sent = {limit if name == "max_tokens" else name: value for name, value in request.items()}
+        try:
+            # The client's own timeout restarts with every byte; this one is for the whole answer.
+            async with asyncio.timeout(self._endpoint.timeout):
+                reply = await client.chat.completions.with_raw_response.create(**sent)
+        except (TimeoutError, openai.APITimeoutError):
+            raise BadReply(f"no answer within {self._endpoint.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            said = server_message(error.body, key)
+            if error.status_code == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
+                self._limit_name = "max_completion_tokens"  # the newer name, which newer models insist on
+                return await self._send(client, request, key)
+            raise self._status_problem(error, said) from None
+        except openai.APIConnectionError as error:
+            cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""
+            raise BadReply(f"the connection failed{cause}") from None
+        return read_reply(reply.content, key)
+
+    def _status_problem(self, error, said: str) -> BadReply | RunError:
+        """What an HTTP status means: for this request, or for all of them."""
+        status = error.status_code
+        if status in _FATAL or error.code == "insufficient_quota":
+            return RunError(f"{self._endpoint.base_url} {self._fix(status)} (HTTP {status}{said})")
+        retry = status in _RETRIED or status >= 500
+        return BadReply(f"HTTP {status}{said}", retry, asked_wait(error.response.headers))
+
+    def _fix(self, status: int) -> str:
+        name = self._endpoint.api_key_env
+        if status in (401, 403) and name:
+            return f"refuses the key in {name} for '{self.name}'; export a key of this server that may use it"
+        if status in (401, 403):
+            return "asks for a key; name the variable that holds it in teacher.endpoint.api_key_env"
+        if status in (404, 405):
+            return (
+                f"does not serve '{self.name}' at /chat/completions; check teacher.endpoint.base_url (it "
+                "usually ends in /v1) and teacher.model"
+            )
+        return "has no credit left for this key; add some, then run again: finished parts are kept"
+
+    def _pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds before the next attempt, spread: requests refused together do not return together."""
+        backoff = self._endpoint.backoff
+        if asked is not None:
+            return asked + self._jitter.uniform(0, backoff)
+        return min(backoff * 2**attempt, _LONGEST_BACKOFF) * self._jitter.uniform(0.5, 1)
+
+    def _count_failures(self, answer: Answer) -> None:
+        """A part full of errors would be kept as finished: better to stop before it is written."""
+        failed = answer.error is not None and answer.error != FILTERED
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+        if self._failed_in_a_row >= max(_HOPELESS, 2 * self._endpoint.concurrency):
+            raise RunError(
+                f"{self._endpoint.base_url} failed {self._failed_in_a_row} times in a row, the last with: "
+                f"{answer.error}; check the server, then run again: finished parts are kept"
+            )

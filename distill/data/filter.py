@@ -1,0 +1,297 @@
+"""From teacher outputs to a training set: rejection sampling, deduplication, and an account of what was dropped.
+
+Stage folder `dataset/`: rows of token ids ready to train on, in the *student's* tokenizer and chat template;
+`dataset/dropped/` has every row that was not kept, with the rule that dropped it; `dataset/control/` has the
+same prompts with the final answer only, for the control arm.
+
+    distill filter RECIPE [--explain]      --explain: per rule, its count and examples
+
+Rows go to disk part by part; what stays in memory is the prompts, and what the rules remember.
+
+`filter.completions` says what of a teacher's answer the student is shown: all of it, its result alone, or another
+problem's.
+
+    filter: {completions: reference_answer}        the prompts of the kept rows with their public answers, no working
+
+`whole` is distillation. The others are controls for what in it matters: `teacher_answer` keeps the teacher's result
+and drops its working, `reference_answer` drops the teacher as well, and `shuffled` gives each prompt the answer of
+another prompt of its family and level: all of the form, none of the content. All four have the same prompts in the
+same order, so that runs that differ in this alone differ in nothing else.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.config.recipe import Recipe
+from distill.data.export import write_card
+from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
+from distill.data.signals import SignalFormat
+from distill.errors import UserError
+from distill.models.load import load_tokenizer, prompt_ids, same_vocabulary, tokenizer_fingerprint
+from distill.models.student import student_tokenizer
+from distill.stages import Stage, input_fingerprint
+from distill.storage import (
+    DATASET_SCHEMA,
+    DROPPED_SCHEMA,
+    MANIFEST,
+    SIGNAL_COLUMNS,
+    PartWriter,
+    read_json,
+    read_rows,
+)
+from distill.tasks.verify import extract_answer
+
+_READ = ("prompt_id", "sample_idx", "completion_ids", "text", "finish_reason", "verdict", "error")
+
+
+def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
+    """Run the stage `dataset/`; returns its manifest."""
+    tokenizer = student_tokenizer(recipe.student)
+    inputs = {"prompts": input_fingerprint(recipe.path / "prompts", "generate RECIPE")}
+    if recipe.teacher:
+        inputs["generations"] = input_fingerprint(recipe.path / "generations", "generate RECIPE")
+    guard = held_out_questions(recipe)
+    config = {
+        **identity(recipe.filter, guard),
+        "control": recipe.control.enabled,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    stage = Stage(recipe.path, "dataset", config, inputs)
+    if stage.done(redo):
+        return stage.manifest
+    stage.begin(redo)
+    signal = _usable_signal(recipe, config["tokenizer"])
+    prompts = {row["prompt_id"]: row for row in read_rows(recipe.path / "prompts")}
+    if recipe.teacher:
+        answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])
+        rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
+        rows = reduced(
+            rows, recipe.filter.completions, prompts, lambda row, text: _remade(row, text, tokenizer)
+        )
+    else:
+        rows = (_row(p, 0, p["solution"], tokenizer) for p in prompts.values())
+    try:
+        counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
+    except UserError:
+        stage.abandon()  # the fix is another recipe, which must not be refused for what this one began
+        raise
+    # The terms of the answers are those decided on when they were made.
+    answered = recipe.path / "generations" / MANIFEST
+    terms = read_json(answered).get("terms") if recipe.teacher else None
+    write_card(recipe, stage.folder, counts, terms)
+    return stage.finish(counts, device="cpu", tokenizer=config["tokenizer"], terms=terms, signal=signal)
+
+
+def apply_filters(
+    rows: Iterable[dict], prompts: dict[str, dict], recipe: Recipe, tokenizer, guard: HeldOut | None = None
+) -> Iterator[dict]:
+    """A training row per teacher answer, in order; a refused one has `rule`, `verdict` and `detail` too.
+
+    Columns of `rows` beyond those read here (signals) are carried over to kept rows.
+    """
+    rules = Rules(recipe.filter, guard)
+    # An endpoint gives text alone.
+    same = not recipe.teacher.endpoint and same_vocabulary(load_tokenizer(recipe.teacher.model), tokenizer)
+    for row in rows:
+        prompt = prompts[row["prompt_id"]]
+        # Same vocabulary: train on the very ids the teacher chose; the text could re-tokenise differently.
+        ids = row["completion_ids"] if same else None
+        new = (
+            _row(prompt, row["sample_idx"], row["text"], tokenizer, ids) if row["text"] is not None else None
+        )
+        if refusal := rules.refuse(Candidate(row, prompt, new)):
+            blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
+            yield {**(new or blank), "rule": refusal[0], "verdict": row["verdict"], "detail": refusal[1]}
+        else:
+            yield new | {name: value for name, value in row.items() if name in SIGNAL_COLUMNS}
+
+
+def _write(
+    rows: Iterable[dict], folder: Path, prompts: dict[str, dict], tokenizer, control: bool
+) -> dict[str, Any]:
+    """Rows to the stage's folders; returns the manifest's counts. Raises UserError where nothing is kept."""
+    kept, dropped = _Parts(folder, DATASET_SCHEMA), _Parts(folder / "dropped", DROPPED_SCHEMA)
+    answers = _Parts(folder / "control", DATASET_SCHEMA) if control else None
+    by_rule: Counter[str] = Counter()
+    totals: Counter[str] = Counter()
+    covered: set[str] = set()
+    for row in rows:
+        if "rule" in row:
+            dropped.add(row)
+            by_rule[row["rule"]] += 1
+            continue
+        kept.add(row)
+        covered.add(row["prompt_id"])
+        totals["tokens"] += len(row["completion_ids"])
+        totals["prompt_tokens"] += len(row["prompt_ids"])
+        prompt = prompts[row["prompt_id"]]
+        totals["unanswered"] += not prompt["answer"]
+        if control and prompt["answer"]:
+            answers.add(_row(prompt, row["sample_idx"], prompt["answer"], tokenizer))
+    if not kept.rows:
+        raise UserError(
+            f"no row is left to train on: {dict(by_rule)}; loosen `filter` (filter.correct_only=false keeps "
+            "wrong answers), or give a teacher that solves the prompts"
+        )
+    if control and totals["unanswered"]:
+        raise UserError(
+            f"the control arm needs final answers for all prompts, {totals['unanswered']} rows lack it; set "
+            "prompts.answer_column, or control.enabled=false (the run then proves nothing about the teacher)"
+        )
+    for parts in filter(None, (dropped, answers, kept)):
+        parts.close()
+    return {
+        "rows": kept.rows,
+        "tokens": totals["tokens"],
+        "prompt_tokens": totals["prompt_tokens"],
+        "errors": by_rule.get("error", 0),
+        "kept": kept.rows,
+        "dropped": dropped.rows,
+        "dropped_by_rule": dict(by_rule),
+        "prompts_covered": len(covered),
+    }
+
+
+class _Parts:
+    """Rows on their way to a folder: a part is written when it is full; without any row, an empty one."""
+
+    def __init__(self, folder: Path, schema, size: int = 20_000):
+        self._writer, self._size = PartWriter(folder, schema), size
+        self._buffer: list[dict] = []
+        self._written = self.rows = 0
+
+    def add(self, row: dict) -> None:
+        self._buffer.append(row)
+        self.rows += 1
+        if len(self._buffer) == self._size:
+            self._flush()
+
+    def close(self) -> None:
+        if self._buffer or not self._written:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write(self._written, self._buffer)
+        self._buffer = []
+        self._written += 1
+
+
+def explain(run_dir: Path, examples: int = 3) -> str:
+    """What every rule of a finished `dataset/` dropped: its count and the first few rows, texts cut short."""
+    counts = read_json(run_dir / "dataset" / MANIFEST)["counts"]
+    questions = {row["prompt_id"]: question(row) for row in read_rows(run_dir / "prompts")}
+    shown: dict[str, list[str]] = {rule: [] for rule in counts["dropped_by_rule"]}
+    for row in read_rows(run_dir / "dataset" / "dropped"):
+        if len(shown[row["rule"]]) < examples:
+            detail = f"  [{row['detail']}]" if row.get("detail") else ""
+            asked, answered = _cut(questions[row["prompt_id"]], 60), _cut(row["text"] or "", 60)
+            shown[row["rule"]].append(f"    {asked}  ->  {answered}{detail}")
+    lines = [f"kept {counts['kept']:,}, dropped {counts['dropped']:,}"]
+    for rule in sorted(shown, key=[*ORDER, *RULES].index):
+        lines += [f"  {rule}: {counts['dropped_by_rule'][rule]:,}", *shown[rule]]
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    """One line: control characters and line breaks become spaces."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _usable_signal(recipe: Recipe, tokenizer: dict[str, str]) -> dict[str, Any] | None:
+    """What the generations' manifest says of stored signals, if the student reads the very same tokens."""
+    if recipe.teacher is None or recipe.filter.completions != "whole":
+        return None
+    stored = read_json(recipe.path / "generations" / MANIFEST).get("signal")
+    form = SignalFormat.from_manifest(stored)
+    return stored if form and not form.problems(tokenizer) else None
+
+
+def _remade(row: dict, text: str, tokenizer) -> dict:
+    """A kept row with another text; stored signals go, they were said of the old one."""
+    plain = {name: value for name, value in row.items() if name not in SIGNAL_COLUMNS}
+    return plain | {"text": text, "completion_ids": _completion(text, tokenizer)}
+
+
+def _completion(text: str, tokenizer, ids: list[int] | None = None) -> list[int]:
+    """Token ids of an answer. They always end with the student's end token: it must learn to stop.
+
+    Where the teacher ended its turn with another special token, the student's takes that one's place.
+    """
+    end = tokenizer.eos_token_id
+    completion = list(ids) if ids is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids and completion[-1] != end and completion[-1] in tokenizer.all_special_ids:
+        completion.pop()
+    return completion if completion[-1:] == [end] else [*completion, end]
+
+
+def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:
+    """One training row."""
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "sample_idx": sample_idx,
+        "messages": prompt["messages"],
+        "prompt_ids": prompt_ids(tokenizer, prompt["messages"]),
+        "completion_ids": _completion(text, tokenizer, ids),
+        "text": text,
+        "family": prompt["family"],
+        "level": prompt["level"],
+    }
+
+
+# Rules of this module, in the account of what was dropped beside those of distill/data/filter_rules.py.
+RULES = ("no_final_answer", "no_other_prompt")
+Row = dict
+Make = Callable[[Row, str], Row]  # (row, text) -> the row with that text in place of its own
+
+
+def reduced(rows: Iterable[Row], how: str, prompts: dict[str, Row], make: Make) -> Iterator[Row]:
+    """Kept rows (those without `rule`) with their completions as `how` says; dropped rows pass unchanged.
+
+    An answer without a final result (`teacher_answer`) or a prompt without a reference is dropped, with the rule
+    `no_final_answer`. `shuffled` holds all rows in memory, and drops those of a cell with a single prompt.
+    """
+    if how == "whole":
+        yield from rows
+    elif how == "shuffled":
+        yield from _shuffled(rows, make)
+    else:
+        for row in rows:
+            if "rule" in row:
+                yield row
+                continue
+            known = prompts[row["prompt_id"]]["answer"]
+            text = known if how == "reference_answer" else extract_answer(row["text"])
+            yield make(row, text) if text else _refused(row, "no_final_answer")
+
+
+def _shuffled(rows: Iterable[Row], make: Make) -> Iterator[Row]:
+    """Each row with the text of a row further on in its (family, level), the last with those of the first."""
+    kept: list[Row] = []
+    for row in rows:
+        if "rule" in row:
+            yield row
+        else:
+            kept.append(row)
+    cells: dict[tuple, list[Row]] = {}
+    for row in kept:
+        cells.setdefault((row["family"], row["level"]), []).append(row)
+    donors: dict[tuple, str | None] = {}
+    for cell in cells.values():
+        by_prompt: dict[str, list[Row]] = {}
+        for row in cell:
+            by_prompt.setdefault(row["prompt_id"], []).append(row)
+        groups = list(by_prompt.values())
+        for group, other in zip(groups, [*groups[1:], groups[0]]):
+            for i, row in enumerate(group):
+                text = other[i % len(other)]["text"] if other is not group else None
+                donors[row["prompt_id"], row["sample_idx"]] = text
+    for row in kept:
+        text = donors[row["prompt_id"], row["sample_idx"]]
+        yield _refused(row, "no_other_prompt") if text is None else make(row, text)
+
+
+def _refused(row: Row, rule: str) -> Row:
+    return {**row, "rule": rule, "verdict": None, "detail": None}

@@ -1,0 +1,217 @@
+"""A teacher's opinion of text that is already there: one forward pass over prompt and completion.
+
+`distill generate` runs this after decoding when the recipe asks to keep signals, and instead of decoding when
+`prompts.completion_column` gives the text (somebody else's answers, scored by this teacher):
+
+    generate: {signal: {kind: sampled, k: 32}}       # then train.objectives: [{name: sampled_cross_entropy}]
+
+    score_rows(model, rows, form, keys=keys, pad_id=0, vocabulary=151_936)     # per row: logprobs, two blobs
+
+`sampled` draws its K tokens by systematic sampling (Madow 1949; as resampling in particle filters: Kitagawa
+1996, appendix): one uniform number places K equidistant points on the cumulative distribution. Token i comes
+floor(K p_i) or ceil(K p_i) times, and K p_i times on average. So it is as unbiased as the K independent
+draws of random sampling distillation (arXiv 2503.16870), with less noise and the same storage: likely tokens
+are exact to 1 / K.
+
+Shapes: B rows, T time, N kept tokens, V vocabulary, K stored tokens, n tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.config.section import Signal
+from distill.data.batches import TokenRows
+from distill.data.signals import SignalFormat, encode_sampled, encode_top_k
+from distill.data.teachers import Answer, LocalTeacher, Question
+from distill.errors import UserError
+from distill.models.decode import row_seed, uniforms
+from distill.models.head import KeptLogits
+from distill.models.load import prompt_ids, tokenizer_fingerprint
+from distill.storage import SIGNAL_COLUMNS, read_rows
+
+BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
+CHUNK_LOGITS = 2**22  # of which so many are made into float64 probabilities at a time
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Of one row of T completion tokens. logprobs [T]: natural logs, of the tokens that stand there."""
+
+    logprobs: list[float]
+    signal_ids: bytes | None
+    signal_values: bytes | None
+
+
+def signal_format(section: Signal, teacher) -> SignalFormat | None:
+    """The format of what this teacher's signals will be stored in; None where the recipe wants none.
+
+    Raises UserError for a teacher whose logits are not here.
+    """
+    if section.kind == "none":
+        return None
+    if not isinstance(teacher, LocalTeacher):
+        raise UserError(
+            f"generate.signal needs the logits of '{teacher.name}', which an endpoint does not give; "
+            "set generate.signal.kind=none, or load the teacher here"
+        )
+    identity = tokenizer_fingerprint(teacher.tokenizer)
+    return SignalFormat.from_recipe(section, len(teacher.tokenizer), identity)
+
+
+@torch.inference_mode()
+def score_rows(
+    model,
+    rows: TokenRows,
+    form: SignalFormat | None,
+    *,
+    keys: list[tuple],
+    pad_id: int,
+    vocabulary: int,
+    batch_size: int = 64,
+) -> list[RowScore]:
+    """Teacher-forced scores of every row, in their order. Logits from `vocabulary` on stand for no token.
+
+    keys: a tuple of ints and strings per row, which with the token's place fixes its draws: no batch size or
+    order changes them. The model sees `batch_size` rows at most, fewer where V is large.
+    """
+    scores: list[RowScore | None] = [None] * len(rows)
+    device = next(model.parameters()).device
+    # Not the numbers that chose the text: given those, draws would be no fair sample.
+    seeds = [row_seed(("signal", *key)) for key in keys]
+    with KeptLogits(model) as kept:
+        for indices in _batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
+            batch = rows.collate(indices, pad_id).to(device)
+            logits = kept(batch.input_ids, batch.attention_mask, batch.keep)[:, :vocabulary]  # [N, V]
+            lengths = rows.completion_lengths[indices]
+            seed = torch.tensor([seeds[i] for i in indices]).repeat_interleave(torch.from_numpy(lengths))
+            place = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+            u = uniforms(seed, place).to(device)
+            columns = [column.cpu().numpy() for column in _summaries(logits, batch.targets, u, form)]
+            for i, *parts in zip(indices, *(np.split(c, lengths.cumsum()[:-1]) for c in columns)):
+                scores[i] = _encoded(form, *parts)
+    return scores
+
+
+def _encoded(form: SignalFormat | None, logprobs: np.ndarray, *signal: np.ndarray) -> RowScore:
+    if form is None or np.isnan(logprobs).any():
+        return RowScore(logprobs.tolist(), None, None)
+    encode = {"top_k": encode_top_k, "sampled": encode_sampled}[form.kind]
+    return RowScore(logprobs.tolist(), *encode(form, *signal))
+
+
+def _batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
+    """Row numbers by length, in groups of at most `batch_size` rows and (but for one row) `tokens`."""
+    group, held = [], 0
+    for i in np.argsort(rows.lengths, kind="stable"):
+        length = int(rows.completion_lengths[i])
+        if group and (len(group) == batch_size or held + length > tokens):
+            yield np.array(group)
+            group, held = [], 0
+        group.append(i)
+        held += length
+    if group:
+        yield np.array(group)
+
+
+def _summaries(logits: Tensor, targets: Tensor, u: Tensor, form: SignalFormat | None) -> list[Tensor]:
+    """logprobs [N]; for top_k also ids and logprobs [N, K], for sampled ids [N, K]. A chunk at a time."""
+    found = []
+    size = max(1, CHUNK_LOGITS // logits.shape[1])
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        chunk = logits[part].float()
+        logprobs = chunk.log_softmax(-1)  # [n, V]
+        columns = [logprobs.gather(1, targets[part, None])[:, 0]]
+        if form and form.kind == "top_k":
+            values, ids = logprobs.topk(form.k)
+            columns += [ids, values]
+        elif form:
+            columns.append(draw((chunk / form.temperature).double().softmax(-1), form.k, u[part]))
+        found.append(columns)
+    return [torch.cat(column) for column in zip(*found)]
+
+
+def draw(probabilities: Tensor, k: int, u: Tensor) -> Tensor:
+    """Systematic sample of k tokens from each row of [n, V], by u [n] in [0, 1) -> ids [n, k], ascending.
+
+    Token i comes floor(k p_i) or ceil(k p_i) times, k p_i times in expectation over u.
+    """
+    cumulative = probabilities.cumsum(-1)
+    points = (torch.arange(k, device=u.device) + u[:, None]) / k * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True).clamp(max=probabilities.shape[1] - 1)
+
+
+# ---- answers of the stage `generations/` ------------------------------------------------------------------
+
+
+def given_answers(
+    teacher: LocalTeacher, questions: list[Question], texts: list[str], on_finish
+) -> list[Answer]:
+    """Somebody's texts as this teacher's answers: in its tokens, closed by its end token, not yet scored."""
+    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    answers = []
+    for question, text in zip(questions, texts):
+        prompt = prompt_ids(teacher.tokenizer, question.messages)
+        completion = _closed(teacher, teacher.tokenizer(text, add_special_tokens=False)["input_ids"])
+        length = len(prompt) + len(completion)
+        error = None
+        if context and length > context:
+            error = f"prompt and text have {length} tokens and the teacher takes {context}"
+        reason = "error" if error else "stop"
+        answers.append(Answer(text, reason, prompt, completion, [], error, len(prompt), len(completion)))
+        on_finish(answers[-1])
+    return answers
+
+
+def score_answers(section: Signal, teacher, questions: list[Question], answers: list[Answer]) -> None:
+    """Give every answer its signal, and its logprobs where it has none yet.
+
+    Cut-off and failed answers, which are never trained on, get nothing.
+    """
+    form = signal_format(section, teacher)
+    due = [
+        (question.key, answer)
+        for question, answer in zip(questions, answers)
+        if answer.completion_ids and answer.finish_reason == "stop" and (form or not answer.logprobs)
+    ]
+    if not due:
+        return
+    # As `filter` will train on it: a text that ended by another end token gets the tokenizer's own as well.
+    rows = TokenRows([a.prompt_ids for _, a in due], [_closed(teacher, a.completion_ids) for _, a in due])
+    scores = score_rows(
+        teacher.model,
+        rows,
+        form,
+        keys=[key for key, _ in due],
+        pad_id=teacher.tokenizer.pad_token_id,
+        vocabulary=len(teacher.tokenizer),
+        batch_size=teacher.batch_size,
+    )
+    for (_, answer), score in zip(due, scores):
+        if np.isnan(score.logprobs).any():
+            answer.error, answer.finish_reason = "the teacher's logits are not finite", "error"
+            continue
+        answer.logprobs = answer.logprobs or score.logprobs
+        answer.signal_ids, answer.signal_values = score.signal_ids, score.signal_values
+
+
+def measured_signal(form: SignalFormat | None, folder: Path) -> dict | None:
+    """What a manifest says of its signal columns: the format, and the bytes a token really takes."""
+    if form is None:
+        return None
+    tokens = size = 0
+    for row in read_rows(folder, ["completion_ids", *SIGNAL_COLUMNS]):
+        if row["signal_ids"] is not None:
+            tokens += len(row["completion_ids"])
+            size += len(row["signal_ids"]) + len(row["signal_values"])
+    return {**form.to_manifest(), "tokens": tokens, "bytes_per_token": round(size / max(tokens, 1), 2)}
+
+
+def _closed(teacher: LocalTeacher, ids: list[int]) -> list[int]:
+    end = teacher.tokenizer.eos_token_id
+    return list(ids) if ids and ids[-1] == end else [*ids, end]

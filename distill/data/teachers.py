@@ -1,0 +1,121 @@
+"""Who answers the training prompts: the protocol between `generate` and a teacher, and the local teacher.
+
+    teacher = LocalTeacher(recipe.teacher, device, batch_size)
+    answers = teacher.answer(questions, sampling, on_finish)     # list[Answer], in the order of questions
+
+Every `Question` gets one `Answer`; one that failed has `error` set and is never dropped in silence. A local model
+gives token ids and log-probabilities; an endpoint (distill/data/endpoint.py) gives text alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import StopStringCriteria
+
+from distill.config.data import TeacherSection
+from distill.models.decode import Sampling, decode
+from distill.models.describe import describe_model
+from distill.models.load import eos_ids, load_model, load_tokenizer, prompt_ids, tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample to draw: `key` (seed, prompt_id, sample_idx) fixes its randomness."""
+
+    messages: list[dict]
+    key: tuple
+
+
+@dataclass
+class Answer:
+    """prompt_ids and completion_ids are the teacher's own token ids, empty where it gives text alone."""
+
+    text: str
+    finish_reason: str  # "stop", "length" or "error"
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    signal_ids: bytes | None = None  # the teacher's distribution at every token (distill/data/signals.py)
+    signal_values: bytes | None = None
+
+
+class Teacher(Protocol):
+    name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on besides the recipe: tokenizer and template fingerprints."""
+        ...
+
+    def open(self) -> None:
+        """Load or reach it. Raises before anything is written where that is impossible."""
+        ...
+
+    def answer(
+        self, questions: list[Question], sampling: Sampling, on_finish: Callable[[Answer], None]
+    ) -> list[Answer]:
+        """One answer to every question, in their order; `on_finish` hears of each as it ends."""
+        ...
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int | None:
+        """Forward FLOPs of that many tokens; None where they cannot be known."""
+        ...
+
+
+class LocalTeacher:
+    """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
+
+    def __init__(self, section: TeacherSection, device: torch.device, batch_size: int):
+        self.name = section.model
+        self.batch_size = batch_size
+        self.tokenizer = load_tokenizer(section.model)
+        self._section, self._device, self._model = section, device, None
+
+    @property
+    def model(self):
+        """Loaded on first use: a finished stage is recognised without touching the weights."""
+        if self._model is None:
+            self._model = load_model(self._section.model, self._section.dtype, self._device)
+        return self._model
+
+    def open(self) -> None:
+        _ = self.model
+
+    def identity(self) -> dict[str, Any]:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def answer(self, questions, sampling, on_finish) -> list[Answer]:
+        ids = [prompt_ids(self.tokenizer, q.messages) for q in questions]
+        answers: list[Answer | None] = [None] * len(questions)
+
+        def finish(row: int, completion) -> None:
+            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            answers[row] = Answer(
+                text, completion.finish_reason, ids[row], completion.ids, completion.logprobs, completion.error,
+                len(ids[row]), len(completion.ids),
+            )  # fmt: skip
+            on_finish(answers[row])
+
+        decode(
+            self.model,
+            ids,
+            sampling,
+            eos_ids=eos_ids(self.model, self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            keys=[q.key for q in questions],
+            batch_size=self.batch_size,
+            on_finish=finish,
+            vocab_limit=len(self.tokenizer),
+            stopping=StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None,
+        )
+        return answers
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int:
+        # Each token attends to half of an average row.
+        tokens = prompt_tokens + completion_tokens
+        context = max(1, tokens // (2 * max(rows, 1)))
+        return int(describe_model(self.model, context)["flops_per_token"] * tokens)

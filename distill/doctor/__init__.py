@@ -1,0 +1,1 @@
+"""`distill doctor`: is this pair fit for this recipe?"""

@@ -1,0 +1,216 @@
+"""`distill doctor`: is this pair fit for this recipe? Asked of configs and tokenizers, before weights are loaded.
+
+    distill doctor RECIPE [key=value ...] [--json]
+    findings = examine(recipe)               # list of distill.doctor.findings.Finding
+    check_recipe(recipe, "run")              # what every command asks first; one UserError with every problem
+
+`doctor` prints a line per check, OK, note, WARN or FAIL, with the fix; its exit code is 2 with a FAIL, else 0. Every
+command that runs a recipe makes the same checks of its part of it first: a FAIL stops it, a WARN is printed once.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from distill import console
+from distill.config.evaluation import Evaluate
+from distill.config.recipe import Recipe
+from distill.data.endpoint import check_endpoint
+from distill.data.signals import STORED, SignalFormat, signal_problems
+from distill.data.terms import require_permission
+from distill.devices import describe_device
+from distill.doctor import memory as footprint
+from distill.doctor import student as student_checks
+from distill.doctor import tokens as token_checks
+from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, findings_of
+from distill.doctor.pair import Pair, Side, base_of, model_side
+from distill.errors import UserError
+from distill.models.load import check_model, check_weights, resolve_model, tokenizer_fingerprint
+
+
+def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:
+    """All findings, in the order of the report. `weights`: their absence is a FAIL rather than a warning.
+
+    A mistake that several checks run into is told by the first of them.
+    """
+    return list({(f.state, f.text): f for f in reversed(_examine(recipe, command, weights))}.values())[::-1]
+
+
+def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
+    pair = Pair(recipe, command)
+    found = findings_of("device", _device, pair)
+    if any(f.state == FAIL for f in found):
+        return found  # nothing below can be judged for a device that is not there
+    models = [f for side in pair.sides for f in findings_of("models", _model, side, weights)]
+    found += models
+    if recipe.teacher and recipe.teacher.endpoint:
+        found += findings_of("models", _endpoint, pair)
+    # Measuring trains nothing; and of a model that is not there nobody knows the terms.
+    if command != "evaluate" and not any(f.state == FAIL for f in models):
+        found += findings_of("terms", _terms, pair)
+    if pair.does("train"):
+        found += findings_of("precision", student_checks.precision, pair)
+        found += findings_of("trackers", _trackers, pair)
+    if any(f.state == FAIL for f in models):
+        return found  # what follows reads both configs and tokenizers
+    checks = [
+        ("vocabulary", token_checks.vocabulary),
+        ("chat template", token_checks.template),
+        ("end of turn", token_checks.end_of_turn),
+        ("context", token_checks.context),
+        ("objectives", objectives),
+    ]
+    if pair.does("train"):
+        checks += [("trained", student_checks.trained), ("experts", student_checks.expert_findings)]
+    checks.append(("memory", footprint.memory))
+    for name, check in checks:
+        found += findings_of(name, check, pair)
+    return found
+
+
+def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch.device) -> list[Finding]:
+    """The same of checkpoints that are only measured, `models` by name: what each reads, its context, its memory."""
+    found = []
+    for name, path in models.items():
+        side = model_side("checkpoint", path)
+        loaded = findings_of("models", _model, side, True)
+        found += loaded
+        if any(f.state == FAIL for f in loaded):
+            continue
+        found += token_checks.missing_template(side)
+        short = token_checks.fits(side, "--max-new-tokens", section.max_new_tokens, "held-out", None)
+        found += [short] if short else []
+        has, needs = footprint.device_memory(device), side.facts["weight_bytes"]
+        if needs > has:
+            text = f"{name}: weights of {footprint.gigabytes(needs)}, and the device has {footprint.gigabytes(has)}"
+            found.append(Finding("memory", FAIL, text, "take a larger device or a smaller model"))
+    return found
+
+
+def _device(pair: Pair) -> list[Finding]:
+    total = footprint.device_memory(pair.device)
+    return [Finding("device", OK, f"{describe_device(pair.device)}, {footprint.gigabytes(total)} of memory")]
+
+
+def _model(side: Side, weights: bool) -> list[Finding]:
+    """That config and tokenizer can be read, and weights where they lie here."""
+    found = []
+    if side.name:
+        folder = Path(resolve_model(side.name))
+        empty = folder.is_dir() and not any(
+            f.suffix in (".safetensors", ".bin", ".pt", ".pth") for f in folder.iterdir()
+        )
+        if empty and not weights:
+            text = f"{side.label}: {folder} has no weights yet"
+            found.append(Finding("models", WARN, text, "put *.safetensors there before a run"))
+        elif folder.is_dir():
+            check_model(side.name)
+            check_weights(Path(base_of(side.name)))
+    _ = side.tokenizer
+    facts = side.facts
+    size = f"{facts['parameters_total']:,} parameters"
+    if facts["experts"]:
+        size += f" ({facts['parameters_active']:,} active)"
+    return [*found, Finding("models", OK, f"{side.label}: {facts['model_type']}, {size}")]
+
+
+def _endpoint(pair: Pair) -> list[Finding]:
+    recipe = pair.recipe
+    answered = (recipe.path / "generations" / "manifest.json").is_file()
+    if pair.does("generate") and not answered:
+        check_endpoint(recipe.teacher.endpoint)
+    return [
+        Finding(
+            "models", OK, f"teacher '{recipe.teacher.model}' answers at {recipe.teacher.endpoint.base_url}"
+        )
+    ]
+
+
+def _terms(pair: Pair) -> list[Finding]:
+    decision = require_permission(pair.recipe)
+    if decision is None:
+        return [Finding("terms", OK, "no teacher, no terms")]
+    if decision["acknowledged"]:
+        return [Finding("terms", NOTE, f"{decision['reason']}; acknowledged: {decision['acknowledged']}")]
+    return [Finding("terms", OK, decision["reason"])]
+
+
+def _trackers(pair: Pair) -> list[Finding]:
+    absent = [name for name in pair.recipe.train.trackers if find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"train.trackers: {', '.join(absent)} not installed; pip install {' '.join(absent)}, or leave it out "
+            "(metrics.jsonl is written in any case)"
+        )
+    return []
+
+
+def objectives(pair: Pair) -> list[Finding]:
+    """That what the objectives read will be there: a live teacher, stored signals, given text."""
+    recipe = pair.recipe
+    asked = recipe.train.objectives
+    if recipe.teacher is None:
+        found = [
+            f"objective {o.name} needs a teacher, and the recipe has none; name one, or use cross_entropy"
+            for o in asked
+            if o.live or o.signal in STORED
+        ]
+    else:
+        found = _signals(pair)
+        live = [o.name for o in asked if o.live]
+        if live and recipe.teacher.endpoint:
+            found.append(
+                f"objective {live[0]} needs the model itself, and the endpoint of '{recipe.teacher.model}' gives text "
+                "alone; use train.objectives='[{name: cross_entropy}]' (distil the text), or a teacher loaded here"
+            )
+    if found:
+        return failures("objectives", UserError(*found))
+    return [Finding("objectives", OK, ", ".join(o.name for o in asked))]
+
+
+def _signals(pair: Pair) -> list[str]:
+    """What is wrong with keeping the teacher's signals, with scoring given text, or with training on either."""
+    recipe = pair.recipe
+    signal, given = recipe.generate.signal, recipe.prompts.completion_column
+    found = signal_problems(signal.kind, signal.temperature, recipe.train.objectives)
+    if recipe.teacher.endpoint:
+        asked = {"generate.signal": signal.kind != "none", "prompts.completion_column": given}
+        found += [
+            f"{key} needs the logits of '{recipe.teacher.model}', and its endpoint gives text alone; leave it "
+            "out, or load the teacher here"
+            for key in (key for key, wanted in asked.items() if wanted)
+        ]
+    elif not found and any(o.signal in STORED for o in recipe.train.objectives):
+        teacher = pair.teacher.tokenizer
+        form = SignalFormat.from_recipe(signal, len(teacher), tokenizer_fingerprint(teacher))
+        found += form.problems(tokenizer_fingerprint(pair.student.tokenizer))
+    if given and recipe.prompts.source == "tasks":
+        found.append(
+            "prompts.completion_column names texts of a file; give the file as prompts.source, or leave it out"
+        )
+    if given and recipe.generate.samples != 1:
+        found.append("prompts.completion_column gives one text to every prompt; set generate.samples=1")
+    return found
+
+
+__all__ = ["check_checkpoints", "check_model", "check_recipe"]
+
+
+def check_recipe(recipe: Recipe, command: str) -> None:
+    """Everything that can be known without loading weights. Raises UserError with all problems."""
+    _stop_or_warn(examine(recipe, command, weights=True))
+
+
+def check_checkpoints(models: dict[str, str], section: Evaluate, device: torch.device) -> None:
+    """The same for checkpoints by name that are only measured."""
+    _stop_or_warn(examine_checkpoints(models, section, device))
+
+
+def _stop_or_warn(findings: list[Finding]) -> None:
+    if problems := [f.line for f in findings if f.state == FAIL]:
+        raise UserError(*dict.fromkeys(problems))
+    shown = (WARN, NOTE) if console.verbose() else (WARN,)
+    said = {f.line: "warning" if f.state == WARN else "note" for f in findings if f.state in shown}
+    for line, kind in said.items():
+        console.warn(f"{kind}: {line}")

@@ -1,0 +1,201 @@
+"""Teacher and student as their configs and tokenizers describe them: what the checks before a run look at.
+
+    pair = Pair(recipe, "run")
+    pair.student.tokenizer, pair.teacher.context, pair.prompts        # each read once, when first asked for
+
+No weights are read. A teacher behind an endpoint has no config here: `pair.teacher` is None.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from distill.config.recipe import Recipe
+from distill.data.prompts import file_prompts, held_out, task_prompts
+from distill.devices import pick_device
+from distill.errors import UserError
+from distill.models.describe import describe_config
+from distill.models.load import (
+    PLAIN_TEMPLATE,
+    check_adapter_base,
+    load_config,
+    load_tokenizer,
+    prompt_ids,
+    resolve_model,
+)
+from distill.models.lora import LoraPlan, plan_lora, wrap_lora
+from distill.models.student import student_config, student_skeleton, student_tokenizer
+
+SAMPLE = 256  # of the prompts, the longest in characters and the shortest are counted in tokens
+_TASKS = 40  # embedded problems per level that are looked at: their lengths hardly vary
+
+
+class Side:
+    """One of the two: `role` is "teacher" or "student", `name` what the recipe calls it."""
+
+    def __init__(self, role: str, name: str | None, config: Callable[[], Any], tokenizer: Callable[[], Any]):
+        """`name` None: from scratch."""
+        self.role, self.name = role, name
+        self._config, self._tokenizer = config, tokenizer
+
+    @cached_property
+    def config(self) -> Any:
+        return self._config()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer()
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `distill describe` says."""
+        return describe_config(self.config)
+
+    @property
+    def label(self) -> str:
+        return f"{self.role} '{self.name or 'from scratch'}'"
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template != PLAIN_TEMPLATE
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding: the width of the logits, padding included."""
+        return self.config.get_text_config(decoder=True).vocab_size
+
+    @cached_property
+    def configured_ends(self) -> set[int]:
+        """Ids at which the model's own generation config ends an answer."""
+        found = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
+        if self.name:
+            # Without a file of its own, transformers derives it from the config.
+            with contextlib.suppress(OSError, ValueError):
+                found = GenerationConfig.from_pretrained(base_of(self.name)).eos_token_id
+        return {i for i in (found if isinstance(found, list) else [found]) if i is not None}
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids at which an answer of this model ends here: the tokenizer's end token and the configured ones."""
+        return self.configured_ends | {self.tokenizer.eos_token_id}
+
+    def token(self, index: int) -> str:
+        return f"'{self.tokenizer.convert_ids_to_tokens(index)}'"
+
+
+def model_side(role: str, name: str) -> Side:
+    """A named model; of an adapter folder, its base's config and its own tokenizer."""
+    return Side(role, name, lambda: load_config(base_of(name)), lambda: load_tokenizer(name))
+
+
+def base_of(name: str) -> str:
+    """The model itself, or the base of an adapter folder. Raises UserError for a folder that is not there."""
+    folder = Path(resolve_model(name))
+    return check_adapter_base(folder) if (folder / "adapter_config.json").is_file() else str(folder)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest prompts and of the shortest, through one model's own template."""
+
+    longest: list[int]  # descending
+    shortest: int
+
+
+class Pair:
+    """A recipe's two models, its device and its prompts. `command`: what is going to run."""
+
+    def __init__(self, recipe: Recipe, command: str = "run"):
+        self.recipe, self.command = recipe, command
+        self._lengths: dict[tuple[str, str], Lengths | None] = {}
+        named = recipe.teacher and not recipe.teacher.endpoint
+        self.teacher = model_side("teacher", recipe.teacher.model) if named else None
+        start = recipe.student
+        self.student = Side(
+            "student", start.model, lambda: student_config(start), lambda: student_tokenizer(start)
+        )
+
+    @property
+    def sides(self) -> list[Side]:
+        return [s for s in (self.teacher, self.student) if s]
+
+    @property
+    def on_logits(self) -> list[str]:
+        """Names of the objectives that compare a live teacher token by token of one vocabulary."""
+        return [o.name for o in self.recipe.train.objectives if o.live and o.signal != "aligned"]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Raises UserError where the recipe's device is not there."""
+        return pick_device(self.recipe.device, self.recipe.threads)
+
+    def does(self, *work: str) -> bool:
+        """Whether the command does any of this: generate, filter, train, evaluate."""
+        return self.command == "run" or self.command in work
+
+    @cached_property
+    def adapted(self) -> tuple[LoraPlan, nn.Module]:
+        """The plan of the student's LoRA, and a skeleton of the student that carries it. Raises UserError."""
+        section = self.recipe.student
+        skeleton = student_skeleton(section)
+        plan = plan_lora(skeleton, section.lora, section.quantize)
+        return plan, wrap_lora(skeleton, section.lora, plan)
+
+    @property
+    def adapter_parameters(self) -> int:
+        return sum(p.numel() for p in self.adapted[1].parameters() if p.requires_grad)
+
+    @cached_property
+    def training_prompts(self) -> list[list[dict]] | None:
+        """Chat messages of prompts, or None where they are on the hub: nothing is downloaded to look at them."""
+        section = self.recipe.prompts
+        if section.source == "tasks":
+            few = {level: min(n, _TASKS) for level, n in section.levels.items()}
+            return [row["messages"] for row in task_prompts("train", few, section, self.recipe.seed)]
+        if section.source.startswith("hub:"):
+            return None
+        return [row["messages"] for row in file_prompts(section.source, section, "train")]
+
+    @cached_property
+    def test_prompts(self) -> list[list[dict]] | None:
+        section = self.recipe.evaluate
+        if (section.source or "").startswith("hub:"):
+            return None
+        few = {level: min(n, _TASKS) for level, n in section.levels.items()}
+        section = section.model_copy(update={"levels": few})
+        return [row["messages"] for row in held_out(section, self.recipe.prompts, self.recipe.seed)]
+
+    def lengths(self, who: Side, which: str) -> Lengths | None:
+        """Tokens of the "training" or "held-out" prompts for this model; None where they cannot be read.
+
+        Counted are those that are longest in characters, and the shortest.
+        """
+        if (who.role, which) not in self._lengths:
+            prompts = self.training_prompts if which == "training" else self.test_prompts
+            self._lengths[who.role, which] = _count(who, prompts) if prompts else None
+        return self._lengths[who.role, which]
+
+
+def _count(who: Side, prompts: list[list[dict]]) -> Lengths:
+    ordered = sorted(prompts, key=lambda messages: -sum(len(m["content"]) for m in messages))
+    try:
+        longest = [len(prompt_ids(who.tokenizer, messages)) for messages in ordered[:SAMPLE]]
+        shortest = len(prompt_ids(who.tokenizer, ordered[-1]))
+    except Exception as error:  # a template is a program, and raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the chat template of {who.label} refuses the prompts ({reason}); leave out prompts.system, or "
+            "give the tokenizer a template that takes these roles"
+        ) from None
+    return Lengths(sorted(longest, reverse=True), min(shortest, *longest))

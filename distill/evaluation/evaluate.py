@@ -1,0 +1,207 @@
+"""MoE-aware evaluation: several checkpoints on the same held-out problems, and who is better.
+
+    distill evaluate RECIPE                                         base, control, student, teacher of the run
+    distill evaluate CHECKPOINT ... [--tasks T ...] [--teacher PATH] [--out DIR]      any causal LM or adapter
+
+This module is the stage and its order: check everything, the teacher first (the others are compared with its
+answers), one model at a time, then what needs all of them. What is measured of a model is in
+distill/evaluation/measure.py, comparisons in distill/evaluation/scores.py. It leaves `metrics.json`, every key of
+which is described in distill/evaluation/schema.py, and `answers/` (every answer as a Parquet row, one part per
+model), each model's part as soon as it is done, so an interrupted evaluation continues with the next model.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
+from distill.config.recipe import Recipe
+from distill.data.cards import refresh_cards
+from distill.data.prompts import held_out, named_problems
+from distill.devices import describe_device, pick_device
+from distill.errors import UserError
+from distill.evaluation.likelihood import choice_problems, letters_of, read_documents
+from distill.evaluation.measure import Plan, TeacherReference, measure_model
+from distill.evaluation.saturation import add_saturation
+from distill.evaluation.schema import METRICS_VERSION, check
+from distill.evaluation.scores import compare, forgetting
+from distill.evaluation.stats import RESAMPLES
+from distill.models.load import check_model, load_model, load_tokenizer
+from distill.stages import Stage, input_fingerprint
+from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
+
+BASE = "base"  # the name of the model whose solved problems are looked at again
+
+
+def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
+    """Stage `eval/` of a run: every checkpoint the recipe has, on its held-out problems."""
+    run = recipe.path
+    inputs = {"student": input_fingerprint(run / "student", "train RECIPE")}
+    checkpoints = {"student": str(run / "student")}
+    if recipe.control.enabled:
+        inputs["control"] = input_fingerprint(run / "control", "train RECIPE")
+        checkpoints = {"control": str(run / "control"), **checkpoints}
+    if recipe.student.model:
+        checkpoints = {BASE: recipe.student.model, **checkpoints}
+    if recipe.teacher and not recipe.teacher.endpoint:
+        checkpoints["teacher"] = recipe.teacher.model
+    if recipe.evaluate.models:
+        checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
+    local = "teacher" in checkpoints
+    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo)
+    refresh_cards(run, recipe.prices.usd_per_device_hour)
+    return manifest
+
+
+def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = False) -> dict[str, Any]:
+    """Stage `eval/` of the recipe's run folder for these checkpoints alone, whatever the run itself has trained."""
+    return _stage_of(recipe, checkpoints, {}, None, redo)
+
+
+def _stage_of(
+    recipe: Recipe, checkpoints: dict[str, str], inputs: dict, teacher: str | None, redo: bool
+) -> dict:
+    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
+    device = pick_device(recipe.device, recipe.threads)
+    plan = _plan(problems, recipe.evaluate, device, recipe.prices.usd_per_device_hour)
+    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs)
+    return _run(stage, checkpoints, plan, teacher, redo)
+
+
+def evaluate_checkpoints(
+    checkpoints: dict[str, str],
+    teacher: str | None,
+    out: Path,
+    section: Evaluate,
+    tasks: list[str],
+    redo: bool = False,
+    prompts: Prompts | None = None,
+    usd_per_hour: float | None = None,
+) -> dict[str, Any]:
+    """The same without a recipe: named checkpoints, optionally against a teacher, into the folder `out`.
+
+    `tasks` are files, presets or hub datasets (see named_problems), read as `prompts` says. `usd_per_hour` is
+    the price of this device.
+    """
+    if teacher:
+        checkpoints = {**{n: p for n, p in checkpoints.items() if p != teacher}, "teacher": teacher}
+    problems = held_out(section, Prompts(), seed=0) if section.levels else []
+    for task in tasks:
+        found = named_problems(task, prompts or Prompts())
+        if not found:
+            raise UserError(f"--tasks {task}: it has no problems; give a file with at least one row")
+        problems += found
+    plan = _plan(problems, section, pick_device(), usd_per_hour)
+    stage = Stage(out.parent, out.name, _identity(plan, checkpoints), inputs={})
+    return _run(stage, checkpoints, plan, "teacher" if teacher else None, redo)
+
+
+def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float | None) -> Plan:
+    """Everything that can be wrong with what is asked, found before any model is loaded. Raises UserError."""
+    if not problems:
+        raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
+    if section.likelihood:
+        if not choice_problems(problems):
+            raise UserError(
+                "likelihood needs multiple-choice problems (prompts.verifier=choice, or the presets mmlu, gpqa, "
+                "ceval); these have none, so name some with --tasks, or leave it out"
+            )
+        for problem in choice_problems(problems):
+            letters_of(problem)
+    if section.harness:
+        from distill.evaluation.harness import check_harness
+
+        check_harness(section)
+    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+
+
+def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
+    keys = ("prompt_id", "messages", "answer", "verifier")
+    return {
+        "schema_version": METRICS_VERSION,
+        "evaluate": plan.section.model_dump(mode="json"),
+        "usd_per_hour": plan.usd_per_hour,
+        "checkpoints": checkpoints,
+        "problems": fingerprint([tuple(p[key] for key in keys) for p in plan.problems]),
+        "text": fingerprint(plan.documents),
+    }
+
+
+def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, redo: bool) -> dict:
+    if stage.done(redo):
+        return stage.manifest
+    for path in checkpoints.values():  # all of them before any weight is loaded: mistakes surface in a second
+        check_model(path)
+    if plan.section.interventions.any:
+        from distill.evaluation.interventions import check_interventions
+
+        check_interventions(list(checkpoints.values()), plan.section.interventions)
+    stage.begin(redo)
+    rows_of, results = _measure_all(stage, checkpoints, plan, teacher)
+    add_saturation(
+        results,
+        rows_of,
+        plan.problems,
+        lambda name: (load_model(checkpoints[name], device=plan.device), load_tokenizer(checkpoints[name])),
+        teacher,
+        plan.section.routing_rows,
+    )
+    section = plan.section
+    metrics: dict[str, Any] = {
+        "schema_version": METRICS_VERSION,
+        "settings": {
+            **section.model_dump(include={"samples", "temperature", "top_p", "seed", "max_new_tokens"}),
+            "bootstrap_resamples": RESAMPLES,
+        },
+        "models": results,
+        "comparisons": compare(rows_of, section.level, section.seed),
+    }
+    trained = {name: rows for name, rows in rows_of.items() if name != teacher}
+    if BASE in trained and len(trained) > 1:
+        metrics["forgetting"] = forgetting(trained, BASE, section.seed)
+    check(metrics)
+    write_json(stage.folder / "metrics.json", metrics)
+    for name in checkpoints:
+        (stage.folder / f"{name}.json").unlink()
+        (stage.folder / f"{name}.interventions.jsonl").unlink(missing_ok=True)
+        for line in results[name]["warnings"]:
+            print(f"warning: {name}: {line}", file=sys.stderr)
+    rows = [row for name in checkpoints for row in rows_of[name]]
+    counts = {
+        "rows": len(rows),
+        "problems": len(plan.problems),
+        "tokens": sum(row["tokens"] for row in rows),
+        "prompt_tokens": sum(r["cost"]["prompt_tokens"] for r in results.values()),
+        "errors": sum(row["error"] is not None for row in rows),
+    }
+    flops = sum(r["cost"]["flops"] for r in results.values())
+    return stage.finish(counts, device=describe_device(plan.device), flops=flops)
+
+
+def _measure_all(
+    stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None
+) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """(answer rows, results) by model in the order of `checkpoints`; what is on disk already is read."""
+    writer = PartWriter(stage.folder / "answers", ANSWER_SCHEMA)
+    reference = (
+        TeacherReference(checkpoints[teacher], plan.section.fidelity_rows, plan.device) if teacher else None
+    )
+    rows_of: dict[str, list[dict]] = {}
+    for name in sorted(checkpoints, key=lambda name: name != teacher):  # the teacher first
+        part = list(checkpoints).index(name)
+        measured = stage.folder / f"{name}.json"
+        if not (writer.path(part).is_file() and measured.is_file()):
+            routes = stage.folder / "routes" / f"{name}.parquet"
+            kept = stage.folder / f"{name}.interventions.jsonl"
+            rows, result = measure_model(
+                name, checkpoints[name], plan, reference, name == teacher, routes, kept
+            )
+            writer.write(part, rows)
+            write_json(measured, result)
+            stage.checkpoint_clock()
+        rows_of[name] = read_table(writer.path(part)).to_pylist()
+        if name == teacher:
+            reference.answers = [row for row in rows_of[name] if row["sample_idx"] == 0]
+    results = {name: read_json(stage.folder / f"{name}.json") for name in checkpoints}
+    return {name: rows_of[name] for name in checkpoints}, results

@@ -1,0 +1,244 @@
+r"""Likelihoods of given text: which option of a multiple choice is most probable, and how well text is predicted.
+
+    distill evaluate CHECKPOINT --tasks mmlu:FILE --likelihood      -> models.<name>.likelihood in metrics.json
+
+Asked of every problem whose verifier is `choice` (MMLU, GPQA, C-Eval, or a file's own). Two kinds of options:
+the letter, as `Answer: B` after the prompt, and where the problem brings its choices as a list, their words.
+The prompt is what the model would answer, so a prompt that asks for reasoning first gets none: these numbers
+stand beside written answers, they do not replace them.
+
+Three scores, because the usual ones differ and none is right for all: the sum log p(option), which favours
+short options; per token; per UTF-8 byte, which does not depend on the tokenizer (lm-evaluation-harness calls
+the first acc and a per-byte one acc_norm). Of equal options the first is taken.
+
+Only the logits of option tokens are computed. Shapes: O options of all problems.
+
+Of given text: nats per token, nats and bits per byte, perplexity.
+
+    distill evaluate CHECKPOINT ... --text wiki.txt more.jsonl       -> models.<name>.text.<file> in metrics.json
+
+Perplexity per token compares models of one tokenizer only: a tokenizer with longer tokens has fewer and harder
+ones. Per byte the text is the same for all.
+
+A document is read through a sliding window: each pass sees at most W tokens and scores the last W/2 of them
+(the first pass: all), so every token is scored exactly once and, but for the document's beginning, with W/2
+tokens or more before it. Before the first token stands the tokenizer's BOS token, or its end token where it
+has none, as in lm-evaluation-harness. A .txt file is one document, a .jsonl file one per line (`text`).
+
+Shapes: W window, S stride.
+"""
+
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.data.batches import TokenRows
+from distill.data.scoring import score_rows
+from distill.errors import UserError
+from distill.evaluation.stats import ratio, score
+from distill.models.load import prompt_ids
+from distill.storage import find_file
+from distill.tasks.benchmarks import LETTERS
+from distill.tasks.verify import letter
+
+_LISTED = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]")
+
+
+def choice_problems(problems: list[dict]) -> list[dict]:
+    return [p for p in problems if p["verifier"] == "choice"]
+
+
+def likelihoods(model, tokenizer, problems: list[dict], batch_size: int = 64) -> dict[str, list[dict]]:
+    """{task: [`LikelihoodScore` of metrics.json, one per kind of options]} of the multiple-choice problems."""
+    asked = choice_problems(problems)
+    found: dict[str, list[dict]] = {}
+    for task in dict.fromkeys(p["level"] for p in asked):
+        own = [p for p in asked if p["level"] == task]
+        kinds = {"letter": [[f"Answer: {x}" for x in letters_of(p)] for p in own]}
+        if all(p.get("choices") for p in own):
+            kinds["text"] = [p["choices"] for p in own]
+        found[task] = [
+            {"options": kind, **_scores(model, tokenizer, own, options, batch_size)}
+            for kind, options in kinds.items()
+        ]
+    return found
+
+
+def letters_of(problem: dict) -> str:
+    """The letters a problem offers: one per choice, else those that begin lines of its prompt, A, B, ...
+
+    Raises UserError where there are fewer than two.
+    """
+    if problem.get("choices"):
+        return LETTERS[: len(problem["choices"])]
+    listed = set(_LISTED.findall(problem["messages"][-1]["content"]))
+    count = next((i for i, x in enumerate(LETTERS) if x not in listed), len(LETTERS))
+    if count < 2:
+        raise UserError(
+            f"likelihood: problem {problem['prompt_id']} offers no choices; give a list column `choices`, "
+            "or prompts with lines 'A. ...', 'B. ...'"
+        )
+    return LETTERS[:count]
+
+
+def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: int) -> dict[str, Any]:
+    prompts, texts, starts = [], [], [0]
+    for problem, offered in zip(problems, options):
+        prompt = prompt_ids(tokenizer, problem["messages"])
+        prompts += [prompt] * len(offered)
+        texts += offered
+        starts.append(len(texts))
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    empty = [text for text, ids in zip(texts, tokens) if not ids]
+    if empty:
+        raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
+    scored = score_rows(
+        model,
+        TokenRows(prompts, tokens),
+        None,
+        keys=[(i,) for i in range(len(tokens))],
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+        batch_size=batch_size,
+    )
+    sums = np.array([sum(s.logprobs) for s in scored])
+    per = {
+        "sum": sums,
+        "per_token": sums / [len(ids) for ids in tokens],
+        "per_byte": sums / [len(text.encode()) for text in texts],
+    }
+    spans = [slice(a, b) for a, b in pairwise(starts)]
+    finite = [bool(np.isfinite(sums[span]).all()) for span in spans]
+    result: dict[str, Any] = {"mean_options": len(texts) / len(problems), "errors": finite.count(False)}
+    for name, values in per.items():
+        best = [LETTERS[int(values[span].argmax())] if ok else None for span, ok in zip(spans, finite)]
+        result[name] = score([b is not None and b == letter(p["answer"]) for b, p in zip(best, problems)])
+    return result
+
+
+def read_documents(path: str) -> list[str]:
+    """The texts of a file. Raises UserError for one that is missing, of another kind, unreadable or empty."""
+    file = find_file(path)
+    if not file.is_file():
+        raise UserError(f"--text {path}: no such file; give a .txt or .jsonl file (evaluate.text)")
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"--text {path}: give a .txt file, or a .jsonl file with a column `text`")
+    try:
+        content = file.read_text(encoding="utf-8")
+        if file.suffix == ".txt":
+            documents = [content]
+        else:
+            documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"--text {path}: cannot be read ({type(error).__name__}: {error}); "
+                        "every line of a .jsonl file is an object with `text`, all in UTF-8") from None  # fmt: skip
+    if not all(isinstance(d, str) for d in documents):
+        raise UserError(f"--text {path}: a `text` is not a string; make every one a string")
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise UserError(f"--text {path} has no text in it; give a file that does")
+    return documents
+
+
+def windows(tokens: list[int], first: int, window: int, stride: int) -> list[tuple[list[int], list[int]]]:
+    """(context, scored) of every pass over one document; `first` stands before it. At most `window` together."""
+    found = [([first], tokens[: window - 1])]
+    for start in range(window - 1, len(tokens), stride):
+        scored = tokens[start : start + stride]
+        found.append((tokens[max(0, start + len(scored) - window) : start], scored))
+    return found
+
+
+def text_nll(model, tokenizer, documents: list[str], window: int, batch_size: int = 16) -> dict[str, Any]:
+    """`TextScore` of metrics.json for texts read through a sliding window of at most the model's context."""
+    config = model.config.get_text_config(decoder=True)
+    window = min(window, getattr(config, "max_position_embeddings", None) or window)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    stride = max(1, window // 2)
+    rows, owner = [], []
+    for number, document in enumerate(documents):
+        tokens = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        passes = windows(tokens, first, window, stride)
+        rows += passes
+        owner += [number] * len(passes)
+    groups = owner if len(documents) > 1 else list(range(len(rows)))
+    size = sum(len(document.encode()) for document in documents)
+    found = _score(model, tokenizer, rows, groups, batch_size)
+    return _result(*found, size, len(documents)) | {"window": window, "stride": stride}
+
+
+def answers_nll(
+    model, tokenizer, problems: list[dict], answers: list[dict], same_tokens: bool, limit: int
+) -> dict[str, Any] | None:
+    """`TextScore` of the first `limit` finished answers of another model, each after its problem; None if none.
+
+    same_tokens: score the very tokens that were written. Otherwise their text in this tokenizer, and its end
+    token, which stands for no byte but for the decision to stop.
+    """
+    finished = [(p, a) for p, a in zip(problems, answers, strict=True) if a["finish_reason"] == "stop"]
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    rows, size = [], 0
+    for problem, answer in finished[:limit]:
+        if same_tokens:
+            completion = answer["completion_ids"]
+        else:
+            written = tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
+            completion = [*written, tokenizer.eos_token_id]
+        prompt = prompt_ids(tokenizer, problem["messages"])
+        if len(prompt) + len(completion) > context:  # in this tokenizer; `documents` counts those that fit
+            continue
+        rows.append((prompt, completion))
+        size += len(answer["text"].encode())
+    if not rows:
+        return None
+    found = _score(model, tokenizer, rows, list(range(len(rows))), 64)
+    return _result(*found, size, len(rows)) | {"window": None, "stride": None}
+
+
+def _score(model, tokenizer, rows: list[tuple], groups: list[int], batch_size: int) -> tuple:
+    """(nats per group, finite tokens per group, tokens that are not)."""
+    scored = score_rows(
+        model,
+        TokenRows([context for context, _ in rows], [tokens for _, tokens in rows]),
+        None,
+        keys=[(i,) for i in range(len(rows))],
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+        batch_size=batch_size,
+    )
+    nats, counts, lost = np.zeros(groups[-1] + 1), np.zeros(groups[-1] + 1), 0
+    for group, row in zip(groups, scored):
+        values = np.array(row.logprobs, dtype=np.float64)
+        finite = np.isfinite(values)
+        nats[group] -= values[finite].sum()
+        counts[group] += finite.sum()
+        lost += int((~finite).sum())
+    return nats, counts, lost
+
+
+def _result(nats: np.ndarray, counts: np.ndarray, lost: int, size: int, documents: int) -> dict[str, Any]:
+    mean, stderr, _ = ratio(nats, counts)
+    # Tokens that were lost have bytes too; what is left is no longer the whole text.
+    per_byte = float(nats.sum() / size) if size and not lost and mean is not None else None
+    return {
+        "tokens": int(counts.sum()),
+        "bytes": size,
+        "documents": documents,
+        "nll_per_token": mean,
+        "nll_per_token_stderr": stderr,
+        "nll_per_byte": per_byte,
+        "bits_per_byte": None if per_byte is None else per_byte / math.log(2),
+        "perplexity": None if mean is None or mean > 700 else math.exp(mean),
+        "not_finite": lost,
+    }
+
+
+def text_names(paths: list[str]) -> list[str]:
+    """How files are called in metrics.json: by name, or as given where names repeat."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)

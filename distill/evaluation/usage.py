@@ -1,0 +1,94 @@
+"""What using a model costs, measured here: tokens per second, bytes held, and USD per million tokens.
+
+    distill evaluate CHECKPOINT ... --usd-per-hour 0.35        -> models.<name>.cost in metrics.json
+
+A short fixed workload, so that models compare: one prompt of 512 tokens read (prefill), one answer of 32
+tokens written alone (decode at batch 1: what one waiting person gets), each the median of three after a
+warm-up. Decode at the batch that the evaluation used is the evaluation itself. Prices per token follow from
+those speeds and from what an hour of this device costs you; without that price they are null, never a guess.
+Timings are of this machine and whatever else it was doing; nothing tests them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distill.models.decode import Sampling, decode
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 32
+_DECODE_PROMPT = 16
+_REPEATS = 3
+
+
+def usage_cost(
+    model, tokenizer, described: dict, answering: dict, usd_per_hour: float | None, speed: bool = True
+) -> dict[str, Any]:
+    """Keys of `Cost` in metrics.json beyond the answering itself.
+
+    described: of `describe_model`. answering: `decode_tokens_per_second` of the whole evaluation. `speed` off
+    leaves the two timings out, and with them the price of input tokens.
+    """
+    timed = measure_speed(model, tokenizer) if speed else {}
+    found = {
+        "weight_bytes": described["weight_bytes"],
+        "kv_bytes_per_token": described["kv_bytes_per_token"],
+        **timed,
+    }
+    if usd_per_hour is not None:
+        found |= {
+            "usd_per_hour": usd_per_hour,
+            "usd_per_million_input_tokens": usd_per_million(
+                usd_per_hour, timed.get("prefill_tokens_per_second")
+            ),
+            "usd_per_million_output_tokens": usd_per_million(
+                usd_per_hour, answering["decode_tokens_per_second"]
+            ),
+        }
+    return found
+
+
+def usd_per_million(usd_per_hour: float, tokens_per_second: float | None) -> float | None:
+    """USD for a million tokens at this speed; None without a speed."""
+    return usd_per_hour / 3600 / tokens_per_second * 1e6 if tokens_per_second else None
+
+
+@torch.inference_mode()
+def measure_speed(model, tokenizer) -> dict[str, Any]:
+    """Prefill and batch-1 decode, tokens per second; shorter where the model's context is."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or PREFILL_TOKENS
+    # Ordinary ids, all over the vocabulary: a mixture of experts routes a repeated token to the same experts.
+    vocabulary = min(len(tokenizer), config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, min(PREFILL_TOKENS, context)), generator=generator)
+    device = model.get_input_embeddings().weight.device
+    ids = ids.to(device)
+    prefill = _seconds(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), device)
+    prompt = ids[0, : min(_DECODE_PROMPT, context // 2)].tolist()
+    tokens = min(DECODE_TOKENS, context - len(prompt))
+
+    def write() -> None:
+        # No end tokens: the answer has its full length whatever the model thinks of random ids.
+        decode(model, [prompt], Sampling(max_new_tokens=tokens), eos_ids=set(), pad_id=0, batch_size=1)
+
+    return {
+        "prefill_tokens": ids.shape[1],
+        "prefill_tokens_per_second": round(ids.shape[1] / prefill, 1),
+        "decode_tokens_per_second_batch_1": round(tokens / _seconds(write, device), 1),
+    }
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Median wall time of `work`, after one unmeasured call."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,0 +1,26 @@
+"""Any causal LM: load it, adapt it, describe it, decode with it."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "decode": ["Completion", "Sampling"],
+        "describe": ["describe_config", "describe_model"],
+        "fp8": ["Tile", "VARIANTS", "emulate_fp8", "fp8_emulated", "restore", "round_trip"],
+        "head": ["KeptLogits"],
+        "load": [
+            "load_config",
+            "load_model",
+            "load_tokenizer",
+            "prompt_ids",
+            "same_vocabulary",
+            "tokenizer_fingerprint",
+        ],
+        "lora": ["add_lora", "assert_trained", "plan_lora"],
+        "parameters": ["format_trainable"],
+        "precision": ["Precision", "resolve_precision"],
+        "routers": ["find_routers"],
+        "student": ["build_student", "save_student"],
+    },
+)

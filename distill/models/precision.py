@@ -1,0 +1,232 @@
+"""Precision is one explicit value, and what a device cannot do is refused with the reason.
+
+| value        | matrix products                | needs |
+|--------------|--------------------------------|-------|
+| auto         | bf16 where the device computes in it, else fp16 on a GPU, else fp32; it says which and why | nothing |
+| fp32         | float32                        | nothing |
+| bf16         | bfloat16 autocast              | any CPU; a GPU of compute capability 8.0 (Ampere) or later |
+| fp16         | float16 autocast + loss scaler | CUDA: on CPU, Accelerate would silently run float32 |
+| fp8          | float8 by torchao              | CUDA capability 8.9 (Ada, Hopper) or later and torchao |
+| fp8-te       | float8 by Transformer Engine   | the same, and transformer_engine; never run by this project |
+| fp8-emulated | float8 by emulation, DeepSeek-V3's tiles (distill/models/fp8.py) | what bf16 needs; slower than bf16 |
+| fp8-emulated-tensor | the same, one scale per matrix | the same |
+| fp8-emulated-gradient-blocks | the same, activation gradients in 128x128 blocks | the same |
+
+Trained weights and the optimizer are float32 in every case; around float8 the rest runs as in bf16.
+
+    choice = resolve_precision("fp8-emulated", torch.device("cpu")); print(choice.reason)
+    numerics = choice.prepare(student.model)       # once, before Accelerate's prepare: installs, reports
+
+A training step also chooses its attention kernel: torch's own, except where that is known to be slow.
+
+    with training_attention(device, "bf16", longest=60): ...forward and backward...
+
+On a CPU torch's fused kernel is the one of flash attention, whose backward pass in bfloat16 takes 16 ms a layer for 32
+rows of 50 tokens where plain matrix products take 2 (AMD EPYC with AVX512-BF16, one thread; a LoRA step of the embedded
+student 183 ms with it, 146 without). Plain products hold [rows, heads, T, T] scores, so long rows keep the fused one.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill.errors import RunError, UserError
+from distill.models.fp8 import Fp8Report, Layer, describe_layers, emulate_fp8, layers_of
+from distill.models.routers import bare_model
+
+EMULATED = {  # value: variant of distill.models.fp8
+    "fp8-emulated": "tiles",
+    "fp8-emulated-tensor": "tensor",
+    "fp8-emulated-gradient-blocks": "gradient-blocks",
+}
+_LIBRARIES = {"fp8": "torchao", "fp8-te": "transformer_engine"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run computes in, and why; from `resolve_precision`."""
+
+    name: str
+    accelerate: str  # what `Accelerator(mixed_precision=...)` is given
+    reason: str  # printed and kept in the manifest
+    _float8: set[nn.Module] = field(default_factory=set, compare=False, repr=False)  # for torchao to convert
+
+    def handlers(self) -> list:
+        """Accelerate's recipe objects: only real float8 has one. ImportError without its library."""
+        if self.name == "fp8":
+            from accelerate.utils import AORecipeKwargs
+            from torchao.float8 import Float8LinearConfig
+
+            # Accelerate's default also wraps weights for FSDP's gather: safetensors then refuses to save them.
+            config = Float8LinearConfig(pad_inner_dim=True, enable_fsdp_float8_all_gather=False)
+            return [AORecipeKwargs(config=config, module_filter_func=self._converts)]
+        if self.name == "fp8-te":
+            from accelerate.utils import TERecipeKwargs
+
+            return [TERecipeKwargs()]
+        return []
+
+    def prepare(self, model: nn.Module) -> dict[str, Any]:
+        """Make the built student ready for this precision, once, before Accelerate's `prepare`.
+
+        Returns what the manifest keeps: `name`, `reason` and, for float8, `layers` (which multiply in float8
+        and which stay high, from this very model) with `layers_text`, the same as lines for people.
+        Raises UserError for a model that cannot run so.
+        """
+        report = self._install(model)
+        numerics = {"name": self.name, "reason": self.reason}
+        return numerics | ({"layers": report.as_dict(), "layers_text": report.lines()} if report else {})
+
+    def _install(self, model: nn.Module) -> Fp8Report | None:
+        if self.name in EMULATED:
+            return emulate_fp8(model, EMULATED[self.name])
+        if self.name not in _LIBRARIES:
+            return None
+        if self.name == "fp8":
+            layers = torchao_layers(model)
+            self._float8.update(layer.module for layer in layers if layer.reason is None)
+        else:
+            layers = transformer_engine_layers(model)
+        report = describe_layers(layers, _LIBRARIES[self.name])
+        if not report.float8:
+            raise UserError(f"precision {self.name}: no layer of this model can multiply in float8; use bf16")
+        return report
+
+    def _converts(self, module: nn.Module, _name: str) -> bool:
+        if not self._float8:
+            raise RunError("precision fp8: Precision.prepare(model) must come before Accelerate's prepare")
+        return module in self._float8
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """The precision `name` on `device`. Raises UserError with the reason where the device lacks it."""
+    kind = device.type
+    if name == "auto":
+        return _automatic(device)
+    if name == "fp32":
+        return Precision(name, "no", "float32 everywhere")
+    if name == "bf16" or name in EMULATED:
+        if kind == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(
+                f"precision {name}: {torch.cuda.get_device_name(device)} has no bfloat16 units; "
+                "set train.precision=fp16 (or fp32)"
+            )
+        slow = kind == "cpu" and not _cpu_has_bf16()
+        note = " (emulated: this CPU has no bf16 units, expect it slower than fp32)" if slow else ""
+        bf16 = f"bfloat16 matmuls by autocast{note}, weights and optimizer float32"
+        emulated = f"float8 linear layers by emulation (variant {EMULATED.get(name)}), around them {bf16}"
+        return Precision(name, "bf16", emulated if name in EMULATED else bf16)
+    if name == "fp16":
+        if kind == "cpu":
+            raise UserError(
+                "precision fp16: no CPU path (Accelerate would silently compute in float32, and real float16 "
+                "is tens of times slower); set train.precision=bf16 or fp32"
+            )
+        return Precision(name, "fp16", "float16 matmuls by autocast with loss scaling, weights float32")
+    return _real_float8(name, device)
+
+
+def _automatic(device: torch.device) -> Precision:
+    """The fastest precision whose matrix products this device has units for, and the reason."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        chosen, why = ("bf16", "this GPU has") if has_bf16 else ("fp16", "this GPU has no")
+    else:
+        # Emulated bfloat16 products made a training step of the embedded teacher 5 times slower.
+        chosen, why = ("bf16", "this CPU has") if _cpu_has_bf16() else ("fp32", "this CPU has no")
+    found = resolve_precision(chosen, device)
+    return replace(found, reason=f"auto: {why} bfloat16 units, so {found.reason}")
+
+
+def _real_float8(name: str, device: torch.device) -> Precision:
+    instead = "set train.precision=bf16, or fp8-emulated to see what float8 would do to the loss"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (8, 9):
+        found = f"capability {capability[0]}.{capability[1]}" if device.type == "cuda" else device.type
+        raise UserError(
+            f"precision {name}: needs a CUDA GPU of compute capability 8.9 or later, this is {found}; {instead}"
+        )
+    library = _LIBRARIES[name]
+    if find_spec(library) is None:
+        raise UserError(f"precision {name}: {library} is not installed; pip install {library}, or {instead}")
+    untested = "" if name == "fp8" else "; this project has never run Transformer Engine"
+    return Precision(
+        name,
+        "fp8",
+        f"float8 matmuls in linear layers by {library}, around them bfloat16 by autocast, weights and "
+        f"optimizer float32{untested}",
+    )
+
+
+def torchao_layers(model: nn.Module) -> list[Layer]:
+    """What torchao makes float8: the Linear layers that `distill.models.fp8` would emulate, less three kinds.
+
+    The first and the last Linear stay high, as Accelerate's own filter leaves them; so do layers with a side not
+    divisible by 16 (float8 units take no other), and fused experts, which are parameters and not layers.
+    """
+    layers = layers_of(model)
+    linears = [layer for layer in layers if isinstance(layer.module, nn.Linear) and layer.reason != "adapter"]
+    ends = {"first Linear": linears[:1], "last Linear": linears[-1:]}
+    named = {layer.module: reason for reason, found in ends.items() for layer in found}
+
+    def reason(layer: Layer) -> str | None:
+        if layer.reason is not None:
+            return layer.reason
+        if not isinstance(layer.module, nn.Linear):
+            return "fused experts"
+        divisible = all(side % 16 == 0 for side in layer.module.weight.shape)
+        return named.get(layer.module) if divisible else "sides not divisible by 16"
+
+    return [replace(layer, reason=reason(layer)) for layer in layers]
+
+
+def transformer_engine_layers(model: nn.Module) -> list[Layer]:
+    """What Accelerate hands to Transformer Engine: it takes no filter, so its own walk is repeated here.
+
+    Raises UserError where that walk would replace the output head: the training loop reads it directly.
+    """
+    base = bare_model(model)
+    taken = set(_accelerate_walk(base))
+    if base.get_output_embeddings() in taken:
+        raise UserError(
+            "precision fp8-te: Accelerate would replace the output head, which must stay high and in place; "
+            "set train.precision=fp8 (torchao)"
+        )
+    other = "left out by Accelerate's conversion"
+    return [
+        replace(layer, reason=None if layer.module in taken else layer.reason or other)
+        for layer in layers_of(model)
+    ]
+
+
+def _accelerate_walk(parent: nn.Module) -> Iterator[nn.Module]:
+    """The Linear layers that `accelerate.utils.transformer_engine.convert_model` replaces."""
+    for child in parent.children():
+        if isinstance(child, nn.Linear):
+            if any(side % 16 for side in child.weight.shape):
+                return  # accelerate 1.15 leaves the parent here, so later siblings stay high as well
+            yield child
+        else:
+            yield from _accelerate_walk(child)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether bf16 matmuls have hardware (AVX512-BF16 or AMX) on this CPU."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+PLAIN_ATTENTION_LIMIT = 512  # tokens of a row up to which whole score matrices are small
+
+
+def training_attention(device: torch.device, mixed_precision: str, longest: int):
+    """A context for one step. `mixed_precision` is Accelerate's word; `longest` the step's longest row in tokens."""
+    if device.type == "cpu" and mixed_precision == "bf16" and longest <= PLAIN_ATTENTION_LIMIT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()

@@ -1,0 +1,449 @@
+"""What a mixture-of-experts model does when its routing is changed: at inference, for as long as a context lasts.
+
+    with use_top_k(model, 1):                       # fewer (or more) experts per token than it was trained with
+        rows, _ = answer_problems(model, ...)
+    with drop_experts(model, {1: [3]}):             # expert 3 of layer 1 is never chosen, the next best steps in
+    with route(model, "random", seed=0):            # a control: do the router's choices matter at all?
+
+The model decides as its own family would: `use_top_k` sets the number that the router itself reads, so its
+bias, group limit, renormalisation and scale apply; `drop_experts` masks the scores inside the router's own
+top-k; `route` and `how="zero"` rewrite the indices and weights on their way into `experts`, the call that 57 of
+the 60 families of transformers 5.24 make. What cannot be done exactly is refused before anything runs.
+
+No parameter, buffer or config is written (gemma4 alone reads k from its config, which is put back): on exit the
+model gives the same bits. Prefill, cached decoding, `distill.models.decode`, `generate` and PEFT all pass through the
+same modules. Contexts nest; of two that rewrite the same call the inner one acts first, and `record_routing`,
+entered before or after, hears what the experts really get.
+
+Shapes: N tokens of one call (B rows of T), E experts (all that the router chooses among), k experts per token.
+
+`masked_choice` takes experts out of one router's choice:
+
+    with masked_choice(router, torch.tensor([3])):
+        model(**batch)                  # the family selects as ever, with expert 3 at a score of -inf
+
+The module that chooses (the one that holds k) runs under a mode that masks what its top-k sees, so bias, group
+limit, renormalisation and scale stay the family's own, and the scores that become weights are not touched.
+"""
+
+import copy
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from distill.errors import RunError, UserError
+from distill.models.decode import row_seed, uniforms
+from distill.models.hooks import Hooks, replaced_forward
+from distill.models.load import CACHE_NAMES
+from distill.models.routers import Router, bare, bare_model, find_routers
+from distill.moe.recording import is_compiled, real_tokens, routed_backbone
+from distill.moe.totals import is_sparsemixer
+
+ROUTES = ("random", "uniform", "shuffled")
+_POSITIONS = 2**20  # positions told apart in a token's key; longer texts only repeat draws
+
+
+# ---------------------------------------------------------------------------------------- how many experts
+
+
+@contextmanager
+def use_top_k(model: nn.Module, k: int) -> Iterator[None]:
+    """Every routed layer sends each token to `k` experts, chosen and weighted as by a model built with that k.
+
+    Raises UserError for a dense or compiled model; a k below 1, above the experts there are or above what the
+    group limit leaves; and for families that have no k to change: hash layers (deepseek_v4), sparsemixer
+    (phimoe), heads that are experts (jetmoe), a config that refuses it (zaya: 1 alone). Raises RunError if
+    experts then receive another number.
+    """
+    routers = _routers_of(model)
+    problems = [problem for router in routers if (problem := _top_k_problem(router, k))]
+    if problems := problems or _config_problems(bare_model(model).config, k):
+        raise UserError(*dict.fromkeys(problems))
+    with ExitStack() as undo:
+        for holder, name in {(id(h), n): (h, n) for r in routers for h, n in holders_of_k(r)}.values():
+            undo.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, k)
+        for router in routers:
+            if router.source == "experts":
+                undo.enter_context(_rewritten(router, _checked(router, k)))
+        yield
+
+
+def _top_k_problem(router: Router, k: int) -> str | None:
+    room, groups = router.num_experts, groups_of(router)
+    if reason := without_scores(router):
+        return f"{router.name}: the number of experts per token is fixed, {reason}; leave top-k as it is"
+    if router.source == "sorted_groups":
+        return (
+            f"{router.name}: the number of experts per token is fixed, since this family has as many query "
+            "heads per key head as experts per token; leave top-k as it is"
+        )
+    if groups:
+        room = groups[1] * (router.num_experts // groups[0])
+    if k == 1 and hasattr(bare(router.experts or router.block), "identity_expert"):
+        return (
+            f"{router.name}: the experts of this family (longcat) fail on one expert per token; use 2 or more"
+        )
+    if not 1 <= k <= room:
+        limit = f" in the {groups[1]} of {groups[0]} groups that a token may use" if groups else ""
+        return f"{router.name}: top-k {k} is not possible, there are {room} experts{limit}; use 1 to {room}"
+    return None
+
+
+def _config_problems(config, k: int) -> list[str]:
+    """What the family's own config says to that k (zaya knows one expert per token only)."""
+    changed = copy.deepcopy(config.get_text_config(decoder=True))
+    try:
+        if hasattr(changed, "num_experts_per_tok"):
+            changed.num_experts_per_tok = k
+            changed.validate()
+    except Exception as error:  # each config class validates in its own way
+        reason = str(error).strip().splitlines()[-1].strip()
+        return [f"top-k {k} is refused by the config of {config.model_type} ({reason}); use another"]
+    return []
+
+
+def _checked(router: Router, k: int) -> Callable:
+    def check(indices, weights):
+        if not indices.shape[-1] == weights.shape[-1] == k:
+            raise RunError(
+                f"{router.name}: asked for {k} experts per token, the router chose {indices.shape[-1]}"
+            )
+        return indices, weights
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------- without an expert
+
+
+@contextmanager
+def drop_experts(
+    model: nn.Module, drop: Mapping[int | str, Iterable[int]], how: str = "replace"
+) -> Iterator[None]:
+    """The named experts are never used. `drop`: {decoder layer number or router name: expert numbers from 0}.
+
+    how="replace": its score is -inf where the family selects (in the worth of its group as well), so the next
+        best expert steps in; the other scores, and what normalises them, are untouched.
+    how="zero": it is chosen as before and its output counts nothing; the other weights are not scaled up.
+        (zaya: a choice with weight 0 is recorded as the skip class, if it was expert 0.)
+
+    Raises UserError for a dense or compiled model, an unknown layer or expert, too few experts left for one
+    token (also under a group limit), and where a layer cannot do it: "replace" needs a top-k over scores
+    (not hash layers, phimoe, doge), "zero" the experts call (not llama4, jetmoe, doge).
+    """
+    if how not in ("replace", "zero"):
+        raise UserError(f"how={how!r}: a dropped expert is replaced by the next best or its output is zero")
+    chosen, problems = _named_experts(_routers_of(model), drop)
+    for router, experts in chosen:
+        problems += _replace_problems(router, experts) if how == "replace" else _call_problems(router)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    with ExitStack() as undo:
+        for router, experts in chosen:
+            change = masked_choice if how == "replace" else _silenced
+            undo.enter_context(change(router, torch.tensor(experts, dtype=torch.long)))
+        yield
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer in a router's name: 1 of "model.layers.1.mlp"."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None
+
+
+def _named_experts(routers: list[Router], drop: Mapping) -> tuple[list[tuple[Router, list[int]]], list[str]]:
+    chosen, problems = {}, []
+    for layer, experts in drop.items():
+        text, experts = str(layer), sorted(set(experts))
+        found = [r for r in routers if r.name == text or str(layer_number(r.name)) == text]
+        if len(found) > 1:
+            names = ", ".join(r.name for r in found)
+            problems.append(f"layer {text} has several routers; name one of {names}")
+        elif not found:
+            numbers = ", ".join(dict.fromkeys(str(layer_number(r.name)) for r in routers))
+            problems.append(f"layer {text} routes nothing; layers with experts: {numbers}")
+        elif wrong := [e for e in experts if not 0 <= e < found[0].num_experts]:
+            problems.append(f"{found[0].name}: no expert {wrong[0]}; it has 0 to {found[0].num_experts - 1}")
+        else:
+            chosen.setdefault(found[0].name, (found[0], []))[1].extend(experts)
+    return [(router, sorted(set(experts))) for router, experts in chosen.values()], problems
+
+
+def _replace_problems(router: Router, experts: list[int]) -> list[str]:
+    if reason := without_scores(router):
+        return [f"{router.name}: no other expert can step in, {reason}; drop it with how=zero"]
+    if router.source == "product_keys":
+        return [
+            f"{router.name}: its experts are cells of a product of keys, with no score of their own to mask"
+        ]
+    left, groups = experts_left(router, experts), groups_of(router)
+    if left < router.top_k:
+        limit = " in the groups that some token may use" if groups else ""
+        return [f"{router.name}: {left} experts are left{limit}, a token needs {router.top_k}; drop fewer"]
+    return []
+
+
+def _silenced(router: Router, experts: torch.Tensor):
+    def change(indices, weights):
+        return indices, weights.masked_fill(torch.isin(indices, experts.to(indices.device)), 0)
+
+    return _rewritten(router, change)
+
+
+# ---------------------------------------------------------------------------------------- other decisions
+
+
+@contextmanager
+def route(model: nn.Module, how: str, seed: int = 0) -> Iterator[None]:
+    """Controls that replace the routers' decisions in every layer.
+
+    "random": k distinct experts that compute (no null experts), drawn per token and layer from `seed`, the
+        token's id and its position alone, so neither batch nor cache changes a draw; they get the token's own
+        weights, the largest first. A token that the router skips (zaya) stays skipped.
+    "uniform": the token's own experts, each with the mean of its weights. Needs no seed.
+    "shuffled": the real tokens of each call exchange their decisions by a permutation drawn from `seed`. It
+        depends on the batch by its nature: a cached step of a single row has nobody to exchange with.
+        Real is what the attention mask says; pads that `generate` feeds to finished rows have mask 1.
+
+    Raises UserError for a dense or compiled model, an unknown `how`, or a layer without the experts call
+    (llama4, jetmoe, doge); RunError where "random" or "shuffled" cannot tell the tokens of a call.
+    """
+    routers = _routers_of(model)
+    problems = [problem for router in routers for problem in _call_problems(router)]
+    if how not in ROUTES:
+        problems.insert(0, f"route={how!r}: use one of {', '.join(ROUTES)}")
+    for router in routers if how == "random" else []:
+        if router.num_experts - router.null_experts < router.top_k:
+            problems.append(f"{router.name}: fewer experts that compute than experts per token; use uniform")
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    tokens = _Tokens(routed_backbone(model, routers))
+    with ExitStack() as undo:
+        if how != "uniform":
+            undo.enter_context(tokens.watched())
+        for layer, router in enumerate(routers):
+            undo.enter_context(_rewritten(router, _decision(how, router, row_seed((seed, layer)), tokens)))
+        yield
+
+
+def _decision(how: str, router: Router, seed: int, tokens: "_Tokens") -> Callable:
+    def uniform(indices, weights):
+        return indices, weights.mean(-1, keepdim=True).expand_as(weights).contiguous()
+
+    def random(indices, weights):
+        keys, experts = tokens.keys(router, len(indices)), router.num_experts - router.null_experts
+        steps = keys[:, None] * router.num_experts + torch.arange(experts, device=keys.device)
+        draws = uniforms(torch.full_like(steps, seed), steps)
+        drawn = draws.argsort(-1)[:, : indices.shape[-1]].to(indices.dtype)
+        ordered = weights.sort(-1, descending=True).values
+        if router.null_experts:
+            skipped = (weights == 0).all(-1, keepdim=True)
+            drawn = torch.where(skipped, indices, drawn)
+        return drawn, ordered
+
+    def shuffled(indices, weights):
+        slots = torch.arange(len(indices), device=indices.device)
+        keys = tokens.keys(router, len(indices)) * _POSITIONS + slots
+        real = slots if tokens.valid is None else slots[tokens.valid.to(slots.device)]
+        source = slots.clone()
+        source[real] = real[uniforms(torch.full_like(keys, seed), keys)[real].argsort()]
+        return indices[source], weights[source]
+
+    return {"uniform": uniform, "random": random, "shuffled": shuffled}[how]
+
+
+class _Tokens:
+    """The tokens of the forward pass in progress: a key [N] each, and which of them are real."""
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.names = backbone, list(inspect.signature(backbone.forward).parameters)
+        self.ids = self.positions = self.valid = None
+
+    def begin(self, _module, args, kwargs) -> None:
+        named = dict(zip(self.names, args)) | kwargs
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        if ids is None:
+            raise RunError(
+                "these decisions are drawn by token: call the model with input_ids, not embeddings"
+            )
+        told = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        self.valid = real_tokens(ids, None, mask if told else None, None)
+        self.ids, self.positions = ids, _positions(ids, mask if told else None, named)
+
+    def end(self, *_) -> None:
+        self.ids = self.positions = self.valid = None
+
+    def keys(self, router: Router, count: int) -> torch.Tensor:
+        """int64 [N], a function of token id and position."""
+        if self.ids is None or self.ids.numel() != count:
+            raise RunError(
+                f"{router.name}: {count} tokens are routed and the forward pass in progress has "
+                f"{0 if self.ids is None else self.ids.numel()}; route whole forward passes of the model"
+            )
+        return (self.ids.long() * _POSITIONS + self.positions).reshape(-1)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        with Hooks() as hooks:
+            hooks.before(self.backbone, self.begin, named=True)
+            hooks.after(self.backbone, self.end, always=True)
+            yield
+
+
+def _positions(ids: torch.Tensor, mask: torch.Tensor | None, named: dict) -> torch.Tensor:
+    """[B, T]: how many real tokens came before each. A mask of a cached step covers the whole past."""
+    if mask is not None:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if (positions := named.get("position_ids")) is not None and positions.ndim == 2:
+        return positions.expand_as(ids)
+    cache = next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    return torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
+
+
+# ---------------------------------------------------------------------------------------- what they share
+
+
+def _routers_of(model: nn.Module) -> list[Router]:
+    routers = find_routers(model)
+    if not routers:
+        raise UserError("a dense model has no routing to change: leave it out, or give a mixture of experts")
+    if is_compiled(model):
+        raise UserError("compiled code would not see the change: load the model again without compiling it")
+    if any(is_sparsemixer(router) and router.block.training for router in routers):
+        raise UserError("this model samples its experts in train mode: call model.eval() first")
+    return routers
+
+
+def _call_problems(router: Router) -> list[str]:
+    if router.source == "experts":
+        return []
+    return [
+        f"{router.name}: {type(bare(router.block)).__name__} does not hand indices and weights to an experts "
+        "module, so they cannot be replaced; use top-k or dropped experts with how=replace"
+    ]
+
+
+@contextmanager
+def _rewritten(router: Router, change: Callable) -> Iterator[None]:
+    """`experts` receives what `change(indices [N, k], weights [N, k])` returns."""
+
+    def rewrite(_module, args, kwargs):
+        given = dict(enumerate(args)) | kwargs
+        tensors = [key for key, value in given.items() if isinstance(value, torch.Tensor)][1:]
+        indices = next((key for key in tensors if not given[key].is_floating_point()), None)
+        weights = next((key for key in tensors if given[key].is_floating_point()), None)
+        if indices is None or weights is None:
+            raise RunError(f"{router.name}: experts were called without indices and weights")
+        given[indices], given[weights] = change(given[indices], given[weights])
+        return tuple(given[n] for n in range(len(args))), {name: given[name] for name in kwargs}
+
+    # First in line: a recording entered before this context must hear what the experts get.
+    with Hooks() as hooks:
+        hooks.before(router.experts, rewrite, named=True, first=True)
+        yield
+
+
+_WORTH = (torch.topk, torch.Tensor.topk, torch.max, torch.Tensor.max)  # of a group, over the scores in it
+
+
+def holders_of_k(router: Router) -> list[tuple[object, str]]:
+    """Where the family keeps its k: on router and block as `top_k`, or else (gemma4) in the router's config."""
+    modules = [bare(module) for module in (router.router, router.experts, router.block) if module is not None]
+    if own := [(m, "top_k") for m in modules if isinstance(vars(m).get("top_k"), int)]:
+        return own
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    return [
+        (c, n) for c in configs for n in ("top_k", "top_k_experts") if isinstance(getattr(c, n, None), int)
+    ]
+
+
+def without_scores(router: Router) -> str | None:
+    """Why this router has no top-k over scores, if it has none."""
+    if router.router is not None:
+        if any(not b.is_floating_point() and b.ndim == 2 for b in bare(router.router).buffers()):
+            return "the experts of each token id are in a table (hash routing)"
+        if is_sparsemixer(router):
+            return "sparsemixer takes two maxima, one after the other, and no top-k"
+    return None
+
+
+def groups_of(router: Router) -> tuple[int, int] | None:
+    """(groups, groups a token may use) where the router limits them."""
+    inner = None if router.router is None else bare(router.router)
+    groups, usable = getattr(inner, "num_group", None), getattr(inner, "topk_group", None)
+    limits = isinstance(groups, int) and isinstance(usable, int) and usable < groups
+    return (groups, usable) if limits and getattr(inner, "topk_method", "") != "greedy" else None
+
+
+def experts_left(router: Router, experts: list[int]) -> int:
+    """How many experts every token can still choose among, in the worst case, without those."""
+    groups = groups_of(router)
+    if not groups:
+        return router.num_experts - len(experts)
+    # A token's groups may be those with the fewest left; one without a second best has no worth to "top 2".
+    size = router.num_experts // groups[0]
+    alive = [size - sum(e // size == g for e in experts) for g in range(groups[0])]
+    if sum(n >= min(2, size) for n in alive) < groups[1]:
+        return 0
+    return sum(sorted(n for n in alive if n)[: groups[1]])
+
+
+@contextmanager
+def masked_choice(router: Router, experts: torch.Tensor) -> Iterator[None]:
+    """Run the choosing module under a mode that masks the scores its top-k sees."""
+    holders = [holder for holder, _ in holders_of_k(router)]
+    inner = None if router.router is None else bare(router.router)
+    # dbrx's router only makes logits: who has the k is who chooses.
+    by_router = inner in holders or getattr(inner, "config", None) in holders
+    module = router.router if by_router else router.block
+    masked, original = _MaskedChoice(router, experts), module.forward
+
+    def forward(*args, **kwargs):
+        masked.seen = False
+        with masked:
+            output = original(*args, **kwargs)
+        if not masked.seen:
+            raise RunError(
+                f"{router.name}: {type(inner).__name__} made no top-k over {router.num_experts} scores, so no "
+                "expert can be taken out of it; drop it with how=zero"
+            )
+        return output
+
+    with replaced_forward(module, forward):
+        yield
+
+
+class _MaskedChoice(TorchFunctionMode):
+    """Every top-k over E scores, and the one or the maximum inside groups of them, sees -inf for some experts."""
+
+    def __init__(self, router: Router, experts: torch.Tensor):
+        super().__init__()
+        self.experts, self.num_experts, self.seen = experts, router.num_experts, False
+        self.name, self.left = router.name, experts_left(router, experts.tolist())
+        groups = groups_of(router)
+        self.grouped = (groups[0], router.num_experts // groups[0]) if groups else None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.num_experts:
+            k = args[1] if len(args) > 1 else kwargs["k"]
+            if k > self.left:  # another context may have raised it
+                raise UserError(f"{self.name}: {self.left} experts are left, a token needs {k}; drop fewer")
+            self.seen = True
+            args = (self._masked(args[0], (self.num_experts,)), *args[1:])
+        elif func in _WORTH and args[0].ndim == 3 and args[0].shape[-2:] == self.grouped:
+            args = (self._masked(args[0], self.grouped), *args[1:])
+        return func(*args, **kwargs)
+
+    def _masked(self, scores: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        mask = torch.zeros(self.num_experts, dtype=torch.bool, device=scores.device)
+        mask[self.experts.to(scores.device)] = True
+        return scores.masked_fill(mask.view(shape), -math.inf)

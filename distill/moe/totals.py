@@ -1,0 +1,279 @@
+"""What is summed of one router as its tokens pass: where they went, and how certain the router was.
+
+    load = LoadTotals(experts=8, experts_per_token=2)
+    load.add(indices, sizes=[64, 64])        # [128, 2]: two forward passes of 64 tokens
+    load.summary()                           # load, MaxVio global and per batch, entropy, drop, co-activation
+
+`LoadTotals` counts tokens, pairs of experts, and every forward pass on its own. Nothing in it grows with the number
+of tokens. Over several processes the totals are summed first and ratios formed after (`reduce`), because a mean of
+the ranks' MaxVio is not the MaxVio of all tokens.
+
+`ScoreTotals` finds which score function a router has (softmax, sigmoid, ...) and how certain it is. The function is
+not looked up by name: it is the one whose scores reproduce the ratios of the weights that were used. A sample of each
+digest is enough for that verdict; entropy and confidence are then taken over all tokens. If no function fits, or more
+than one, `verdict` raises RunError.
+
+Shapes: N tokens of one digest (T over all), E experts (all that the router chooses among), k experts per token,
+B forward passes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.errors import RunError
+from distill.models.routers import Router, bare
+from distill.moe import metrics
+
+CAPACITY_FACTORS = (1.0, 1.25, 1.5, 2.0)
+_FACTORS = torch.tensor(CAPACITY_FACTORS, dtype=torch.float64).view(-1, 1, 1)  # against counts [B, E]
+FULL_MATRIX = 128  # experts up to which the whole co-activation matrix is reported
+PAIRS_REPORTED = 64  # pairs reported beyond that
+
+
+class LoadTotals:
+    """Running totals of one layer. `counts` [E]; `pairs` [E, E], tokens that reach both; `batches`, a number."""
+
+    def __init__(self, experts: int, experts_per_token: int):
+        self.experts, self.k = experts, experts_per_token
+        self.tokens = self.batches = 0
+        self.counts = torch.zeros(experts, dtype=torch.int64)
+        self.pairs = torch.zeros(experts, experts, dtype=torch.int64)
+        self.dropped = torch.zeros(
+            len(CAPACITY_FACTORS), dtype=torch.int64
+        )  # each pass with its own capacity
+        self.violation = self.floor = self.worst = (
+            0.0  # sums over passes of MaxVio and its floor, largest MaxVio
+        )
+
+    def add(self, indices: torch.Tensor, sizes: list[int]) -> None:
+        """indices [T, k] of B consecutive forward passes with `sizes[b]` tokens each, sum(sizes) == T."""
+        sizes = [size for size in sizes if size]
+        if not sizes:
+            return
+        indices = indices.long()
+        batch = torch.repeat_interleave(torch.tensor(sizes)).to(indices.device)
+        keys = (batch[:, None] * self.experts + indices).flatten()
+        per_batch = torch.bincount(keys, minlength=len(sizes) * self.experts).view(-1, self.experts).cpu()
+        self.tokens += len(indices)
+        self.batches += len(sizes)
+        # Not in place: what was made in inference mode may be added to outside of it.
+        self.counts = self.counts + per_batch.sum(0)
+        if self.k > 1:
+            self.pairs = self.pairs + metrics.pair_counts(indices, self.experts).cpu()
+        violations = metrics.max_violation_per_batch(per_batch)
+        self.violation += float(violations.sum())
+        self.worst = max(self.worst, float(violations.max()))
+        self.floor += sum(metrics.max_violation_noise_floor(size, self.experts, self.k) for size in sizes)
+        self.dropped = self.dropped + metrics.token_drop(per_batch, _FACTORS).sum(-1)
+
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
+        """Make these the totals of all processes. `total` sums a CPU tensor over them."""
+        whole = torch.cat(
+            [torch.tensor([self.tokens, self.batches]), self.counts, self.dropped, self.pairs.flatten()]
+        )
+        whole = total(whole)
+        self.tokens, self.batches = whole[:2].tolist()
+        self.counts, self.dropped, pairs = whole[2:].split(
+            [self.experts, len(self.dropped), self.pairs.numel()]
+        )
+        self.pairs = pairs.view(self.experts, self.experts)
+        self.violation, self.floor = total(
+            torch.tensor([self.violation, self.floor], dtype=torch.float64)
+        ).tolist()
+        self.worst = largest(self.worst, total, rank, world)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers; the definitions and their sources are those of `distill.moe.metrics`.
+
+        max_violation is MaxVio_global, max_violation_batch_* MaxVio_batch over the B forward passes, each with
+        what a uniform router would show on as many independent tokens. token_drop takes all T tokens as one
+        batch, token_drop_batch gives every forward pass its own capacity: both are shares of the assignments.
+        """
+        counts, assignments = self.counts, self.tokens * self.k
+        whole = {str(f): int(metrics.token_drop(counts, f)) / assignments for f in CAPACITY_FACTORS}
+        matrix = metrics.coactivation(self.pairs, counts)
+        return {
+            "load": metrics.load_fraction(counts).tolist(),
+            "max_violation": metrics.max_violation(counts),
+            "max_violation_noise_floor": metrics.max_violation_noise_floor(self.tokens, self.experts, self.k),
+            "batches": self.batches,
+            "max_violation_batch_mean": self.violation / self.batches,
+            "max_violation_batch_max": self.worst,
+            "max_violation_batch_noise_floor": self.floor / self.batches,
+            "load_entropy": metrics.load_entropy(counts),
+            "load_entropy_normalised": metrics.load_entropy(counts, normalised=True),
+            "effective_experts": metrics.effective_experts(counts),
+            "load_cv": metrics.coefficient_of_variation(counts),
+            "dead_experts": metrics.dead_experts(counts),
+            "token_drop": whole,
+            "token_drop_batch": {
+                str(f): int(n) / assignments for f, n in zip(CAPACITY_FACTORS, self.dropped)
+            },
+            "coactivation": {
+                "uniform": (self.k - 1) / (self.experts - 1) if self.experts > 1 else 0.0,
+                "matrix": matrix.round(decimals=4).tolist() if self.experts <= FULL_MATRIX else None,
+                "strongest": metrics.strongest_pairs(self.pairs, counts, PAIRS_REPORTED),
+            },
+        }
+
+
+def largest(value: float, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> float:
+    """The maximum over processes, by means of a sum: each writes into a slot of its own."""
+    slots = torch.zeros(world, dtype=torch.float64)
+    slots[rank] = value
+    return float(total(slots).max())
+
+
+SCORES = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
+    "probabilities": lambda logits: logits.clamp(min=0),  # gemma4's router returns probabilities, not logits
+}
+_SAMPLE = 256  # tokens per digest that the score function is judged by,
+_SETTLED = 16  # and digests after which a function without rivals is not judged again
+
+
+class ScoreTotals:
+    """Running totals of one layer's scores. `tokens` seen, of which `broken` had NaN for logits or weights."""
+
+    def __init__(self, router: Router):
+        self.router = router
+        self.tokens = self.broken = self.digests = 0
+        self.tolerance = 1e-3  # on the spread of log(weight / score)
+        # Per candidate function: n, sum and sum of squares of log(weight / score), which give its verdict.
+        self.fit = {rule: torch.zeros(3, dtype=torch.float64) for rule in SCORES}
+        # And the two sums, of entropy and confidence, that count once it has been found to be the one.
+        self.opinion = {rule: torch.zeros(2, dtype=torch.float64) for rule in SCORES}
+
+    def add(self, logits: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
+        """One digest: [N, E], [N, k] as applied to the expert outputs, [N, k]; all on one device."""
+        if not len(logits):
+            return
+        self.tokens += len(logits)
+        if max(torch.finfo(x.dtype).eps for x in (logits, weights)) > 1e-4:
+            self.tolerance = 2e-2  # half precision rounds weights to two or three digits
+        logits, weights, indices = logits.float(), weights.float(), indices.long()
+        if not (logits.sum() + weights.sum()).isfinite():  # cheap; a real infinity is not yet a NaN
+            self.broken += int((logits.isnan().any(-1) | weights.isnan().any(-1)).sum())
+        self.digests += 1
+        if len(self.fit) > 1 or self.digests <= _SETTLED:
+            self._judge(logits, weights, indices)
+        self.opinion = {
+            rule: self.opinion[rule] + _opinion(SCORES[rule](logits), indices).cpu() for rule in self.fit
+        }
+
+    def _judge(self, logits: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
+        sample = slice(None, None, -(-len(logits) // _SAMPLE))
+        evidence = _evidence(
+            self.router, list(self.fit), logits[sample].double(), weights[sample].double(), indices[sample]
+        )
+        self.fit = {rule: sums + evidence[rule].cpu() for rule, sums in self.fit.items()}
+        spread = self._spread()
+        # Candidates beyond this would cost time to the end and cannot win.
+        limit = max(3 * min(spread.values()), self.tolerance)
+        self.fit = {rule: sums for rule, sums in self.fit.items() if spread[rule] <= limit}
+
+    def verdict(self) -> str:
+        """Name of the function in SCORES whose scores reproduce the ratios of the weights that were used.
+
+        Raises RunError for NaN, or if no function does, or more than one (equal logits; one expert per token
+        with weight 1).
+        """
+        name = self.router.name
+        if self.broken:
+            raise RunError(
+                f"{name}: router logits or weights are NaN for {self.broken} of {self.tokens} tokens; the "
+                "weights are damaged, or overflow in this precision (try dtype fp32 or bf16)"
+            )
+        spread = self._spread()
+        best, *others = sorted(spread, key=spread.get) or [None]
+        rival = spread[others[0]] if others else math.inf
+        if best is None or spread[best] > self.tolerance or rival < max(3 * spread[best], 1e-5):
+            found = ", ".join(f"{rule} {value:.1e}" for rule, value in spread.items())
+            raise RunError(
+                f"{name}: cannot tell the score function of {type(self.router.block).__name__} "
+                f"from {self.tokens} tokens (spread of log(weight / score): {found or 'none fits'}); "
+                "the counts hold"
+            )
+        return best
+
+    def means(self) -> dict[str, float]:
+        """Mean router entropy (nats) and confidence over all tokens. RunError as in `verdict`."""
+        entropy, confidence = (self.opinion[self.verdict()] / self.tokens).tolist()
+        return {"router_entropy": entropy, "confidence": confidence}
+
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
+        """Make these the totals of all processes; a candidate that one of them has ruled out is out."""
+        self.tokens, self.broken = total(torch.tensor([self.tokens, self.broken])).tolist()
+        out = torch.full((5,), math.nan, dtype=torch.float64)
+        table = [
+            torch.cat([self.fit[rule], self.opinion[rule]]) if rule in self.fit else out for rule in SCORES
+        ]
+        rows = dict(zip(SCORES, total(torch.stack(table))))
+        self.fit = {rule: row[:3] for rule, row in rows.items()}  # NaN: out, with an infinite spread
+        self.opinion = {rule: row[3:] for rule, row in rows.items()}
+        self.tolerance = largest(self.tolerance, total, rank, world)
+
+    def _spread(self) -> dict[str, float]:
+        """Standard deviation of log(weight / score) under each candidate; infinite where there is none."""
+        spread = {}
+        for rule, (n, sums, squares) in self.fit.items():
+            variance = float(squares / n - (sums / n) ** 2) if n else math.nan
+            spread[rule] = math.sqrt(max(variance, 0)) if math.isfinite(variance) else math.inf
+        return spread
+
+
+def _opinion(scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Sums over tokens of `metrics.router_entropy` and `metrics.confidence`, in one float32 pass.
+
+    H = ln S - sum_i s_i ln s_i / S with S = sum_i s_i, equal to the entropy of s / S: a third of the time at 64
+    experts, and off by 1e-7 a token.
+    """
+    total = scores.sum(-1)
+    entropy = total.log() - (scores * scores.clamp(min=1e-30).log()).sum(-1) / total
+    confidence = scores.gather(-1, indices).sum(-1) / total
+    return torch.stack([entropy, confidence]).sum(-1, dtype=torch.float64)
+
+
+def _evidence(router: Router, rules: list[str], logits, weights, indices) -> dict[str, torch.Tensor]:
+    """Per candidate: n, sum and sum of squares of log(weight / score)."""
+    weights = _without_family_factor(router, logits, weights, indices)
+    # Below 1e-4 of the largest, fp16 has no digits left; zaya gives a skipped token the weight 0.
+    used = weights > 1e-4 * weights.amax(-1, keepdim=True)
+    if router.top_k > 1:
+        used &= (used.sum(-1) > 1)[:, None]
+    sums = {}
+    for rule in rules:
+        scores = SCORES[rule](logits).clamp(min=1e-300)
+        ratio = torch.where(used, weights.clamp(min=1e-300).log() - scores.gather(-1, indices).log(), 0.0)
+        if router.top_k > 1:  # weights may be renormalised within a token, so only their ratios there count
+            ratio -= ratio.sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+        ratio = ratio[used]
+        sums[rule] = torch.stack([used.sum(), ratio.sum(), ratio.square().sum()])
+    return sums
+
+
+def _without_family_factor(router: Router, logits, weights, indices) -> torch.Tensor:
+    """The weights without what two families multiply in that is not a function of the chosen score alone."""
+    inner = None if router.router is None else bare(router.router)
+    if hasattr(inner, "per_expert_scale"):  # gemma4
+        return weights / inner.per_expert_scale.detach().double()[indices]
+    if is_sparsemixer(router):  # each choice is a softmax over its near rivals among those left
+        factor, left = [], logits
+        for choice in indices.T:
+            top = left.amax(-1, keepdim=True)
+            near = (top - logits) / logits.abs().clamp(min=top) <= 2 * inner.router_jitter_noise
+            factor.append(left.masked_fill(~near, -math.inf).logsumexp(-1) - logits.logsumexp(-1))
+            left = left.scatter(-1, choice[:, None], -math.inf)
+        return weights * torch.stack(factor, -1).exp()
+    return weights
+
+
+def is_sparsemixer(router: Router) -> bool:
+    """phimoe (arXiv 2409.12136)."""
+    return router.router is not None and hasattr(bare(router.router), "router_jitter_noise")

@@ -1,0 +1,1 @@
+"""`distill play`: ask checkpoints side by side on a local page."""

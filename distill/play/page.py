@@ -1,0 +1,310 @@
+"""The page of `distill play`: a local Gradio page over the engine of distill/play/engine.py.
+
+    distill play checkpoints/demo                # prints http://127.0.0.1:7860/, ends with Ctrl-C
+
+It binds to the loopback address alone, has no share link, sends no telemetry and fetches nothing from outside: the
+theme uses the system's fonts, and a Content-Security-Policy tells the browser to refuse every other host. Requests
+under another host name (a web page that points its own name at this machine) are refused as well.
+
+Needs the extra `play`. Gradio serves it under an application of ours instead of its own `launch`, which looks for
+new versions, tunnels and notebooks first.
+"""
+
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from distill.devices import pick_device
+from distill.errors import UserError
+from distill.models.load import check_model
+from distill.play import html as play_html
+from distill.play.engine import Playground
+from distill.play.records import Asked, Change, Compared, Finished, find_setup
+from distill.report.pages import TEMPLATES
+
+HOST, PORT = "127.0.0.1", 7860
+REDRAW = 0.12  # seconds between two drawings of answers in progress
+KEPT = 12  # rounds in the table of earlier ones
+QUESTION_LIMIT = 4000  # characters of a question
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; "
+    "form-action 'self'; object-src 'none'"
+)
+
+
+def require_gradio() -> None:
+    """Raises UserError where the extra is missing. Called before any model is loaded."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("distill play needs an extra: pip install 'distill-demo[play]'")
+
+
+def bind(port: int) -> socket.socket:
+    """A listening socket on the loopback address; port 0 is any free one. UserError where it is taken."""
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((HOST, port))
+        bound.listen()
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--port {port}: {reason}; give another, or --port 0 for any that is free") from None
+    return bound
+
+
+def play(
+    targets: list[str],
+    teacher: str | None = None,
+    tasks: list[str] | None = None,
+    port: int = PORT,
+    max_new_tokens: int | None = None,
+) -> None:
+    """The command: everything that can be wrong first, then the models, then the page until Ctrl-C.
+
+    Raises UserError for a missing extra, a port that is taken, a run without a student, models that do not load.
+    """
+    require_gradio()
+    with bind(port) as bound:
+        setup = find_setup(targets, teacher, tasks, max_new_tokens)
+        problems = [line for path in dict.fromkeys(setup.checkpoints.values()) for line in _problems(path)]
+        if problems:
+            raise UserError(*problems)
+        playground = Playground(setup, pick_device())
+        print(
+            f"http://{HOST}:{bound.getsockname()[1]}/    {', '.join(setup.checkpoints)}; Ctrl-C ends",
+            flush=True,
+        )
+        server(playground).run(sockets=[bound])
+
+
+def _problems(path: str) -> list[str]:
+    try:
+        check_model(path)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def server(playground: Playground):
+    """A `uvicorn.Server` of the page; `run(sockets=[bind(port)])` serves it until interrupted."""
+    app = build_app(playground)
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+
+
+def build_app(playground: Playground):
+    """The page as an ASGI application: Gradio mounted at /, under the rules of this module."""
+    gradio = _gradio()
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_WithPolicy)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    theme = gradio.themes.Base(
+        primary_hue="blue", font=fonts, font_mono=["ui-monospace", "Menlo", "monospace"]
+    )
+    return gradio.mount_gradio_app(
+        app,
+        build_play_page(playground),
+        path="/",
+        server_name=HOST,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        theme=theme,
+        css=(TEMPLATES / "play.css").read_text(encoding="utf-8"),
+    )
+
+
+def _gradio():
+    """The package, told before its import that it may not phone home."""
+    require_gradio()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    import gradio
+
+    return gradio
+
+
+class _WithPolicy:
+    """Adds the headers that keep the browser at home. Plain ASGI: answers are streamed."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        async def with_headers(message):
+            if message["type"] == "http.response.start":
+                added = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
+            await send(message)
+
+        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def build_play_page(playground: Playground):
+    """The `gradio.Blocks`: controls, answers, one token, earlier rounds."""
+    gr = _gradio()
+    controls = Controls(playground)
+    script = (TEMPLATES / "play.js").read_text(encoding="utf-8")
+    title = playground.setup.title
+    with gr.Blocks(title=f"distill play: {title}", analytics_enabled=False) as page:
+        asked, rounds = gr.State(None), gr.State([])
+        gr.HTML(
+            f"<h1>distill play</h1><p>{play_html.escape(title)}</p>",
+            elem_classes="play-title",
+            apply_default_css=False,
+        )
+        with gr.Row():
+            question = gr.Textbox(label="Problem", placeholder="What is 2381 + 4410?", max_length=QUESTION_LIMIT,
+                                  elem_id="question", scale=4, min_width=280)  # fmt: skip
+            pick = gr.Dropdown(controls.problems, value=None, label="or pick a held-out one", elem_id="pick",
+                               visible=bool(controls.problems), scale=4, min_width=280)  # fmt: skip
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=1, min_width=110)
+            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=110)
+        with gr.Row():
+            temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: greedy)", elem_id="temperature",
+                                    scale=3, min_width=260)  # fmt: skip
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", scale=1, min_width=90)
+            whose = gr.Dropdown(controls.routed, value=controls.first, label="Experts of", elem_id="whose",
+                                visible=len(controls.routed) > 1, scale=2, min_width=140)  # fmt: skip
+            top_k = gr.Slider(**controls.top_k(controls.first), elem_id="top_k", scale=3, min_width=260)
+            drop = gr.Dropdown(**controls.drop(controls.first), multiselect=True, elem_id="drop",
+                               scale=3, min_width=260)  # fmt: skip
+        answers = gr.HTML(play_html.WELCOME, js_on_load=script, elem_id="answers", apply_default_css=False)
+        look = gr.HTML("", js_on_load=script, elem_id="look", apply_default_css=False)
+        earlier = gr.HTML("", js_on_load=None, elem_id="earlier", apply_default_css=False)
+
+        given = [question, temperature, seed, whose, top_k, drop, rounds]
+        shown = [answers, look, earlier, asked, rounds]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        run = {"fn": controls.ask, "inputs": given, "outputs": shown, "concurrency_id": "models", **quiet}
+        asking = [ask.click(**run), question.submit(**run)]
+
+        def on_look(asked, event: gr.EventData):
+            return controls.look(asked, event.model, event.place)
+
+        def on_drop(whose, dropped, event: gr.EventData):
+            return controls.dropped(whose, dropped, event.model, event.layer, event.expert)
+
+        answers.look(on_look, asked, look, queue=False, **quiet)
+        dropped = look.drop(on_drop, [whose, drop], [whose, top_k, drop], queue=False, **quiet)
+        asking.append(dropped.then(**run))
+        stop.click(None, cancels=asking, queue=False, **quiet)
+        pick.input(lambda chosen: chosen or "", pick, question, queue=False, **quiet)
+        whose.input(controls.changed_model, whose, [top_k, drop], queue=False, **quiet)
+    page.queue(default_concurrency_limit=1)
+    return page
+
+
+class Controls:
+    """What the page's events call. Values come from a browser: everything is checked again."""
+
+    def __init__(self, playground: Playground):
+        self.playground = playground
+        self.problems = [(_label(p), text) for text, p in playground.problems.items()]
+        self.routed = [player.name for player in playground.routed]
+        # The teacher's experts first: dropping one shows what is learned from.
+        self.first = "teacher" if "teacher" in self.routed else next(iter(self.routed), None)
+
+    def top_k(self, model: str | None) -> dict[str, Any]:
+        """Properties of the slider for experts per token of one model."""
+        if model is None:
+            return {"minimum": 1, "maximum": 2, "value": 1, "visible": False, "label": "Experts per token"}
+        router = self.playground.players[model].routers[0]
+        label = f"Experts per token of {model}"
+        return {
+            "minimum": 1, "maximum": router.num_experts, "value": router.top_k, "step": 1, "label": label,
+            "visible": True,
+        }  # fmt: skip
+
+    def drop(self, model: str | None) -> dict[str, Any]:
+        """Properties of the list of experts to drop from one model."""
+        if model is None:
+            return {"choices": [], "value": [], "visible": False, "label": "Dropped experts"}
+        player = self.playground.players[model]
+        labels = play_html.labels_of(player)
+        choices = [
+            (f"{labels[router.name]} expert {e}", f"{router.name}:{e}")
+            for router in player.routers
+            for e in range(router.num_experts - router.null_experts)
+        ]
+        return {"choices": choices, "value": [], "label": f"Dropped experts of {model}", "visible": True}
+
+    def changed_model(self, model: str):
+        gr = _gradio()
+        return gr.update(**self.top_k(model)), gr.update(**self.drop(model))
+
+    def changes(self, model: str | None, top_k: float | None, dropped: list[str] | None) -> dict[str, Change]:
+        """The change of routing that the controls say, by model."""
+        if model not in self.routed:
+            return {}
+        own = self.playground.players[model].routers[0].top_k
+        found: dict[str, list[int]] = {}
+        for text in dropped or []:
+            layer, _, expert = text.rpartition(":")
+            found.setdefault(layer, []).append(int(expert))
+        change = Change(int(top_k) if top_k and int(top_k) != own else None, found)
+        return {model: change} if change else {}
+
+    def ask(self, question, temperature, seed, whose, top_k, dropped, rounds) -> Iterator[tuple]:
+        """Stream one round: (answers, token, earlier rounds, the round, the list of rounds)."""
+        skip = _gradio().skip()
+        question = (question or "").strip()[:QUESTION_LIMIT]
+        if not question:
+            yield play_html.WELCOME, skip, skip, skip, skip
+            return
+        changes = self.changes(whose, top_k, dropped)
+        asked = self.playground.begin(
+            question, temperature=float(temperature or 0), seed=int(seed or 0), changes=changes
+        )
+        yield play_html.cards(asked, self.playground), "", skip, asked, skip
+        drawn = time.monotonic()
+        for event in self.playground.answer(asked):
+            if isinstance(event, Finished | Compared) or time.monotonic() - drawn > REDRAW:
+                yield play_html.cards(asked, self.playground), skip, skip, skip, skip
+                drawn = time.monotonic()
+        rounds = [*rounds, asked][-KEPT:]
+        picked = play_html.first_to_look_at(asked)
+        yield (
+            play_html.cards(asked, self.playground, picked),
+            play_html.panel(asked, self.playground, *picked) if picked else "",
+            play_html.history(rounds, self.playground),
+            asked,
+            rounds,
+        )
+
+    def look(self, asked: Asked | None, model: str, place: int) -> str:
+        """The token that was clicked."""
+        return play_html.panel(asked, self.playground, model, int(place)) if asked else ""
+
+    def dropped(self, whose: str | None, dropped: list[str] | None, model: str, layer: str, expert: int):
+        """The controls after an expert was clicked: it is dropped, beside others of the same model."""
+        gr = _gradio()
+        entry = f"{layer}:{int(expert)}"
+        if model not in self.routed or entry not in [v for _, v in self.drop(model)["choices"]]:
+            return gr.skip(), gr.skip(), gr.skip()
+        if model == whose:
+            return gr.skip(), gr.skip(), gr.update(value=list(dict.fromkeys([*(dropped or []), entry])))
+        return model, gr.update(**self.top_k(model)), gr.update(**{**self.drop(model), "value": [entry]})
+
+
+def _label(problem: dict) -> str:
+    """One line for a problem to pick."""
+    text = " ".join(problem["messages"][-1]["content"].split())
+    kind = " · ".join(word for word in (problem["level"], problem["family"]) if word != "all")
+    text = text if len(text) <= 100 else f"{text[:99]}…"
+    return f"{kind} · {text}" if kind else text

@@ -1,0 +1,151 @@
+"""What all figures share: styles of models, an empty figure, and the way from matplotlib to inline SVG.
+
+    figure, axes = new_figure(6, 3); ...; svg = to_svg(figure)
+
+Why SVG text: it stays sharp on a projector, can be searched and read aloud, and takes its colours from the
+page, so one figure serves light, dark and printed pages. Models differ in colour, hatch and marker (the
+palette is Okabe & Ito's, safe for colour-blind readers), so a black-and-white print loses nothing.
+
+The SVG strings are ready for HTML5: no prolog, no namespaces, ids that cannot meet those of another figure,
+the same bytes for the same numbers.
+"""
+
+import hashlib
+import html
+import io
+import re
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Placeholders in the drawing; `to_svg` swaps them for the CSS variables of the page.
+INK, MUTED, GRID, CARD = "#1b1f24", "#5b6471", "#d6dbe2", "#fefdfc"
+ACCENT = "#0072b2"
+CSS_COLOURS = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    CARD: "var(--card)",
+    ACCENT: "var(--accent)",
+}
+STYLES = {  # model: fill, hatch, line style
+    "base": ("#bcc2ca", "", ":"),
+    "control": ("#e69f00", "////", "--"),
+    "student": (ACCENT, "", "-"),
+    "teacher": ("#009e73", "xxxx", "-."),
+}
+SPARE_STYLES = [
+    ("#cc79a7", "\\\\\\\\", (0, (5, 1))),
+    ("#56b4e9", "----", (0, (1, 1))),
+    ("#d55e00", "++++", (0, (3, 1, 1, 1))),
+    ("#f0e442", "||||", (0, (8, 2))),
+]
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "distill",
+    "text.parse_math": False,  # a model called "a$b$c" is a name, not a formula
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the layout does not depend on the machine
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "hatch.color": INK,
+    "hatch.linewidth": 0.6,
+}
+NAME_WIDTH = 20  # characters of a model's name on one line of a bar chart
+SMALL_CELLS = 8  # up to this many experts a cell has room for one decimal
+CELLS_WITH_TEXT = 16
+CELLS_AS_VECTORS = 2000
+LONGEST_TEXT = 2000
+
+
+# Control characters are invisible on a page, so each shows as its picture (U+2400 and on).
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+
+
+def model_style(name: str, order: list[str]):
+    """(fill, hatch, line style) of a model: fixed for the four of the demo, by position for any other."""
+    if name in STYLES:
+        return STYLES[name]
+    others = [other for other in order if other not in STYLES]
+    return SPARE_STYLES[others.index(name) % len(SPARE_STYLES)]
+
+
+def shorten(name: str, length: int = 18) -> str:
+    """`name` with its middle left out, at most `length` characters."""
+    if len(name) <= length:
+        return name
+    tail = (length - 1) // 2
+    return f"{name[: length - 1 - tail]}…{name[-tail:]}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def to_svg(figure: Figure, label: str, min_width: int = 300) -> str:
+    """The figure as an inline `<svg>`; `label` is what a screen reader says."""
+    buffer = io.StringIO()
+    # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The drawing's own style rule (`*{...}`) would reach the whole page.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    opening, body = svg.split(">", 1)
+    view_box = re.search(r'viewBox="([^"]*)"', opening).group(1)
+    width = float(view_box.split()[2])
+
+    prefix = "f" + hashlib.sha256((label + body).encode()).hexdigest()[:8] + "-"
+    body = body.replace("xlink:href", "href")
+    body = re.sub(r'\b(id="|href="#|url\(#)', lambda match: match.group(1) + prefix, body)
+    for colour, variable in CSS_COLOURS.items():
+        body = body.replace(colour, variable)
+    # Natural size is 1 pt = 1 px; half as large again is the most that still looks drawn to scale.
+    size = f"min-width:{min_width}px;max-width:{width * 1.5:.0f}px"
+    return (
+        f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label, quote=True)}" style="{size}">'
+        + body.strip()
+    )
+
+
+def plain_axes(axes, grid: str) -> None:
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def in_order(names) -> list[str]:
+    """Names from a JSON file, whose keys are sorted as text, as a reader counts: layer 2 before layer 10.
+
+    The embedded levels stand by difficulty.
+    """
+    known = {"easy": "0", "medium": "1", "hard": "2"}
+
+    def key(name: str) -> list:
+        return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", known.get(name, name))]
+
+    return sorted(names, key=key)
+
+
+def layer_labels(names: list[str]) -> list[str]:
+    """ "layer 3" for a router's full name where that stays unique, the shortened name where it does not.
+
+    "layer 3 pass 2" where a model goes through its layers more than once.
+    """
+    numbers = [re.search(r"\blayers?\.(\d+)(?:.*?( pass \d+)$)?", name) for name in names]
+    labels = [
+        f"layer {found[1]}{found[2] or ''}" if found else shorten(name) for name, found in zip(names, numbers)
+    ]
+    return labels if len(set(labels)) == len(names) else [shorten(name) for name in names]
+
+
+def _hundredfold(value: float, digits: int) -> str:
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0

@@ -1,0 +1,89 @@
+"""Numbers as people read them: rounded, with unit and interval, and a dash where there is none.
+
+percent({"accuracy": 0.82, "ci95": [0.78, 0.86]})      # 82.0 % [78.0, 86.0]
+si(2.1e9), duration(125)
+"""
+
+import math
+
+from distill.report.drawing import CONTROL_PICTURES, LONGEST_TEXT, _hundredfold
+
+NB = "\u00a0"  # keeps a number and its unit on one line
+DASH = "–"
+
+
+# ---- numbers into words (filters of the template); what is not there becomes a dash
+
+
+def absent(value) -> bool:
+    """True for None and for NaN, which JSON files hold where nothing could be measured."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def number(value, digits: int = 3) -> str:
+    """Integers with thousands separators, other numbers to `digits` decimals; a list counts its members."""
+    if absent(value):
+        return DASH
+    if isinstance(value, list):
+        value = len(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
+
+
+def si(value, unit: str = "") -> str:
+    """`value` with three significant digits and an SI prefix: 3,650,000 -> 3.65 M."""
+    if absent(value):
+        return DASH
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * scale:  # 999,700 is 1 M, not 1e+03 k
+            return f"{value / scale:.3g}{NB}{prefix}{unit}"
+    return f"{value:.3g}{NB}{unit}".rstrip(NB)
+
+
+def duration(seconds: float | None) -> str:
+    """Wall-clock time in the two largest units that fit."""
+    if absent(seconds):
+        return DASH
+    if seconds < 59.95:
+        return f"{seconds:.1f}{NB}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{NB}min {rest}{NB}s"
+    return f"{minutes // 60}{NB}h {minutes % 60}{NB}min"
+
+
+def share(value: float | None, digits: int = 1) -> str:
+    """A fraction of 1 as a percentage."""
+    if absent(value):
+        return DASH
+    return f"{_hundredfold(value, digits)}{NB}%"
+
+
+def percent(score: dict | None, digits: int = 1) -> str:
+    """Accuracy of a score with its 95 % interval: `82.0 % [78.1, 85.9]`."""
+    if not score or absent(score.get("accuracy")):
+        return DASH
+    low, high = (_hundredfold(bound, digits) for bound in score["ci95"])
+    return f"{share(score['accuracy'], digits)} [{low},{NB}{high}]"
+
+
+def points(comparison: dict) -> str:
+    """Difference of a comparison in percentage points with its 95 % interval."""
+    if absent(comparison.get("difference")):
+        return DASH
+    low, high = comparison["ci95"]
+    text = f"{100 * comparison['difference']:+.1f}{NB}points [{100 * low:+.1f},{NB}{100 * high:+.1f}]"
+    return text.replace("-", "−")
+
+
+def p_value(value: float | None) -> str:
+    """`0.023`, or `< 0.001` where more digits would claim more than the data can tell."""
+    if absent(value):
+        return DASH
+    return f"<{NB}0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def clip(text: str | None) -> str:
+    """Text of a model, its control characters made visible, its length bounded."""
+    text = (text or "").translate(CONTROL_PICTURES)
+    left_out = len(text) - LONGEST_TEXT
+    return text if left_out <= 0 else f"{text[:LONGEST_TEXT]}… ({left_out:,} more characters)"

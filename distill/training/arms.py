@@ -1,0 +1,198 @@
+"""The training stages: the student on the dataset, and the control arm on answers only, in equal shares.
+
+    distill train RECIPE        (or under `accelerate launch`; see distill/training/train.py)
+
+Both arms start from the same weights, with the same adapter, prompts, optimizer steps and seed; they differ in
+their targets alone. Without the control a gain could be more training rather than the teacher.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill.config.recipe import Recipe
+from distill.config.training import LiveTeachers, Objective, OnPolicy
+from distill.data.batches import TokenRows
+from distill.data.cards import student_card
+from distill.data.provenance import model_source
+from distill.data.signals import STORED, SignalFormat
+from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
+from distill.errors import UserError
+from distill.models.describe import describe_model
+from distill.models.load import eos_ids, tokenizer_fingerprint
+from distill.models.parameters import format_trainable, trainable_table
+from distill.models.precision import resolve_precision
+from distill.models.quantize import logical_size
+from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
+from distill.stages import Stage, input_fingerprint
+from distill.storage import MANIFEST, read_json
+from distill.training.checkpoint import drop_states, whole_state_dict
+from distill.training.live_teachers import live_teachers
+from distill.training.sources import OnPolicyRows, Source, StoredRows
+from distill.training.train import make_accelerator, train_student
+from distill.training.validation import split_rows
+
+# Keys of `train` that change how a run proceeds, not what it computes: they may differ on resume.
+NOT_IDENTITY = {
+    "checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing", "compile"
+}  # fmt: skip
+
+
+def train_arms(recipe: Recipe, redo: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train what is not finished: `student/`, and `control/` where enabled. Returns manifests by arm."""
+    pick_device(recipe.device, recipe.threads)
+    arms = {"student": recipe}
+    if recipe.control.enabled:
+        # Answers only: there is no teacher, so every objective that needs one falls away.
+        own = [o for o in recipe.train.objectives if o.signal == "own_routers"]
+        update = {
+            "objectives": [Objective(name="cross_entropy"), *own],
+            "on_policy": OnPolicy(),
+            "teachers": LiveTeachers(),
+        }
+        plain = recipe.train.model_copy(update=update)
+        arms["control"] = recipe.model_copy(update={"train": plain})
+    return {arm: train_arm(arm_recipe, arm, redo, say) for arm, arm_recipe in arms.items()}
+
+
+def train_arm(
+    recipe: Recipe, arm: str, redo: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train one arm into its folder; returns its manifest. On several processes, rank 0 keeps the folder."""
+    device = pick_device(recipe.device, recipe.threads)
+    precision = resolve_precision(recipe.train.precision, device)
+    needs_teacher = any(o.live for o in recipe.train.objectives)
+    config = {
+        "student": recipe.student.model_dump(mode="json"),
+        "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms", "device"})
+        if needs_teacher and recipe.teacher
+        else None,
+        "seed": recipe.seed,
+    }
+    data = recipe.path / "dataset" / ("control" if arm == "control" else "")
+    inputs = {"dataset": input_fingerprint(recipe.path / "dataset", "filter RECIPE")}
+    stage = Stage(recipe.path, arm, config, inputs)
+    accelerator = make_accelerator(recipe, precision, stage.folder)
+
+    # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
+    if main_decides(accelerator, lambda: stage.done(redo)):
+        return stage.manifest
+    student = build_student(recipe.student, precision.name, accelerator.device, recipe.seed)
+    numerics = precision.prepare(student.model)
+    ends = eos_ids(student.base, student.tokenizer)
+    teacher = (
+        live_teachers(recipe, student.model, student.tokenizer, ends, accelerator.device)
+        if needs_teacher
+        else None
+    )
+    rows, held_out = split_rows(training_rows(recipe, data), recipe.train.validation, recipe.seed)
+    source = make_source(recipe, rows, student, ends)
+    if accelerator.is_main_process:
+        stage.begin(redo)
+        say(f"{arm}: {precision.reason}\n{format_trainable(student.model)}")
+    accelerator.wait_for_everyone()
+
+    # ---- train, save -----------------------------------------------------------------------------------
+    size = {
+        "parameters_trainable": sum(p.numel() for p in student.trainable.values()),
+        "parameters_total": sum(logical_size(p) for p in student.model.parameters()),
+    }
+    whole = {"rows": len(rows), "tokens_read": int(rows.lengths.sum()), **size}
+    per_token = training_flops(student, teacher, whole) / whole["tokens_read"]
+    counts = train_student(
+        recipe, accelerator, student, teacher, source, stage.folder, f"train {arm}", held_out, per_token
+    )
+    counts |= {"errors": 0, **size}
+    trainable = trainable_table(student.model)
+    state_dict = whole_state_dict(student.model)  # gathered by all processes where it is sharded
+    if not accelerator.is_main_process:
+        return {}
+    resolved = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"precision": precision.name})}
+    )
+    terms = None if arm == "control" else read_json(recipe.path / "dataset" / MANIFEST).get("terms")
+    save_student(
+        student.model, student.tokenizer, stage.folder, student_card(resolved, arm, counts, terms), state_dict
+    )
+    manifest = stage.finish(
+        counts,
+        terms=terms,
+        base_source=model_source(recipe.student.model) if recipe.student.model else None,
+        device=describe_device(accelerator.device, accelerator.num_processes),
+        precision=numerics,
+        trainable=trainable,
+        peak_memory_bytes=peak_memory(accelerator.device),
+        flops=training_flops(student, teacher, counts),
+        final_loss=_final_loss(stage.folder),
+    )
+    drop_states(stage.folder)  # not before the manifest: a kill until then continues from the newest one
+    return manifest
+
+
+def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
+    """The arm's rows, with what the recipe's objectives and teachers need to know of them besides tokens."""
+    columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
+    if any(o.signal == "aligned" for o in recipe.train.objectives):
+        columns["messages"] = "messages"
+    return TokenRows.from_folder(folder, stored_signals(recipe), columns)
+
+
+def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: set[int]) -> Source:
+    """Stored text, or with `train.on_policy` text that the student writes while it trains."""
+    train = recipe.train
+    if not train.on_policy.fraction:
+        return StoredRows(rows, train.batch_size, recipe.seed)
+    return OnPolicyRows(
+        rows,
+        train.batch_size,
+        recipe.seed,
+        train.on_policy,
+        student.model,
+        student.tokenizer,
+        ends,
+        gather=from_all,
+    )
+
+
+def stored_signals(recipe: Recipe) -> SignalFormat | None:
+    """The format of the dataset's teacher signals, where an objective reads them.
+
+    Raises UserError where there are none, or not for this student and these objectives.
+    """
+    if not any(o.signal in STORED for o in recipe.train.objectives):
+        return None
+    folder = recipe.path / "dataset"
+    form = SignalFormat.from_manifest(read_json(folder / MANIFEST).get("signal"))
+    if form is None:
+        raise UserError(
+            f"{folder} has no teacher signals that this student can read; set generate.signal and use a student "
+            "with the teacher's tokenizer and chat template, then run generate and filter with --redo"
+        )
+    reader = tokenizer_fingerprint(student_tokenizer(recipe.student))
+    if problems := form.problems(reader, recipe.train.objectives):
+        raise UserError(*problems)
+    return form
+
+
+def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> int:
+    """FLOPs of the whole arm: 3 forward passes a token for full training (Kaplan et al. 2020, section 2.1).
+
+    With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
+    share; a live teacher adds one forward pass of its own.
+    """
+    tokens, context = counts["tokens_read"], max(1, counts["tokens_read"] // (2 * counts["rows"]))
+    passes = 3 if counts["parameters_trainable"] == counts["parameters_total"] else 2
+    flops = passes * describe_model(student.model, context)["flops_per_token"]
+    if passes == 2:
+        flops += 6 * counts["parameters_trainable"]
+    if teacher:
+        each = [describe_model(model, context)["flops_per_token"] for model in teacher.models]
+        flops += sum(each) / len(each)  # every token is scored by one of them
+    return int(flops * tokens)
+
+
+def _final_loss(folder: Path) -> float:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[-20:]
+    return round(sum(json.loads(line)["loss"] for line in lines) / len(lines), 5)

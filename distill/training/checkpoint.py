@@ -1,0 +1,221 @@
+"""Training state on disk, for an exact resume after any kill: safetensors and JSON, never pickle.
+
+What must be saved is small by design: trained tensors, buffers (expert bias), optimizer moments, the
+step. Batches, dropout and learning rate are pure functions of (seed, step), so they need no state.
+A state folder is written under a temporary name and renamed; older ones go only after that.
+
+    save_state(folder, step, module, optimizer, extra); state = load_state(path, module, optimizer)
+
+`module` is the trained module (`StudentStep`), after `accelerator.prepare`. Tensors that FSDP2 has sharded are
+gathered on saving and dealt out on loading, so a run may go on with another number of processes; every process
+calls these functions, the main one writes.
+
+SIGTERM during training (schedulers and spot machines send it) finishes the optimizer step, saves its state, leaves.
+
+    with Interrupts() as interrupts:
+        for step in ...:
+            ...
+            if any process has interrupts.told: save the state; interrupts.leave(step, steps)
+
+The signal only raises a flag, since a half-done step cannot be saved; the loop looks at the flags of all
+processes once a step. A second SIGTERM, or SIGINT (Ctrl-C), stops at once: the last saved state is then kept.
+"""
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.errors import DistillError, RunError
+from distill.storage import read_json, write_json
+
+
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that training changes: trainable parameters and persistent buffers."""
+    persistent = module.state_dict(keep_vars=True)
+    return {n: t for n, t in persistent.items() if not isinstance(t, nn.Parameter) or t.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor on the CPU. For a sharded one every process must ask."""
+    found = tensor.detach()
+    return (found.full_tensor() if isinstance(found, DTensor) else found).contiguous().cpu()
+
+
+def whole_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
+    """What `save_pretrained(state_dict=...)` needs of a sharded module; None where nothing is sharded."""
+    tensors = module.state_dict()
+    if not any(isinstance(t, DTensor) for t in tensors.values()):
+        return None
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    with torch.no_grad():
+        tensor.copy_(value)
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: dict[str, Any],
+    keep: int = 1,
+    write: bool = True,
+) -> None:
+    """Write `folder/state-<step>` whole, then delete all but the newest `keep`. `extra` is any small JSON value."""
+    tensors = {f"model.{n}": whole(t) for n, t in trained_tensors(module).items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
+    if not write:
+        return
+    final = folder / f"state-{step:07d}"
+    temporary = folder / f".state.tmp{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
+    save_file({n: t.clone() for n, t in tensors.items()}, temporary / "tensors.safetensors")
+    write_json(temporary / "state.json", {"step": step, **extra})
+    os.replace(temporary, final)
+    for other in sorted(folder.glob("state-*"))[:-keep]:
+        shutil.rmtree(other)
+
+
+def latest_state(folder: Path) -> Path | None:
+    return max(folder.glob("state-*"), default=None)
+
+
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a saved state back into module and optimizer; returns its JSON part with `step`.
+
+    Raises RunError for a damaged file or one that belongs to another model.
+    """
+    state = read_json(path / "state.json")
+    saved = load_trained(path / "tensors.safetensors", module)
+    for name, parameter in module.named_parameters():
+        found = {
+            k.split(".")[1]: v
+            for k, v in saved.items()
+            if k.startswith("optimizer.") and k.split(".", 2)[2] == name
+        }
+        if found:
+            optimizer.state[parameter] = {k: _moment(k, v, parameter) for k, v in found.items()}
+    return state
+
+
+def _moment(key: str, value: Tensor, parameter: Tensor) -> Tensor:
+    if key == "step":  # Adam's step counter stays on the CPU in float32, as torch keeps it
+        return value.clone()
+    moment = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    put(moment, value)
+    return moment
+
+
+def save_trained(path: Path, module: nn.Module, write: bool = True) -> None:
+    """The trained tensors alone, without the optimizer: the best so far. Atomic."""
+    tensors = {f"model.{n}": whole(t).clone() for n, t in trained_tensors(module).items()}
+    if write:
+        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+
+
+def load_trained(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Put saved tensors back into `module`; returns everything the file holds. RunError as `load_state`."""
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete {path.parent} to train from the start") from None
+    current = trained_tensors(module)
+    if {n for n in saved if n.startswith("model.")} != {f"model.{n}" for n in current}:
+        raise RunError(f"{path} belongs to another model; delete it, or rebuild the stage with --redo")
+    for name, tensor in current.items():
+        put(tensor, saved[f"model.{name}"])
+    return saved
+
+
+def drop_states(folder: Path) -> None:
+    """After the final weights are saved, intermediate states are dead weight."""
+    for path in [*folder.glob("state-*"), *folder.glob(".state.tmp*")]:
+        shutil.rmtree(path)
+    (folder / BEST).unlink(missing_ok=True)
+
+
+BEST = "best.safetensors"
+
+
+class Saver:
+    """The whole state of a run, to disk and back: trained tensors, optimizer, scaler, source, validation."""
+
+    def __init__(
+        self, folder: Path, module: nn.Module, optimizer, accelerator: Accelerator, source, validator
+    ):
+        self.folder, self.module, self.optimizer = folder, module, optimizer.optimizer
+        self.accelerator, self.source, self.validator = accelerator, source, validator
+
+    def restore(self) -> tuple[int, int, int]:
+        """(steps done, tokens trained, tokens read) of the newest state; zeros where there is none."""
+        state = latest_state(self.folder)
+        if state is None:
+            return 0, 0, 0
+        saved = load_state(state, self.module, self.optimizer)
+        self.source.restore(saved["source"])
+        self.validator.restore(saved["validation"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        return saved["step"], saved["tokens"], saved["read"]
+
+    def save(self, step: int, tokens: int, read: int, keep: int) -> None:
+        """After `step` steps. Every process calls it; the main one writes."""
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        extra = {"tokens": tokens, "read": read, "scaler": scaler, "validation": self.validator.state()}
+        extra["source"] = self.source.state()  # of all processes: asked for on each of them
+        main = self.accelerator.is_main_process
+        save_state(self.folder, step, self.module, self.optimizer, extra, keep, write=main)
+        self.accelerator.wait_for_everyone()
+
+
+class Interrupted(DistillError):
+    """Training was told to stop and did, with its state saved. Exit code 143, as of a process that SIGTERM ends."""
+
+    exit_code = 143
+
+
+class Interrupts:
+    def __init__(self):
+        self.told = False
+        self._before = None
+
+    def __enter__(self) -> "Interrupts":
+        # Only the main thread may install handlers; elsewhere (a server, a notebook's worker) nothing changes.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _tell(self, *_args) -> None:
+        self.told = True
+        signal.signal(signal.SIGTERM, self._before)
+
+    def leave(self, step: int, steps: int) -> None:
+        """Raises Interrupted: one line for the user."""
+        raise Interrupted(
+            f"stopped by SIGTERM after step {step} of {steps}, state saved; the same command continues there"
+        )

@@ -1,0 +1,308 @@
+"""Live teachers: what they say of the kept tokens of a training batch, head applied a chunk at a time.
+
+    teacher = FrozenTeacher(model); signals = teacher(batch)          # {"dense": Projected}: hidden states and head
+    loss, sums = step(batch, signals)
+
+`LiveTeacher` is the protocol; all kinds are called alike: one model; several, each scoring the rows of its tag
+(`train.teachers`); and the student's own starting weights (self-distillation, Furlanello et al. 2018, arXiv
+1805.04770), which under LoRA are the student with its adapter switched off and cost no memory. Nothing is quantised
+unless the recipe says so.
+
+Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
+"""
+
+import contextlib
+import copy
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.config.recipe import Recipe
+from distill.data.batches import Batch
+from distill.errors import UserError
+from distill.models.cross_tokenizer import TeacherView
+from distill.models.head import AtHead, Head, KeptLogits
+from distill.models.layers import decoder_layers
+from distill.models.load import load_model, load_tokenizer, same_vocabulary
+from distill.training.losses.fused import Projected, Scratch, WholeLogits
+from distill.training.losses.hidden import HiddenTap
+from distill.training.losses.routers import RouterTap
+
+
+class LiveTeacher(Protocol):
+    """Who scores a training batch while the student trains."""
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models behind it, each once."""
+        ...
+
+    @property
+    def heard_model(self) -> nn.Module:
+        """The one model whose hidden states and routers may be listened to. Raises UserError where there is none."""
+        ...
+
+    def listen_hidden(self, layers: list[int]) -> None:
+        """From now on signals have "hidden": the outputs of these decoder layers, and of those asked for before."""
+        ...
+
+    def listen_routers(self) -> None:
+        """From now on signals have "routers": logits and decisions per MoE layer. UserError for a dense teacher."""
+        ...
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Signals by form, without gradient: "dense" [N, V] or "aligned", and what was asked to be listened to."""
+        ...
+
+
+class _NotHeard:
+    """The part of the protocol that cannot be had where several models score, or the student itself does."""
+
+    @property
+    def heard_model(self) -> nn.Module:
+        raise UserError(
+            "an objective on hidden states or on the teacher's routers compares one student with one teacher of its "
+            "tokenizer: leave out train.teachers, or the objective"
+        )
+
+    def listen_hidden(self, _layers: list[int]) -> None:
+        _ = self.heard_model
+
+    def listen_routers(self) -> None:
+        _ = self.heard_model
+
+
+class FrozenTeacher:
+    """A frozen causal LM asked for its next-token distribution on the student's own batch."""
+
+    def __init__(self, model: nn.Module):
+        self._ask(model.eval().requires_grad_(False))
+
+    def _ask(self, model: nn.Module) -> None:
+        self.model = model
+        at = AtHead(model)
+        self._at = at if at.fusable else None
+        self._kept = None if at.fusable else KeptLogits(model)
+        self._device = next(model.parameters()).device
+        self._travelled: Head | None = None
+        self._scratch = Scratch()
+        self._hidden: list[HiddenTap] = []
+        self._routers: RouterTap | None = None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.model]
+
+    @property
+    def heard_model(self) -> nn.Module:
+        return self.model
+
+    def listen_hidden(self, layers: list[int]) -> None:
+        self._hidden.append(HiddenTap(self.model, layers))
+
+    def listen_routers(self) -> None:
+        self._routers = self._routers or RouterTap(self.model)
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Signals by form: "dense", the teacher's logits at the batch's kept tokens, without gradient."""
+        with torch.no_grad():
+            signals = self._dense(batch)
+            if self._hidden:
+                taken = [tap.take(batch.keep.to(self._device)) for tap in self._hidden]
+                states = {layer: state for found in taken for layer, state in found.items()}
+                signals["hidden"] = {layer: state.to(batch.keep.device) for layer, state in states.items()}
+            if self._routers:
+                layers = self._routers.take(batch.real_tokens().to(self._device))
+                home = batch.keep.device
+                signals["routers"] = [
+                    replace(r, logits=r.logits.to(home), indices=r.indices.to(home)) for r in layers
+                ]
+        return signals
+
+    def _dense(self, batch: Batch) -> dict[str, Any]:
+        home, here = batch.keep.device, batch.to(self._device)  # a teacher may sit elsewhere, as on the CPU
+        if self._at is None:
+            return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
+        hidden = self._at(lambda states: states[here.keep], **here.inputs())  # [N, d]
+        return {"dense": Projected(hidden.to(home), self._head_on(home), self._scratch)}
+
+    def _head_on(self, device: torch.device) -> Head:
+        """The head where the student's logits are made: an offloaded teacher sends its states, not its logits."""
+        head = self._at.head()
+        if head.weight.device == device:
+            return head
+        if self._travelled is None:
+            bias = None if head.bias is None else head.bias.to(device)
+            self._travelled = replace(head, weight=head.weight.to(device), bias=bias)
+        return self._travelled
+
+
+class OwnStart(_NotHeard):
+    """Self-distillation: the student's starting weights score. Without an adapter they are a frozen copy."""
+
+    def __init__(self, student: nn.Module):
+        self._adapted = student if hasattr(student, "disable_adapter") else None
+        self._asked = (
+            TrainingTeacher(student) if self._adapted is not None else FrozenTeacher(copy.deepcopy(student))
+        )
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return self._asked.models
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        with self._adapted.disable_adapter() if self._adapted is not None else contextlib.nullcontext():
+            return self._asked(batch)
+
+
+class TrainingTeacher(FrozenTeacher):
+    """The same for a model that goes on training: asked in eval mode, left in the mode it was in."""
+
+    def __init__(self, model: nn.Module):
+        self._ask(model)
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        try:
+            return super().__call__(batch)
+        finally:
+            for module in training:
+                module.training = True
+
+
+class CrossTeacher(_NotHeard):
+    """A teacher with a tokenizer of its own: its logits where both models have read the same text (ULD)."""
+
+    def __init__(self, model: nn.Module, teacher_tokenizer, student_tokenizer, ends: set[int]):
+        self.teacher, self.view = (
+            FrozenTeacher(model),
+            TeacherView(student_tokenizer, teacher_tokenizer, ends),
+        )
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return self.teacher.models
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        completions = batch.targets.cpu().split(list(map(int, batch.row_tokens)))
+        rows = [self.view.row(m, c.tolist()) for m, c in zip(batch.messages, completions)]
+        theirs = self.view.collate(rows)
+        asked = Batch(theirs.input_ids, theirs.attention_mask, theirs.keep, theirs.rows).to(batch.keep.device)
+        return {"aligned": Aligned(self.teacher(asked)["dense"], asked.targets, theirs.kept)}
+
+
+class Aligned:
+    """Dense signals [M, V'] of some of N tokens, and which: a chunk is (logits [n, V'], 1 where aligned [n])."""
+
+    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int):
+        self.signal = signal
+        self.place = torch.full((kept,), -1, dtype=torch.long, device=rows.device)
+        self.place[rows] = torch.arange(len(rows), device=rows.device)
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        place = self.place[part]
+        there = place >= 0
+        found = place[there]  # consecutive: both orders are those of the text
+        if not len(found):
+            return like.new_zeros(len(place), 1), there
+        (said,) = self.signal.chunk(slice(int(found[0]), int(found[-1]) + 1), None)
+        logits = said.new_zeros(len(place), said.shape[1])
+        logits[there] = said
+        return logits, there
+
+
+class RoutedTeachers(_NotHeard):
+    """Several teachers, each scoring the rows whose tag is its own; the others go to `default`."""
+
+    def __init__(self, by_tag: dict[str, FrozenTeacher], default: FrozenTeacher):
+        self.by_tag, self.default = by_tag, default
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [t.model for t in dict.fromkeys([self.default, *self.by_tag.values()])]
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Every teacher reads the whole batch only if it owns rows in it; each kept token has one owner."""
+        owners = [self.by_tag.get(tag, self.default) for tag in batch.tags]
+        present = list(dict.fromkeys(owners))
+        per_row = torch.tensor([present.index(o) for o in owners], device=batch.keep.device)
+        owner = per_row.repeat_interleave(torch.as_tensor(batch.row_tokens, device=batch.keep.device))  # [N]
+        return {"dense": Shared([teacher(batch)["dense"] for teacher in present], owner)}
+
+
+class Shared:
+    """Dense signals of several teachers: token n is what `signals[owner[n]]` says of it."""
+
+    def __init__(self, signals: list, owner: Tensor):
+        self.signals, self.owner = signals, owner
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        owner = self.owner[part][:, None]
+        logits = None
+        for i, signal in enumerate(self.signals):
+            (said,) = signal.chunk(part, like)
+            logits = (
+                said.clone() if logits is None else torch.where(owner == i, said.to(logits.dtype), logits)
+            )
+        return (logits,)
+
+
+def live_teachers(
+    recipe: Recipe, student: nn.Module, tokenizer, ends: set[int], device: torch.device
+) -> LiveTeacher:
+    """What the recipe's objectives with a live teacher are taken from. `ends`: ids that end the student's turn.
+
+    Raises UserError where a vocabulary differs from the student's by content: then only text can be distilled.
+    """
+    section = recipe.train.teachers
+    if section.own_start:
+        return OwnStart(student)
+    if any(o.signal == "aligned" for o in recipe.train.objectives):
+        model = _load(recipe, recipe.teacher.model, device)
+        return CrossTeacher(model, load_tokenizer(recipe.teacher.model), tokenizer, ends)
+    names = {recipe.teacher.model, *section.models.values()}
+    problems = [
+        f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; use "
+        "train.objectives=[{name: cross_entropy}] (distil its text), {name: uld} (across tokenizers), or a "
+        "student with its tokenizer"
+        for name in sorted(names)
+        if not same_vocabulary(load_tokenizer(name), tokenizer)
+    ]
+    if problems:
+        raise UserError(*problems)
+    loaded = {name: FrozenTeacher(_load(recipe, name, device)) for name in names}
+    if not section.models:
+        return loaded[recipe.teacher.model]
+    return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])
+
+
+def _load(recipe: Recipe, name: str, device: torch.device) -> nn.Module:
+    """A teacher where `teacher.device` wants it. Raises UserError where nothing could be sharded over."""
+    where = recipe.teacher.device
+    if where == "sharded" and not dist.is_initialized():
+        raise UserError(
+            "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several "
+            "with accelerate launch, or set teacher.device=auto (or cpu)"
+        )
+    place = device if where == "auto" else torch.device("cpu")
+    model = load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize)
+    return shard_layers(model, device) if where == "sharded" else model
+
+
+def shard_layers(model: nn.Module, device: torch.device) -> nn.Module:
+    """Spread a frozen model's decoder layers over all processes (FSDP2); each is whole only while it computes.
+
+    Embedding, last norm and output head stay whole everywhere: the head is read outside of the forward pass. Every
+    process must then call the model equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in decoder_layers(model.requires_grad_(False))[1]:
+        fully_shard(layer, mesh=mesh)
+    return model.to(device)

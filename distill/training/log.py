@@ -1,0 +1,89 @@
+"""What a training run says while it runs: metrics.jsonl, trackers, and the progress bar with rate and time left.
+
+One JSON line per optimizer step: step, loss, lr, grad_norm, tokens (trained in this step), seconds (since the
+start, over resumes), gflops (model FLOPs per second of this step), each objective's own mean; where there is
+one, the held-out loss, what was sampled, the experts' MaxVio, and mfu, the share of the device's peak (PaLM, arXiv
+2204.02311, appendix B). The file is the record; trackers (TensorBoard, Weights & Biases, Trackio, through
+Accelerate) get the same numbers.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from distill import console
+from distill.config.training import Train
+from distill.devices import peak_flops
+from distill.training.sources import Lot
+
+
+class StepLog:
+    """Continues at step `first` with so many tokens trained and read.
+
+    `flops_per_token`: of one token read, forward and backward, teacher included.
+    """
+
+    def __init__(
+        self, folder: Path, first: int, tokens: int, read: int, accelerator: Accelerator, train: Train,
+        flops_per_token: float = 0.0,
+    ):  # fmt: skip
+        self.steps, self.tokens, self.read = first, tokens, read
+        self.train, self.accelerator, self.flops_per_token = train, accelerator, flops_per_token
+        peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+        self.peak = peak * accelerator.num_processes if peak else None
+        self.start = self.before = time.perf_counter()
+        self.bar = self.file = None
+        if train.trackers:
+            accelerator.init_trackers("distill")
+        if accelerator.is_main_process:
+            path = folder / "metrics.jsonl"
+            # Lines past the resumed state belong to steps that run again.
+            kept = path.read_text().splitlines()[:first] if path.is_file() else []
+            self.earlier = float(json.loads(kept[-1])["seconds"]) if kept else 0.0
+            self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self.file.writelines(line + "\n" for line in kept)
+
+    def progress(self, first: int, steps: int, title: str) -> Any:
+        self.bar = console.bar(
+            range(first, steps), initial=first, total=steps, desc=title, unit="step",
+            main=self.accelerator.is_main_process,
+        )  # fmt: skip
+        return self.bar
+
+    def write(self, step: int, means, rate: float, norm: float, lot: Lot, **more: Any) -> None:
+        """One optimizer step; `more` is written where it is neither None nor empty."""
+        self.steps, self.tokens, self.read = step + 1, self.tokens + lot.tokens, self.read + lot.read
+        now = time.perf_counter()
+        taken, self.before = max(now - self.before, 1e-9), now
+        values = {o.name: float(m) for o, m in zip(self.train.objectives, means)}
+        loss = sum(o.weight * float(m) for o, m in zip(self.train.objectives, means))
+        more = {name: value for name, value in more.items() if value not in (None, {})}
+        if self.train.trackers:
+            flat = {k: v for k, v in more.items() if isinstance(v, (int, float))}
+            logged = {"loss": loss, "lr": rate, "grad_norm": norm, **values, **flat}
+            self.accelerator.log(logged, step=step + 1)
+        if self.file is None:
+            return
+        speed = self.flops_per_token * lot.read / taken
+        if self.peak:
+            more["mfu"] = round(speed / self.peak, 4)
+        line = {
+            "step": step + 1, "loss": loss, "lr": rate, "grad_norm": norm, "tokens": lot.tokens,
+            "seconds": round(self.earlier + now - self.start, 3), "gflops": round(speed / 1e9, 2),
+            "objectives": values, **more,
+        }  # fmt: skip
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        shown = f"loss {loss:.3f}, {lot.tokens / taken:,.0f} tok/s" + (
+            f", MFU {more['mfu']:.1%}" if self.peak else ""
+        )
+        self.bar.set_postfix_str(shown, refresh=False)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.train.trackers:
+            self.accelerator.end_training()

@@ -1,0 +1,286 @@
+"""One forward pass of the student and what its objectives say of it: the module that is trained.
+
+    step = StudentStep(model, recipe.train.objectives)                  # before accelerator.prepare
+    total, sums = step(batch, {"dense": teacher signal, ...})           # weighted sum; each objective's own sum
+
+Everything that reads the student's weights happens inside this module's forward, the head and its loss
+included, so that DDP, FSDP2 and autocast wrap the whole of it. Losses leave as sums over the N kept tokens of
+the micro-batch; the loop divides once, by the tokens of the whole optimizer step.
+
+There are two kinds of objectives: those on logits, fused with the head (`distill.training.losses.fused`), and those
+on what happens before the logits (hidden states, routers):
+
+    states = state_objectives(recipe, student.model, teacher)      # an nn.ModuleList in the recipe's order
+    step = StudentStep(student.model, recipe.train.objectives, states)
+
+Each listens to the student's own forward pass, takes what it heard after it, and gives a loss per kept token
+[N] as objectives on logits do. Hidden-state objectives may own learned projections, which train with the
+student and are not part of it: they are saved with the training state and left behind at the end.
+
+A matrix that is input embedding and output head at once gets one gradient (`TiedGradient`). Autograd makes two, [V,
+d] each, and adds them: the head's, and the embedding's, which is 0 but for the rows of the tokens read. At V =
+151,936 and d = 1,024 the second takes 0.6 GB. Here the head leaves its gradient on the way back, and the embedding,
+which comes last, adds its rows to it and hands it on:
+
+    tied = TiedGradient.of(model)                       # None where there is nothing to share
+    with tied.reading():
+        ... the model's forward pass, whose loss calls tied.leave(gradient) in its backward pass ...
+
+Autograd sees one use of the matrix, so DDP, FSDP2, clipping and accumulation are none the wiser. Two lookups, or none
+on the way to the loss, are still right: a lookup that finds nothing makes its own gradient, and one that never comes
+back is an error at the end of the backward pass rather than a head that does not learn.
+
+Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.config.training import Objective
+from distill.data.batches import Batch
+from distill.errors import UserError
+from distill.models.head import AtHead, KeptLogits
+from distill.models.hooks import replaced_forward
+from distill.models.layers import decoder_layers
+from distill.training.live_teachers import LiveTeacher
+from distill.training.losses import routers as router_losses
+from distill.training.losses.fused import Given, Scratch, Term, fused_loss, whole_loss
+from distill.training.losses.hidden import (
+    HiddenTap,
+    hidden_cosine,
+    hidden_mse,
+    layer_pairs,
+    over_pairs,
+    projections,
+)
+from distill.training.losses.routers import RouterTap, over_layers, per_kept_token, router_distillation
+
+ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
+
+
+class StudentStep(nn.Module):
+    """forward(batch, signals) -> (weighted sum of all objectives, each objective's own sum [objectives])."""
+
+    def __init__(self, model: nn.Module, objectives: list[Objective], states: nn.ModuleList | None = None):
+        """`states`: the objectives that are not on logits, in the recipe's order (they are modules: some learn)."""
+        super().__init__()
+        self.model = model
+        self.states = states if states is not None else nn.ModuleList()
+        self.order = [o.signal in ON_LOGITS for o in objectives]
+        self.terms = [
+            Term(o.name, o.signal, o.weight, o.options) for o in objectives if o.signal in ON_LOGITS
+        ]
+        at = AtHead(model)
+        # Plain attributes: neither is a module of its own, they call `model`.
+        self.__dict__["at"] = at if at.fusable else None
+        self.__dict__["scratch"] = Scratch()
+        self.__dict__["kept"] = None if at.fusable else KeptLogits(model)
+        self.__dict__["tied"] = TiedGradient.of(model) if at.fusable else None
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the decoder layers, the units of sharding: Accelerate asks the module it is given for them,
+        and shards nothing but the whole where it gets no answer."""
+        return sorted({type(layer).__name__ for layer in decoder_layers(self.model)[1]})
+
+    @property
+    def head_form(self) -> str:
+        """For manifests and people: how the loss is computed."""
+        return "fused with the head" if self.at else "on whole logits (this head is not one plain matrix)"
+
+    def forward(self, batch: Batch, signals: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`signals` by form: what a teacher said of this batch (live_teachers.py, distill/data/signals.py)."""
+        given = {"targets": Given((batch.targets,))}
+        if batch.signal is not None:
+            given[batch.signal.form] = Given(batch.signal.tensors)
+        given |= {form: signal for form, signal in signals.items() if form in ON_LOGITS}
+        if batch.from_teacher is not None:
+            given["from_teacher"] = Given((batch.from_teacher,))
+        needed = {term.form for term in self.terms} | {"from_teacher"}
+        given = {form: signal for form, signal in given.items() if form in needed}
+        inputs = batch.inputs()
+        if self.at:
+            # The loss is computed where the forward calls the head: there FSDP2 has the head's weight whole.
+            with self.tied.reading() if self.tied else contextlib.nullcontext():
+                total, sums = self.at(lambda hidden: self._loss(hidden[batch.keep], given), **inputs)
+        else:
+            logits = self.kept(keep=batch.keep, **inputs)
+            total, sums = whole_loss(logits, self.terms, given)
+        if not self.states:
+            return total, sums
+        return self._with_states(total, list(sums), batch, signals)
+
+    def _loss(self, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        leave = self.tied.leave if self.tied and self.tied.asked else None
+        return fused_loss(hidden, self.at.head(), self.terms, given, self.scratch, leave)
+
+    def _with_states(self, total: Tensor, sums: list[Tensor], batch: Batch, signals: dict[str, Any]):
+        found, states = [], iter(self.states)
+        for on_logits in self.order:
+            if on_logits:
+                found.append(sums.pop(0))
+                continue
+            state = next(states)
+            term = state(batch, signals).sum()
+            total = total + state.weight * term
+            found.append(term.detach().double())
+        return total, torch.stack(found)
+
+
+class _State(nn.Module):
+    """An objective with its weight; forward(batch, signals) -> [N] after the student's forward pass."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.weight, self.options = objective.weight, objective.options
+
+
+class HiddenStates(_State):
+    """hidden_cosine and hidden_mse: the mean over pairs of layers, with a projection where widths differ."""
+
+    def __init__(self, objective: Objective, student: nn.Module, teacher: LiveTeacher, seed: int):
+        super().__init__(objective)
+        model = teacher.heard_model
+        layers = [len(decoder_layers(m)[1]) for m in (student, model)]
+        widths = [m.config.get_text_config().hidden_size for m in (student, model)]
+        self.pairs = layer_pairs(*layers, self.options["layers"])
+        self.maps = projections(self.pairs, *widths, seed)
+        if self.maps is not None:
+            self.maps.to(next(student.parameters()).device)
+        self.__dict__["tap"] = HiddenTap(student, [s for s, _ in self.pairs])
+        teacher.listen_hidden([t for _, t in self.pairs])
+        normalise = self.options.get("normalise")
+        self.loss = hidden_cosine if normalise is None else lambda s, t: hidden_mse(s, t, normalise=normalise)
+
+    def forward(self, batch: Batch, signals: dict[str, Any]) -> Tensor:
+        return over_pairs(self.loss, self.tap.take(batch.keep), signals["hidden"], self.pairs, self.maps)
+
+
+class Balance(_State):
+    """sequence_balance and batch_balance of the student's own routers, per layer, then summed over layers."""
+
+    def __init__(self, objective: Objective, student: nn.Module, _teacher, _seed: int):
+        super().__init__(objective)
+        self.loss = getattr(router_losses, objective.name)
+        self.__dict__["tap"] = RouterTap(student)
+
+    def forward(self, batch: Batch, _signals: dict[str, Any]) -> Tensor:
+        mask = batch.real_tokens()
+        return per_kept_token(over_layers(self.loss, self.tap.take(mask), mask), batch.keep)
+
+
+class Routers(_State):
+    """router_distillation: the teacher's distribution over experts, layer by layer, expert by expert."""
+
+    def __init__(self, objective: Objective, student: nn.Module, teacher: LiveTeacher, _seed: int):
+        super().__init__(objective)
+        self.__dict__["tap"] = RouterTap(student)
+        teacher.listen_routers()
+
+    def forward(self, batch: Batch, signals: dict[str, Any]) -> Tensor:
+        mine, theirs = self.tap.take(batch.real_tokens()), signals["routers"]
+        found = []
+        for s, t in layer_pairs(len(mine), len(theirs), self.options["layers"]):
+            student, teacher = mine[s], theirs[t]
+            if student.logits.shape[-1] != teacher.logits.shape[-1]:
+                raise UserError(
+                    f"router_distillation: {student.name} chooses among {student.logits.shape[-1]} experts and the "
+                    f"teacher's {teacher.name} among {teacher.logits.shape[-1]}; it needs a student whose experts "
+                    "descend from the teacher's"
+                )
+            found.append(
+                router_distillation(
+                    student.logits[batch.keep], teacher.logits[batch.keep], temperature=self.options["temperature"],
+                    student_score=student.score, teacher_score=teacher.score,
+                )
+            )  # fmt: skip
+        return torch.stack(found).mean(0)
+
+
+_KINDS = {"hidden": HiddenStates, "own_routers": Balance, "routers": Routers}
+
+
+def state_objectives(
+    objectives: list[Objective], student: nn.Module, teacher: LiveTeacher | None, seed: int
+) -> nn.ModuleList:
+    """One module per objective that is not on logits, in order; listening to `student` and `teacher` at once.
+
+    Raises UserError where a model has no routers, or several teachers would have to be heard.
+    """
+    wanted = [o for o in objectives if o.signal in _KINDS]
+    return nn.ModuleList(_KINDS[o.signal](o, student, teacher, seed) for o in wanted)
+
+
+class TiedGradient:
+    """Where the head's gradient lies until the embedding takes it."""
+
+    def __init__(self, embedding: nn.Embedding):
+        self.embedding = embedding
+        self.asked = False  # whether this pass has looked a token up, and will come back for it
+        self._left: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "TiedGradient | None":
+        """For a causal LM with a plain embedding, trained, whose weight is its head's."""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if type(embedding) is not nn.Embedding or embedding.weight is not getattr(head, "weight", None):
+            return None
+        plain = not (embedding.scale_grad_by_freq or embedding.sparse or embedding.max_norm is not None)
+        ours = "forward" not in vars(embedding)  # nobody else has put a forward of their own there
+        return cls(embedding) if plain and ours and embedding.weight.requires_grad else None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Lookups in here share their gradient."""
+        self._left = None  # of a pass that failed on its way back, as for want of memory
+        self.asked = False
+        with replaced_forward(self.embedding, self._look_up):
+            yield
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        self.asked = torch.is_grad_enabled()
+        return _LookUp.apply(self.embedding.weight, ids, self)
+
+    def leave(self, gradient: Tensor) -> None:
+        """Of the head's weight [V, d], float32 or wider; from now on it belongs to the embedding.
+
+        Called in a backward pass, which raises RuntimeError at its end if no embedding came for it.
+        """
+        self._left = gradient if self._left is None else self._left.add_(gradient)
+        torch.autograd.Variable._execution_engine.queue_callback(self._all_taken)
+
+    def _all_taken(self) -> None:
+        if self.take() is not None:
+            raise RuntimeError("the head's gradient was not taken on: no embedding is on the way to its loss")
+
+    def take(self) -> Tensor | None:
+        """What the head left, once."""
+        taken, self._left = self._left, None
+        return taken
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, ids: Tensor, tied: TiedGradient) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.tied = weight.shape, weight.dtype, tied
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, rows: Tensor):
+        (ids,) = ctx.saved_tensors
+        padding = ctx.tied.embedding.padding_idx
+        if padding is not None:
+            rows = rows * (ids != padding)[..., None]
+        gradient = ctx.tied.take()
+        if gradient is None:
+            gradient = rows.new_zeros(ctx.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+        # Unlike index_add_ in a fixed order on accelerators too.
+        gradient.index_put_((ids,), rows.to(gradient.dtype), accumulate=True)
+        return gradient.to(ctx.dtype), None, None

@@ -1,0 +1,291 @@
+"""Student training: one plain loop on Accelerate, from a dataset folder to an ordinary Hugging Face folder.
+
+    distill train RECIPE                                                     (this machine, one process)
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill train RECIPE     (two CPU processes)
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m distill train RECIPE      (N GPUs)
+
+Leaves in the arm's folder: weights or adapter, tokenizer, card, `metrics.jsonl` (one line per optimizer
+step), `manifest.json`. The loss is the sum over all kept tokens of the optimizer step, over all processes
+and micro-batches, divided once by their number; so 1 x 64 = 2 x 32 = 8 x 8. A flat twin to read first:
+recipes/minimal_kd.py, which a test holds this loop to.
+
+The loop knows neither where rows come from (`distill.training.sources`) nor what a teacher is
+(`distill.training.live_teachers`) nor how a loss is computed (`distill.training.step`). Shapes: B rows, T time, N
+kept tokens of a micro-batch.
+
+Optimizer and learning rate are pure functions of the recipe and the step (`make_optimizer`, `learning_rate`).
+"""
+
+import contextlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from distill.config.recipe import Recipe
+from distill.config.training import Train
+from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
+from distill.devices import from_all
+from distill.errors import RunError, UserError
+from distill.models.layers import compile_layers
+from distill.models.precision import Precision, training_attention
+from distill.models.student import BuiltStudent
+from distill.moe.balance import ExpertBiasBalancer
+from distill.training.checkpoint import Interrupts, Saver
+from distill.training.log import StepLog
+from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
+from distill.training.sources import Lot, Source
+from distill.training.step import StudentStep, state_objectives
+from distill.training.validation import Validator
+
+
+def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Accelerator:
+    # Accelerate keeps its first precision for the life of the process; each run here states its own.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=precision.accelerate,
+        cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
+        kwargs_handlers=precision.handlers(),
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=str(folder),
+        step_scheduler_with_optimizer=False,
+    )
+    kind = accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and kind != DistributedType.FSDP:
+        raise UserError(
+            f"this launch asks for FSDP and Accelerate would run {kind.value} instead, since it shards on "
+            "accelerators only; on CPU use recipes/accelerate/cpu2.yaml"
+        )
+    spread = kind == DistributedType.FSDP or (
+        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    )
+    if spread and recipe.train.on_policy.fraction:
+        raise UserError(
+            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
+            "unequally long; use recipes/accelerate/ddp.yaml (or zero2.yaml), or train.on_policy.fraction=0"
+        )
+    if kind == DistributedType.DEEPSPEED and recipe.train.checkpoint_every:
+        raise UserError(
+            "DeepSpeed keeps its own optimizer state, which is not saved between steps here: set "
+            "train.checkpoint_every=0 (an interrupted run then starts over), or use recipes/accelerate/fsdp2.yaml"
+        )
+    return accelerator
+
+
+def train_student(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    student: BuiltStudent,
+    teacher,
+    source: Source,
+    folder: Path,
+    title: str,
+    held_out: TokenRows | None = None,
+    flops_per_token: float = 0.0,
+) -> dict[str, Any]:
+    """Train `student` in place for `recipe.train.steps` optimizer steps on what `source` gives; returns counts.
+
+    `teacher(batch)` returns signals by form, or is None. Continues from the newest state in `folder`. Raises
+    UserError for rows that cannot be trained on, RunError where a loss or gradient stops being finite or
+    memory runs out, and Interrupted after SIGTERM (in all three the last saved state is kept).
+    """
+    train, world, rank = recipe.train, accelerator.num_processes, accelerator.process_index
+
+    # ---- model, optimizer, state -------------------------------------------------------------------
+    bare = student.model
+    prepare_model(train, student, teacher)
+    states = state_objectives(train.objectives, bare, teacher, recipe.seed)
+    step_module = StudentStep(bare, train.objectives, states)
+    optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
+    balancer = ExpertBiasBalancer(bare) if train.expert_bias_step else None
+    model, optimizer = accelerator.prepare(step_module, optimizer)
+    validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
+    saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
+    first, tokens, read = saver.restore()
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator)
+    log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
+
+    # ---- the loop ----------------------------------------------------------------------------------
+    with Interrupts() as interrupts:
+        for step in log.progress(first, train.steps, title):
+            rate = learning_rate(train, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(hash((recipe.seed, step, rank)) % 2**63)  # dropout; so no RNG state to save
+            lot = source.lot(step, rank, world)
+            _check_lot(train, student, lot, world)
+
+            # ---- forward and backward, micro-batch by micro-batch ----------------------------------
+            longest = int(lot.rows.lengths[lot.share].max(initial=0))
+            with training_attention(accelerator.device, accelerator.mixed_precision, longest):
+                sums = micro.accumulate(model, optimizer, lot, teacher, balancer)
+
+            # ---- check, clip, step -----------------------------------------------------------------
+            # One number more than objectives travels along: how many processes were told to stop.
+            told = torch.tensor([float(interrupts.told)], dtype=torch.float64)
+            totals = accelerator.reduce(torch.cat([sums, told]).to(accelerator.device)).cpu()
+            means, stop = totals[:-1] / lot.tokens, bool(totals[-1])
+            norm = accelerator.clip_grad_norm_(step_module.parameters(), train.max_grad_norm)
+            _check_finite(step, means, norm, scaled=accelerator.scaler is not None)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            violation = None
+            if balancer:
+                frozen = step >= train.steps * (1 - train.expert_bias_freeze)
+                violation = balancer.update(0.0 if frozen else train.expert_bias_step, accelerator.reduce)
+
+            # ---- log, save -------------------------------------------------------------------------
+            seen = validator.look(step, model, step_module, teacher) if validator.due(step) else None
+            more = {"max_violation": violation, "on_policy": source.stats, "validation": seen}
+            log.write(step, means, rate, float(norm), lot, **more)
+            if validator.finished:
+                break
+            due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
+            if step + 1 < train.steps and (due or stop):
+                saver.save(step + 1, log.tokens, log.read, train.keep_states)
+            if stop:
+                log.close()
+                interrupts.leave(step + 1, train.steps)
+    accelerator.wait_for_everyone()
+    log.close()
+    return {
+        "steps": log.steps,
+        "rows": log.steps * train.batch_size,
+        **validator.close(step_module),
+        "tokens": log.tokens,  # trained: completion tokens
+        "tokens_read": log.read,  # passed through the model: prompts too
+        "head": step_module.head_form,
+        "micro_batch_size": micro.size,
+        "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass
+    }
+
+
+def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
+    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too)."""
+    if train.gradient_checkpointing:
+        student.base.gradient_checkpointing_enable({"use_reentrant": False})
+        student.base.enable_input_require_grads()
+    if train.packing:
+        check_packing(student.model, len(student.tokenizer))
+    if train.compile:
+        compile_layers(
+            student.model, *(m for m in (teacher.models if teacher else []) if m is not student.model)
+        )
+
+
+class MicroBatches:
+    """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
+
+    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator):
+        self.train, self.pad_id, self.accelerator = train, pad_id, accelerator
+        self.size = train.micro_batch_size
+        self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
+
+    def accumulate(self, model: nn.Module, optimizer, lot: Lot, teacher, balancer) -> torch.Tensor:
+        """Gradients of the whole lot into the model; each objective's sum over this process's kept tokens."""
+        while True:
+            try:
+                return self._once(model, lot, teacher, balancer)
+            except OutOfMemory as error:
+                # The loss is a sum over the step, so smaller pieces give the same step. Processes would have
+                # to agree on it, so only one process goes on by itself.
+                again = self.train.auto_micro_batch and self.size > 1 and self.accelerator.num_processes == 1
+                if not again:
+                    raise memory_advice(error, self.train, self.size) from None
+                optimizer.zero_grad(set_to_none=True)
+                if balancer:
+                    balancer.forget()
+                self.size, self.saved_bytes = self.size // 2, None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _once(self, model: nn.Module, lot: Lot, teacher, balancer) -> torch.Tensor:
+        train, accelerator, rows = self.train, self.accelerator, lot.rows
+        sums = torch.zeros(len(train.objectives), dtype=torch.float64)
+        pieces = list(
+            micro_batches(
+                lot.share, rows.lengths, self.size, train.micro_batch_tokens, padded=not train.packing
+            )
+        )
+        pieces = even_pieces(pieces, max(from_all(len(pieces))))
+        for i, (indices, weight) in enumerate(pieces):
+            batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
+            batch = batch.to(accelerator.device)
+            if balancer:
+                balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
+            last = i == len(pieces) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
+                # Gradients are averaged over processes, hence the world; one division by all kept tokens.
+                accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
+            terms = terms * weight
+            sums += terms.cpu()
+        return sums
+
+    def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.saved_bytes is not None or self.train.gradient_checkpointing or self.train.compile:
+            return model(batch, signals)
+        with saved_for_backward(model) as saved:
+            total, terms = model(batch, signals)
+        self.saved_bytes = saved()
+        return total, terms
+
+
+def _check_lot(train: Train, student: BuiltStudent, lot: Lot, world: int) -> None:
+    _check_lengths(train, student, lot.rows)
+    if train.batch_size < world:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is below the {world} processes; raise it to {world}"
+        )
+
+
+def _check_lengths(train: Train, student: BuiltStudent, rows: TokenRows) -> None:
+    longest = int(rows.lengths.max())
+    context = getattr(student.base.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(x for x in (train.max_length, context, longest) if x)
+    if longest > limit:
+        raise UserError(
+            f"the dataset has rows of {longest} tokens and the student takes {limit}; "
+            f"set filter.max_tokens={limit} and run filter with --redo"
+        )
+
+
+def _check_finite(step: int, means: torch.Tensor, norm: torch.Tensor, scaled: bool) -> None:
+    """Stop before a non-finite update reaches the weights. A loss scaler skips such steps by itself."""
+    if not bool(means.isfinite().all()):
+        raise RunError(
+            f"step {step + 1}: the loss is {means.tolist()}; lower train.learning_rate or use fp32"
+        )
+    if not scaled and not math.isfinite(float(norm)):
+        raise RunError(
+            f"step {step + 1}: the gradient norm is {float(norm)}; lower train.learning_rate or use fp32"
+        )
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Rate of 0-based optimizer step `step`: linear warm-up, then cosine to `final_fraction` of the peak."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup_steps) / max(train.steps - 1 - train.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return train.learning_rate * (train.final_fraction + (1 - train.final_fraction) * cosine)
+
+
+def make_optimizer(train: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Rate is set per step by the loop. Matrices decay, vectors (norms, biases) do not."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.learning_rate)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)

@@ -1,0 +1,103 @@
+"""Held-out loss while training: rows of the dataset that are never trained on, the same objectives, no gradient.
+
+    train: {validation: {rows: 256, every: 50, patience: 3, keep_best: true}}
+
+The loss is the training loss per token (weights included), summed over processes and divided once. With
+`patience`, training ends after so many looks without a better value; with `keep_best`, the weights that are
+saved at the end are those of the best look. Its line in metrics.jsonl is `validation`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from distill.config.training import Train, Validation
+from distill.data.batches import TokenRows, even_pieces, micro_batches
+from distill.devices import from_all
+from distill.errors import UserError
+from distill.training.checkpoint import BEST, load_trained, save_trained
+
+
+def split_rows(rows: TokenRows, section: Validation, seed: int) -> tuple[TokenRows, TokenRows | None]:
+    """(rows to train on, rows held out): a seeded choice. Raises UserError where nothing would be left to train on."""
+    if not section.rows:
+        return rows, None
+    if section.rows >= len(rows):
+        raise UserError(
+            f"train.validation.rows={section.rows} leaves none of the dataset's {len(rows)} rows to train on; lower it"
+        )
+    order = np.random.default_rng([seed, 101]).permutation(len(rows))
+    return rows.subset(np.sort(order[section.rows :])), rows.subset(np.sort(order[: section.rows]))
+
+
+class Validator:
+    """Looks at the held-out rows now and then; remembers the best value and its weights."""
+
+    def __init__(
+        self, train: Train, rows: TokenRows | None, pad_id: int, accelerator: Accelerator, folder: Path
+    ):
+        self.section, self.train, self.rows, self.pad_id = train.validation, train, rows, pad_id
+        self.accelerator, self.folder = accelerator, folder
+        self.best, self.best_step, self.worse = math.inf, 0, 0
+
+    def due(self, step: int) -> bool:
+        return self.rows is not None and (
+            (step + 1) % self.section.every == 0 or step + 1 == self.train.steps
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether patience has run out."""
+        return bool(self.section.patience) and self.worse >= self.section.patience
+
+    def look(self, step: int, model: nn.Module, module: nn.Module, teacher) -> float:
+        """Mean loss per token in nats after `step`; every process calls it. `module` is the unwrapped model."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        share = np.argsort(self.rows.lengths, kind="stable")[rank::world]
+        training = [m for m in module.modules() if m.training]
+        module.eval()
+        total = torch.zeros(1, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                pieces = list(
+                    micro_batches(
+                        share, self.rows.lengths, self.train.micro_batch_size, self.train.micro_batch_tokens
+                    )
+                )
+                for indices, weight in even_pieces(pieces, max(from_all(len(pieces)))):
+                    batch = self.rows.collate(indices, self.pad_id).to(self.accelerator.device)
+                    total += weight * model(batch, teacher(batch) if teacher else {})[0].double().cpu()
+        finally:
+            for m in training:
+                m.training = True
+        everyone = self.accelerator.reduce(total.to(self.accelerator.device)).cpu()
+        value = float(everyone) / int(self.rows.completion_lengths.sum())
+        if value < self.best:
+            self.best, self.best_step, self.worse = value, step + 1, 0
+            if self.section.keep_best:
+                save_trained(self.folder / BEST, module, write=self.accelerator.is_main_process)
+        else:
+            self.worse += 1
+        return value
+
+    def close(self, module: nn.Module) -> dict[str, Any]:
+        """Put the best weights back, if they are to be kept; returns what the manifest says."""
+        if self.rows is None:
+            return {}
+        self.accelerator.wait_for_everyone()
+        if self.section.keep_best and (self.folder / BEST).is_file():
+            load_trained(self.folder / BEST, module)
+        return {"validation": {"rows": len(self.rows), "best": self.best, "best_step": self.best_step}}
+
+    def state(self) -> dict[str, Any]:
+        known = math.isfinite(self.best)
+        return {"best": self.best if known else None, "best_step": self.best_step, "worse": self.worse}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.best_step, self.worse = state["best_step"], state["worse"]

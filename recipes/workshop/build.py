@@ -1,0 +1,351 @@
+"""The workshop's notebooks: made from one source per lesson, in two languages, executed, and kept current.
+
+    python recipes/workshop/build.py build [N ...]     text and code anew from recipes/workshop/lessonN.py, outputs
+    kept python recipes/workshop/build.py run [N ...]       execute in a real kernel, full budget; outputs, minutes
+    and numbers python recipes/workshop/build.py check             are the committed notebooks those that `build`
+    would write?
+
+A lesson is one Python file of cells in jupytext's percent format: markdown cells marked lang="en" or lang="zh", always
+in pairs, and code cells that both languages share. A cell tagged `exercise` is what the learner completes; the cell
+tagged `solution` after it is hidden in the notebook (an HTML <details> that Jupyter, VS Code and Colab fold) and is
+run by the tests. `{{minutes}}` in a text is the measured time. Outputs are the same in both languages: axis labels and
+printed words are English. They are executed once, without solutions, as a learner meets them.
+
+Needs the extra `workshop` (jupytext, nbformat; to execute, nbclient and ipykernel).
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import DistillError, RunError, UserError
+from distill.storage import PROJECT_ROOT, read_json, write_json
+
+FOLDER = PROJECT_ROOT / "recipes" / "workshop"
+RESULTS = PROJECT_ROOT / "recipes" / "results" / "workshop.json"
+LANGUAGES = {"en": "", "zh": ".zh-CN"}  # language -> what the notebook's name ends in
+SUMMARY = {"en": "Solution (click to open)", "zh": "参考答案（点击展开）"}
+MARK = re.compile(r"(<!-- measured -->\n).*?(<!-- end of measured -->)", re.S)
+ACCOUNT = "import json; from distill.lessons import account; print(json.dumps(account()))"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`kind`: text (with both languages), code, exercise or solution (with `code`)."""
+
+    kind: str
+    text: dict[str, str]
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    number: int
+    cells: tuple[Cell, ...]
+
+    @property
+    def code_hash(self) -> str:
+        """Of all that a learner's kernel executes: outputs made from other code are stale."""
+        code = [c.code for c in self.cells if c.kind in ("code", "exercise")]
+        return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+
+    def notebook_path(self, language: str) -> Path:
+        return FOLDER / f"lesson{self.number}{LANGUAGES[language]}.ipynb"
+
+
+def _need(module: str):
+    try:
+        return __import__(module)
+    except ImportError:
+        raise UserError(f"{module} is not installed; pip install -e '.[workshop]'") from None
+
+
+# ---- reading a lesson ----------------------------------------------------------------------------------
+
+
+def lesson_numbers() -> list[int]:
+    return sorted(int(p.stem.removeprefix("lesson")) for p in FOLDER.glob("lesson[0-9].py"))
+
+
+def read_lesson(number: int) -> Lesson:
+    """The lesson's cells. Raises UserError for a text without its other language, or a solution without exercise."""
+    path = FOLDER / f"lesson{number}.py"
+    if not path.is_file():
+        raise UserError(f"lesson {number} does not exist; there are {', '.join(map(str, lesson_numbers()))}")
+    cells: list[Cell] = []
+    waiting = ""  # an English text whose Chinese one comes next
+    for raw in _need("jupytext").read(path).cells:
+        language, tags = raw.metadata.get("lang"), raw.metadata.get("tags", [])
+        expected = "zh" if waiting else ("en" if raw.cell_type == "markdown" else None)
+        if language != expected:
+            raise UserError(
+                f"{path.name}: texts come in pairs, English then Chinese; at {raw.source[:60]!r} a text "
+                f'with lang="{expected}" was expected'
+                if expected
+                else f"{path.name}: only texts have a language, not {raw.source[:60]!r}"
+            )
+        if language == "en":
+            waiting = raw.source
+        elif language == "zh":
+            cells.append(Cell("text", {"en": waiting, "zh": raw.source}))
+            waiting = ""
+        else:
+            kind = next((t for t in ("exercise", "solution") if t in tags), "code")
+            if kind == "solution" and not any(c.kind == "exercise" for c in cells):
+                raise UserError(f"{path.name}: a solution stands before any exercise")
+            cells.append(Cell(kind, {}, raw.source))
+    if waiting:
+        raise UserError(f"{path.name}: {waiting[:60]!r} has no Chinese text after it")
+    return Lesson(number, tuple(cells))
+
+
+def install_cell() -> str:
+    """The first cell of every notebook: the dependencies that pyproject.toml pins, and the project's folder."""
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = "\n".join(f'    "{pin}",' for pin in project["dependencies"])
+    address = project.get("urls", {}).get("Repository", "")
+    template = (PROJECT_ROOT / "recipes" / "workshop" / "install_cell.py").read_text(encoding="utf-8")
+    return template.replace('    "PINS",', pins).replace("REPOSITORY_URL", address).rstrip()
+
+
+# ---- writing notebooks ---------------------------------------------------------------------------------
+
+
+def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = None, minutes: str = "?"):
+    """The lesson as a notebook. `outputs`: of each code cell in order, the install cell included."""
+    v4 = _need("nbformat").v4
+    code = [install_cell(), *(c.code for c in lesson.cells if c.kind in ("code", "exercise"))]
+    outputs = outputs if outputs and len(outputs) == len(code) else [[] for _ in code]
+    made, ran = [], 0
+
+    def add_code(source: str, tags: list[str]) -> None:
+        nonlocal ran
+        cell = v4.new_code_cell(source, outputs=outputs[ran], metadata={"tags": tags} if tags else {})
+        ran += 1
+        cell["execution_count"] = ran if any(outputs) else None
+        made.append(cell)
+
+    for index, cell in enumerate(lesson.cells):
+        if index == 1:  # after the title: what a reader should see first
+            add_code(code[0], ["install"])
+        if cell.kind == "text":
+            made.append(v4.new_markdown_cell(cell.text[language].replace("{{minutes}}", minutes)))
+        elif cell.kind == "solution":
+            folded = f"<details><summary>{SUMMARY[language]}</summary>\n\n```python\n{cell.code}\n```\n\n</details>"
+            made.append(v4.new_markdown_cell(folded, metadata={"tags": ["solution"]}))
+        else:
+            add_code(cell.code, [cell.kind] if cell.kind == "exercise" else [])
+    for index, cell in enumerate(made):
+        cell["id"] = f"lesson{lesson.number}-{index:02d}"
+    return v4.new_notebook(
+        cells=made,
+        metadata={
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+            "distill": {"lesson": lesson.number, "executed": lesson.code_hash if any(outputs) else None},
+        },
+    )
+
+
+def stored_outputs(lesson: Lesson) -> list[list[dict]] | None:
+    """The outputs in the committed English notebook, by code cell; None where there are none."""
+    path = lesson.notebook_path("en")
+    if not path.is_file():
+        return None
+    cells = read_json(path)["cells"]
+    return [_joined(cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _joined(outputs: list[dict]) -> list[dict]:
+    """Outputs as nbformat holds them in memory: texts in one piece, not in lines."""
+
+    def whole(value: Any) -> Any:
+        return "".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+    node = _need("nbformat").from_dict
+    return [
+        node({k: {m: whole(v) for m, v in x.items()} if k == "data" else whole(x) for k, x in o.items()})
+        for o in outputs
+    ]
+
+
+def results() -> dict[str, Any]:
+    return read_json(RESULTS) if RESULTS.is_file() else {"lessons": {}}
+
+
+def minutes_of(number: int) -> str:
+    """The measured minutes of computing of a lesson's cells, as text: CPU time, which other work does not disturb."""
+    measured = results()["lessons"].get(str(number))
+    return f"{measured['cpu_seconds'] / 60:.1f}" if measured else "?"
+
+
+def table(language: str) -> str:
+    """Per lesson, what was measured: for the README's of the workshop."""
+    head = {"en": "| lesson | minutes of computing, one CPU thread | numbers checked | exercises |",
+            "zh": "| 课 | 计算用时（分钟，单线程 CPU） | 校验的数值 | 练习 |"}[language]  # fmt: skip
+    lines = [head, "|---|---|---|---|"]
+    for number, measured in sorted(results()["lessons"].items()):
+        lines.append(
+            f"| [{number}](lesson{number}{LANGUAGES[language]}.ipynb) | {minutes_of(int(number))} "
+            f"| {len(measured['expected'])} | {len(measured['exercises'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def generated(numbers: list[int]) -> dict[Path, str]:
+    """Every file that `build` writes, with its text."""
+    nbformat, files = _need("nbformat"), {}
+    for number in numbers:
+        lesson = read_lesson(number)
+        outputs = stored_outputs(lesson)
+        for language in LANGUAGES:
+            made = notebook(lesson, language, outputs, minutes_of(number))
+            made["metadata"]["distill"]["executed"] = _executed(lesson)
+            files[lesson.notebook_path(language)] = nbformat.writes(made, version=4) + "\n"
+    for language, ending in LANGUAGES.items():
+        path = FOLDER / f"README{ending}.md"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            files[path] = MARK.sub(lambda found: found[1] + table(language) + found[2], text)  # noqa: B023
+    return files
+
+
+def _executed(lesson: Lesson) -> str | None:
+    measured = results()["lessons"].get(str(lesson.number))
+    return measured["code"] if measured else None
+
+
+def build(numbers: list[int]) -> None:
+    for path, text in generated(numbers).items():
+        path.write_text(text, encoding="utf-8")
+
+
+def stale(numbers: list[int]) -> list[str]:
+    """What `build` would change, and which outputs were made from other code; [] if all is current."""
+    found = [
+        f"{path.relative_to(PROJECT_ROOT)} is not what its source makes; run python recipes/workshop/build.py build"
+        for path, text in generated(numbers).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    for number in numbers:
+        if _executed(lesson := read_lesson(number)) != lesson.code_hash:
+            found.append(
+                f"lesson {number} has outputs of other code; run python recipes/workshop/build.py run {number}"
+            )
+    return found
+
+
+# ---- executing -----------------------------------------------------------------------------------------
+
+
+def execute(lesson: Lesson, solutions: bool) -> dict[str, Any]:
+    """Run the lesson's code in this process, with or without its solutions; returns `distill.lessons.account()`.
+
+    Raises RunError naming the cell that failed.
+    """
+    from distill.lessons import account
+
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for index, cell in enumerate(lesson.cells):
+        if cell.kind == "text" or (cell.kind == "solution" and not solutions):
+            continue
+        try:
+            exec(compile(cell.code, f"lesson{lesson.number}[{index}]", "exec"), namespace)
+        except Exception as error:
+            first = cell.code.strip().splitlines()[0]
+            raise RunError(f"lesson {lesson.number}, cell {index} ({first}): {error!r}") from error
+    return account()
+
+
+def execute_in_kernel(lesson: Lesson, cwd: Path = FOLDER, timeout: float = 1800):
+    """(notebook with outputs, account, seconds) of a run in a Jupyter kernel, as a learner's."""
+    nbclient, nbformat = _need("nbclient"), _need("nbformat")
+    _need("ipykernel")
+    made = notebook(lesson, "en")
+    made.cells.append(nbformat.v4.new_code_cell(ACCOUNT))
+    client = nbclient.NotebookClient(
+        made,
+        timeout=timeout,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(cwd)}},
+    )
+    start = time.perf_counter()
+    try:
+        client.execute()
+    except nbclient.exceptions.CellExecutionError as error:
+        raise RunError(f"lesson {lesson.number} failed: {str(error).strip().splitlines()[-1]}") from error
+    seconds = time.perf_counter() - start
+    printed = [o.text for o in made.cells.pop().outputs if o.get("name") == "stdout"]
+    return made, json.loads("".join(printed)), seconds
+
+
+def clean_outputs(made) -> list[list[dict]]:
+    """Outputs by code cell, without progress bars and whatever else went to stderr, and without counters."""
+    kept = []
+    for cell in made.cells:
+        if cell.cell_type == "code":
+            outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            for output in outputs:
+                output.pop("execution_count", None) if output.output_type == "display_data" else None
+            kept.append(outputs)
+    return kept
+
+
+def run(numbers: list[int]) -> None:
+    """Execute lessons in the full budget and keep what came out. Raises RunError for a number outside its range."""
+    from distill.devices import describe_device, pick_device
+    from distill.stages import versions
+
+    nbformat = _need("nbformat")
+    os.environ["DISTILL_LESSON_BUDGET"] = "full"
+    for number in numbers:
+        lesson = read_lesson(number)
+        made, told, seconds = execute_in_kernel(lesson)
+        outside = [e for e in told["expected"] if not e["met"]]
+        for e in told["expected"]:
+            print(f"  {e['name']}: {e['value']:.4g} ({e['low']:g} to {e['high']:g})")
+        print(f"lesson {number}: {seconds:.0f} s, load {os.getloadavg()[0]:.1f}")
+        if outside:
+            line = "lesson {0}: {name} is {value:.4g}, expected {low:g} to {high:g}"
+            raise RunError(*(line.format(number, **e) for e in outside))
+        found = results()
+        found |= {"device": describe_device(pick_device("cpu")), "versions": versions()}
+        entry = {"seconds": round(seconds, 1), "load": round(os.getloadavg()[0], 1), "code": lesson.code_hash}
+        found["lessons"][str(number)] = {**entry, **told}
+        write_json(RESULTS, found)
+        done = notebook(lesson, "en", clean_outputs(made), minutes_of(number))
+        lesson.notebook_path("en").write_text(nbformat.writes(done, version=4) + "\n", encoding="utf-8")
+        build([number])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python recipes/workshop/build.py", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("what", choices=["build", "run", "check"])
+    parser.add_argument("lessons", nargs="*", type=int, metavar="N", help="lessons; none means all")
+    given = parser.parse_args(arguments)
+    numbers = given.lessons or lesson_numbers()
+    try:
+        if given.what == "check":
+            found = stale(numbers)
+            print("\n".join(found) or f"lessons {', '.join(map(str, numbers))} are current")
+            return 1 if found else 0
+        {"build": build, "run": run}[given.what](numbers)
+    except DistillError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

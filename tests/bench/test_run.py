@@ -1,0 +1,220 @@
+"""A grid end to end on the shipped pair, what it shares, what it refuses, and what it leaves behind."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import ROOT
+
+from distill.bench.grid import load_bench, pick_budget, plan
+from distill.bench.page import build_bench_page, claims_text
+from distill.bench.run import describe_plan, run_bench
+from distill.commands.cli import main
+from distill.errors import RunError, UserError
+
+TINY = {
+    "title": "Tiny",
+    "recipe": str(ROOT / "recipes" / "demo.yaml"),
+    "set": {
+        "teacher.model": str(ROOT / "checkpoints" / "teacher"),
+        "student.model": str(ROOT / "checkpoints" / "base"),
+        "prompts.levels": {"easy": 14},
+        "generate.samples": 1,
+        "train.objectives": [{"name": "cross_entropy"}],
+        "train.steps": 2,
+        "train.warmup_steps": 1,
+        "train.batch_size": 4,
+        "evaluate.levels": {"easy": 7},
+        "evaluate.speed": False,
+        "evaluate.max_new_tokens": 40,
+        "prices.usd_per_device_hour": 0.05,
+    },
+    "budgets": {"small": {"seeds": 1}, "full": {"seeds": 3}},
+    "arms": {
+        "base": {"checkpoint": str(ROOT / "checkpoints" / "base")},
+        "teacher": {
+            "checkpoint": str(ROOT / "checkpoints" / "teacher"),
+            "set": {"evaluate.interventions.top_k": [1, 2], "evaluate.interventions.problems": 7},
+        },
+        "control": {"set": {"filter.completions": "reference_answer"}},
+        "sequence": {},
+        "more": {"start": "sequence", "set": {"train.steps": 3}, "budget": "full"},
+    },
+    "claims": [
+        {
+            "id": "gain", "group": "G", "sentence": "s <b>", "hypothesis": "h", "metric": "accuracy.easy",
+            "effect": {"sequence": 1, "control": -1}, "expect": "greater",
+        },
+        {
+            "id": "tokens", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "train.tokens",
+            "effect": {"sequence": 1, "control": -1}, "expect": "greater", "equal": ["tokens"],
+        },
+        {
+            "id": "later", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
+            "effect": {"more": 1, "sequence": -1}, "expect": "greater", "equal": ["prompts"], "axis": "more steps",
+            "budget": "full",
+        },
+    ],
+    "curves": [
+        {"title": "C", "x": "train.flops", "y": "accuracy.easy", "series": {"s": ["sequence", "more"]}},
+        {
+            "title": "D", "x": "cost.usd_per_million", "y": "accuracy.easy", "front": True,
+            "series": {"base": ["base"], "s": ["sequence"], "teacher": ["teacher@k1", "teacher@k2"]},
+        },
+    ],
+}  # fmt: skip
+
+
+def written(tmp_path, **changes) -> str:
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "grid"), **TINY, **changes}, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(path, folder, results, lines) of the small budget."""
+    folder = tmp_path_factory.mktemp("bench")
+    path, lines = written(folder), []
+    return path, folder / "grid", run_bench(path, "small", jobs=1, say=lines.append), lines
+
+
+def test_runs_are_ordinary_and_share_their_stages(small):
+    _, grid, results, lines = small
+    run = grid / "sequence-0"
+    assert (run / "dataset" / "manifest.json").is_file() and (run / "generations").is_symlink()
+    shared = {(grid / f"{arm}-0" / "generations").resolve() for arm in ("sequence", "control")}
+    datasets = {(grid / f"{arm}-0" / "dataset").resolve() for arm in ("sequence", "control")}
+    assert len(shared) == 1 or len({(s / "manifest.json").read_text() for s in shared}) == 1
+    assert len(datasets) == 2 and len(list((grid / "shared").glob("answers-*"))) == 1
+    assert main(["provenance", str(run)]) == 0
+    assert lines[0].startswith("Tiny: 7 tasks in budget 'small'") and lines[-1].startswith("[7/7]")
+    assert results["arms"]["base"]["budget"]["steps"] is None
+
+
+def test_prices_are_of_the_measured_speed_and_the_front_leaves_out_what_is_beaten(small):
+    _, grid, results, _ = small
+    cost = json.loads((grid / "teacher-0" / "eval" / "metrics.json").read_text())["models"]["student"]
+    entries = {e["experts_per_token"]: e for e in cost["interventions"]}
+    metrics = results["arms"]["teacher"]["metrics"]
+    for key, speed in (
+        ("cost.usd_per_million", cost["cost"]["decode_tokens_per_second"]),
+        ("k1.cost.usd_per_million", entries[1]["decode_tokens_per_second"]),
+    ):
+        assert metrics[key]["mean"] * speed * 3600 == pytest.approx(0.05 * 1e6)
+    priced = results["curves"][1]
+    assert priced["series"]["teacher"]["arms"] == ["teacher@k1", "teacher@k2"]
+    points = {a: (x, y) for s in priced["series"].values() for a, x, y in zip(s["arms"], s["x"], s["y"])}
+    assert min(points, key=points.get) == priced["front"][0] and set(priced["front"]) <= set(points)
+    page = (grid / "bench.html").read_text()
+    assert "No other is both cheaper and better: " + ", ".join(priced["front"]) in page
+    run = json.loads((grid / "sequence-0" / "student" / "manifest.json").read_text())
+    saved = results["arms"]["sequence"]["metrics"]["bytes.saved"]["mean"]
+    assert saved == run["counts"]["saved_bytes"] > 0
+
+
+def test_one_seed_decides_nothing_and_unequal_budgets_are_not_compared(small):
+    _, _, results, _ = small
+    gain, tokens = results["claims"]
+    assert gain["effect"]["n"] == 1 and gain["verdict"] == "INCONCLUSIVE" and gain["comparable"]
+    assert tokens["verdict"] == "NOT COMPARABLE" and "sequence" in tokens["unequal"][0]
+    assert gain["cost"]["runs"] == 2 and gain["cost"]["flops"] > 0
+
+
+def test_results_page_and_table_say_the_same(small, tmp_path):
+    _, grid, results, _ = small
+    assert json.loads((grid / "results.json").read_text()) == json.loads(json.dumps(results))
+    rows = pq.read_table(grid / "results.parquet").to_pylist()
+    assert {(r["arm"], r["metric"]): r["value"] for r in rows}["sequence", "accuracy.easy"] == (
+        results["arms"]["sequence"]["metrics"]["accuracy.easy"]["mean"]
+    )
+    page = (grid / "bench.html").read_text()
+    assert "<script" not in page and "s &lt;b&gt;" in page and all(c["id"] in page for c in results["claims"])
+    text = claims_text(results)
+    assert "INCONCLUSIVE" in text and "not comparable: tokens" in text
+    build_bench_page({**results, "claims": [], "curves": []}, tmp_path / "empty.html")
+
+
+def test_a_larger_budget_takes_over_and_a_failed_run_stops_nobody(small, tmp_path):
+    path, grid, _, _ = small
+    before = (grid / "sequence-0" / "student" / "manifest.json").read_text()
+    clock = json.loads((grid / "clock.json").read_text())
+    broken = {**TINY["arms"], "broken": {"set": {"train.max_length": 3}}}
+    bad = written(tmp_path, run_dir=str(grid), arms=broken)
+    with pytest.raises(RunError) as error:
+        run_bench(bad, "full", jobs=1, say=lambda line: None)
+    assert "3 of " in error.value.problems[0] and "takes 3" in error.value.problems[1]
+    results = run_bench(path, "full", jobs=1, say=lambda line: None)
+    assert (grid / "sequence-0" / "student" / "manifest.json").read_text() == before
+    assert results["claims"][0]["effect"]["n"] == 3 and len(results["claims"]) == 3
+    assert json.loads((grid / "clock.json").read_text())["wall"]["small"] == clock["wall"]["small"]
+    assert (grid / "more-2" / "recipe.yaml").read_text().count("sequence-2/start") == 1
+
+
+def test_every_problem_of_a_bench_file_is_told_at_once(tmp_path):
+    arms = {
+        **TINY["arms"],
+        "odd": {"like": "sequense"},
+        "frozen": {"checkpoint": "x", "set": {"train.steps": 1}},
+    }
+    claims = [{**TINY["claims"][0], "effect": {"nobody": 1}}]
+    with pytest.raises(UserError) as error:
+        load_bench(written(tmp_path, arms=arms, claims=claims))
+    text = str(error.value)
+    for part in ("did you mean 'sequence'", "measured as it is", "no arm 'nobody'"):
+        assert part in text
+    with pytest.raises(UserError, match=r"unknown metric 'accuracy.hrd'; did you mean 'accuracy.hard'"):
+        load_bench(written(tmp_path, claims=[{**TINY["claims"][0], "metric": "accuracy.hrd"}]))
+    with pytest.raises(UserError, match="unknown key 'armz'"):
+        load_bench(written(tmp_path, armz={}))
+
+
+def test_doctor_looks_at_every_arm_before_anything_runs(tmp_path):
+    arms = {
+        **TINY["arms"],
+        "half": {"set": {"train.precision": "fp16"}},
+        "endless": {"set": {"generate.max_new_tokens": 5000}},
+        "lost": {"checkpoint": str(tmp_path / "nowhere")},
+    }
+    with pytest.raises(UserError) as error:
+        run_bench(written(tmp_path, arms=arms), "small", jobs=1, say=lambda line: None)
+    told = {line.partition(":")[0]: line for line in error.value.problems}
+    assert {"arm half", "arm endless", "arm lost"} == set(told)
+    assert "fp16" in told["arm half"] and "5,000" in told["arm endless"] and "nowhere" in told["arm lost"]
+    assert not list((tmp_path / "grid").glob("*-0"))
+
+
+def test_arms_that_differ_by_more_than_the_technique_are_refused(tmp_path):
+    arms = {**TINY["arms"], "longer": {"set": {"train.steps": 9}}}
+    claims = [{**TINY["claims"][0], "effect": {"longer": 1, "control": -1}}]
+    with pytest.raises(UserError, match=r"claim gain: arms differ in steps \(longer 9, control 2\)"):
+        run_bench(written(tmp_path, arms=arms, claims=claims), "small", say=print)
+
+
+def test_commands_know_a_grid_from_a_recipe(tmp_path, capsys):
+    path = written(tmp_path)
+    assert main(["run", path]) == 2 and "run it with `distill bench" in capsys.readouterr().err
+    assert main(["bench", str(ROOT / "recipes" / "demo.yaml")]) == 2
+    assert "has no arms to compare" in capsys.readouterr().err
+    assert main(["bench", path, "--budget", "ful"]) == 2 and "did you mean 'full'" in capsys.readouterr().err
+    assert main(["bench", path, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == 4
+
+
+def test_the_shipped_claims_hold_together():
+    """Both budgets plan; the full one contains the small one; headline arms have three seeds or more."""
+    recipe, file = load_bench(str(ROOT / "recipes" / "claims.yaml"))
+    small, full = (plan(recipe, budget, file) for budget in ("small", "full"))
+    assert set(small) < set(full)
+    assert pick_budget(recipe, None) == "small" and recipe.budgets["small"].seeds >= 3
+    assert sum(t.arm == "sequence" for t in small.values()) == 3
+    found = describe_plan(str(ROOT / "recipes" / "claims.yaml"), "full")
+    groups = {claim.group for claim in recipe.claims}
+    assert len(groups) >= 8 and set(found["claims"]) == {claim.id for claim in recipe.claims}
+    # One generation serves all arms of a seed that ask the same teacher the same questions.
+    asked = {
+        t.needs[-1]: None for t in small.values() if t.arm in ("sequence", "control", "unfiltered", "full")
+    }
+    answers = {tuple(small[rows].needs) for rows in asked}
+    assert len(answers) == recipe.budgets["small"].seeds

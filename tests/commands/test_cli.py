@@ -1,0 +1,168 @@
+"""The command line's manners: quick help, exit codes, JSON that parses."""
+
+import io
+import json
+import subprocess
+import time
+
+import pytest
+from conftest import PYTHON, ROOT
+
+from distill import console
+from distill.commands.cli import build_parser, main
+
+
+def test_help_never_imports_torch():
+    code = (
+        "import sys\nfrom distill.commands.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout and "evaluate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["nope"], ["train", "r.yaml", "--nope"], ["describe", "a", "b"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_every_command_has_help():
+    parser = build_parser()
+    commands = next(a for a in parser._actions if a.dest == "command").choices
+    assert set(commands) == {
+        "demo", "run", "generate", "filter", "train", "evaluate", "report", "bench", "cost", "describe",
+        "provenance", "export", "merge", "play", "completion", "inherit",
+        "doctor", "init",
+    }  # fmt: skip
+
+
+def test_cost_and_describe_print_json(run_cli, hub):
+    code, out, _ = run_cli("cost", "deepseek-v3", "--json")
+    bill = json.loads(out)
+    assert code == 0 and (bill["gpu_hours"], bill["usd"]) == (2_788_000, 5_576_000)
+    code, out, _ = run_cli("describe", hub["qwen3_moe"], "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["experts"], found["experts_per_token"]) == (4, 2)
+    assert found["parameters_active"] < found["parameters_total"]
+    assert "experts" in run_cli("describe", hub["qwen3_moe"])[1]
+    assert "2,788" in run_cli("cost")[1]
+
+
+def test_help_imports_nothing_heavy():
+    """What makes it take a fifth of a second: a timed assertion would fail with the machine's load instead."""
+    heavy = (
+        "torch",
+        "transformers",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "yaml",
+        "datasets",
+        "matplotlib",
+        "jinja2",
+    )
+    code = (
+        "import sys; from distill.commands.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]" and "COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["trian", "r.yaml"], "did you mean 'train'"),
+        (["-q", "evalute"], "did you mean 'evaluate'"),
+        (["train", "r.yaml", "--dryrun"], "did you mean '--dry-run'"),
+        (["xyzzy"], "valid: demo, run"),
+    ],
+)
+def test_a_mistyped_word_is_told_with_the_nearest(arguments, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--version"]])
+def test_version(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0 and capsys.readouterr().out.startswith("distill 0.")
+
+
+def test_quiet_and_verbose_stand_before_or_after_the_command(run_cli):
+    wrong = "no-such.yaml"
+    for words in (["--verbose", "train", wrong], ["train", wrong, "-v"], ["train", "-v", wrong]):
+        code, _, err = run_cli(*words)
+        assert code == 2 and "Traceback" in err and "not found" in err and console.verbose()
+    for words in (["-q", "train", wrong], ["train", wrong, "--quiet"]):
+        code, _, err = run_cli(*words)
+        assert code == 2 and "Traceback" not in err and "not found" in err and console.quiet()
+    run_cli("train", wrong)
+    assert not console.quiet() and not console.verbose()
+
+
+def test_progress_without_a_terminal_is_a_line_per_interval(monkeypatch, capsys):
+    def work(interval: float, level: int = 0) -> str:
+        monkeypatch.setattr(console, "INTERVAL", interval)
+        console.set_verbosity(level)
+        with console.bar(total=60, desc="work", unit="row") as bar:
+            for _ in range(60):
+                time.sleep(0.01)
+                bar.update()
+        console.set_verbosity(0)
+        return capsys.readouterr().err
+
+    assert work(30) == ""  # done long before a first line is due
+    shown = work(0.2)
+    lines = shown.splitlines()
+    assert 2 <= len(lines) <= 4 and lines[-1].startswith("work: 60/60 row [") and "\r" not in shown
+    assert work(0.2, -1) == ""
+
+
+def test_colour_needs_a_terminal_and_no_no_color(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert console.paint("FAIL", "red", Terminal()) == "\x1b[31mFAIL\x1b[0m"
+    assert console.paint("FAIL", "red", io.StringIO()) == "FAIL"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.paint("FAIL", "red", Terminal()) == "FAIL"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command(shell, run_cli):
+    code, script, _ = run_cli("completion", shell)
+    assert code == 0 and "drop-expert" in script
+    for command in ("demo", "evaluate", "provenance", "completion"):
+        assert command in script
+
+
+def test_completion_completes_in_bash(run_cli, tmp_path):
+    script = tmp_path / "distill.bash"
+    script.write_text(run_cli("completion", "bash")[1])
+
+    def completed(*words: str) -> set[str]:
+        typed = " ".join(f"'{w}'" for w in words)
+        code = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_distill; "
+        done = subprocess.run(["bash", "-c", code + 'echo "${COMPREPLY[@]}"'], capture_output=True, text=True)
+        return set(done.stdout.split())
+
+    assert completed("distill", "ev") == {"evaluate"}
+    assert completed("distill", "evaluate", "x", "--dr") == {"--drop-expert", "--drop-each", "--dry-run"}
+    (tmp_path / "mine.yaml").touch()
+    assert completed("distill", "train", f"{tmp_path}/mi") == {f"{tmp_path}/mine.yaml"}

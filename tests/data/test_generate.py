@@ -1,0 +1,161 @@
+"""Teacher outputs: every (prompt, sample) once, failures as rows, randomness from the key, flat memory."""
+
+import json
+import subprocess
+
+import pytest
+from conftest import PYTHON, ROOT
+
+from distill.config.recipe import load_recipe
+from distill.data import generate as module
+from distill.data.prompts import make_prompts
+from distill.data.teachers import Answer
+from distill.storage import read_json, read_rows
+
+
+class ScriptedTeacher:
+    """Answers by a rule, without a model: right, wrong, cut off or failed in turn."""
+
+    name = "scripted"
+
+    def __init__(self, fail_every: int = 5):
+        self.fail_every, self.asked = fail_every, []
+
+    def identity(self):
+        return {"vocabulary": "scripted"}
+
+    def open(self):
+        pass
+
+    def flops(self, *_counts):
+        return None
+
+    def answer(self, questions, sampling, on_finish):
+        answers = []
+        for question in questions:
+            self.asked.append(question.key)
+            n = len(self.asked)
+            if n % self.fail_every == 0:
+                answer = Answer("", "error", error="scripted failure")
+            elif n % 7 == 0:
+                answer = Answer("<think>1", "length", [5], [6, 7], [-0.1, -0.2], None, 1, 2)
+            else:
+                answer = Answer("<think>1</think>2", "stop", [5, 6], [7, 1], [-0.5, 0.0], None, 2, 2)
+            on_finish(answer)
+            answers.append(answer)
+        return answers
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    teacher = ScriptedTeacher()
+    monkeypatch.setattr(module, "open_teacher", lambda *_: teacher)
+    return teacher
+
+
+def test_every_sample_is_a_row_failures_too(make_recipe, scripted):
+    path, run_dir = make_recipe()
+    recipe = load_recipe(path)
+    make_prompts(recipe)
+    manifest = module.generate(recipe)
+    rows = list(read_rows(run_dir / "generations"))
+    prompts = list(read_rows(run_dir / "prompts"))
+    assert [(r["prompt_id"], r["sample_idx"]) for r in rows] == [
+        (p["prompt_id"], s) for p in prompts for s in (0, 1)
+    ]
+    assert len(set(scripted.asked)) == 48, "no key is used twice"
+    failed = [r for r in rows if r["error"]]
+    assert len(failed) == manifest["counts"]["errors"] == 48 // 5
+    assert all(r["verdict"] == "error" for r in failed)
+    assert {r["verdict"] for r in rows if r["finish_reason"] == "length"} == {"truncated"}
+    verdicts = manifest["counts"]["verdicts"]
+    assert sum(verdicts.values()) == 48
+
+
+def test_finished_parts_are_not_asked_again(make_recipe, scripted):
+    path, run_dir = make_recipe()
+    recipe = load_recipe(path)
+    make_prompts(recipe)
+    module.generate(recipe)
+    asked = len(scripted.asked)
+    (run_dir / "generations" / "part-00002.parquet").unlink()
+    module.generate(recipe)
+    assert len(scripted.asked) == asked + 16, "one part of 8 prompts, two samples each"
+
+
+@pytest.mark.parametrize("change", ["generate.batch_size=3", "generate.part_size=5"])
+def test_a_sample_depends_on_its_key_alone(make_recipe, run_cli, change):
+    """Other neighbours, other parts: the same text for every (prompt, sample); another seed: other text."""
+    texts = {}
+    for name, overrides in (("one", []), ("two", [change]), ("seed", ["seed=7"])):
+        path, run_dir = make_recipe(name=name)
+        assert run_cli("generate", path, *overrides)[0] == 0
+        texts[name] = {
+            (r["prompt_id"], r["sample_idx"]): r["completion_ids"] for r in read_rows(run_dir / "generations")
+        }
+    assert texts["one"] == texts["two"]
+    shared = texts["one"].keys() & texts["seed"].keys()
+    assert not shared or any(texts["one"][k] != texts["seed"][k] for k in shared)
+    samples = {k[0] for k in texts["one"]}
+    assert any(texts["one"][p, 0] != texts["one"][p, 1] for p in samples), "two samples of a prompt differ"
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = ["tests", "tests/data"]
+from test_generate import ScriptedTeacher
+from distill.data import generate as module
+from distill.config.recipe import load_recipe
+from distill.data.prompts import make_prompts
+from distill.devices import pick_device
+module.open_teacher = lambda *_: ScriptedTeacher(10**9)
+recipe = load_recipe(sys.argv[1], sys.argv[2:])
+if recipe.generate.samples == 2:
+    make_prompts(recipe)
+else:
+    pick_device("cpu"); module.generate(recipe)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(make_recipe):
+    """Peak of the generate stage in its own process: 20 times the prompts, nearly the same megabytes."""
+    peaks = []
+    for name, count in (("few", 1_000), ("many", 20_000)):
+        path, _ = make_recipe(name=name)
+        sizes = [f"prompts.levels={{easy: {count}}}", "prompts.distinct=false", "generate.part_size=500"]
+        for samples in ("2", "1"):
+            command = [PYTHON, "-c", MEMORY, path, *sizes, f"generate.samples={samples}"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] < peaks[0] + 60, peaks
+
+
+def test_logprobs_are_the_models_own(make_recipe, run_cli, hub):
+    """Stored log-probabilities equal a full forward pass over prompt and completion."""
+    import torch
+
+    from distill.models.load import load_model
+
+    path, run_dir = make_recipe("llama", "llama")
+    assert run_cli("generate", path)[0] == 0
+    model = load_model(hub["llama"], "fp32")
+    for row in list(read_rows(run_dir / "generations"))[:6]:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        start = len(row["prompt_ids"]) - 1
+        expected = [float(logprobs[start + i, t]) for i, t in enumerate(row["completion_ids"])]
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
+    config = read_json(run_dir / "generations" / "manifest.json")["config"]
+    assert json.dumps(config["identity"])
+
+
+def test_stop_strings_through_a_recipe(make_recipe, run_cli):
+    path, run_dir = make_recipe("llama", "llama")
+    assert run_cli("generate", path, "generate.stop_strings=[e, '9']", "generate.max_new_tokens=60")[0] == 0
+    rows = list(read_rows(run_dir / "generations"))
+    stopped = [r for r in rows if r["text"].endswith(("e", "9"))]
+    assert stopped and all(r["finish_reason"] == "stop" for r in stopped)
+    assert not any("e" in r["text"][:-1] or "9" in r["text"][:-1] for r in rows)

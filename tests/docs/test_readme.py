@@ -1,0 +1,151 @@
+"""The README's numbers are those of the committed result file, its commands exist, generated pages are current."""
+
+import json
+import re
+
+import pytest
+import readme
+import tree
+import website
+from conftest import ROOT
+from readme import PAGES, claim_results, replaced, results_section, sections
+
+import recipes as recipe_page
+from distill.bench.grid import Bench
+from distill.commands.cli import build_parser
+from distill.config import reference as recipe_reference
+from distill.config.recipe import Recipe
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_results_are_those_of_the_result_file(language):
+    text = PAGES[language].read_text()
+    shown = re.search(r"<!-- results: .*?-->\n(.*?)<!-- end of results -->", text, re.S).group(1)
+    results = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())
+    again = "run `python docs/generate/readme.py` after a new result file"
+    assert shown == results_section(results, language), again
+    low, high = results["models"]["student"]["tasks"]["hard"]["ci95"]
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in shown
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_claims_are_those_of_the_result_files(language):
+    """And those files were made from the recipes as they are now, on a commit and hardware they name."""
+    found = claim_results()
+    assert set(found) == {"small", "full"}
+    assert replaced(PAGES[language].read_text(), "claims", sections(language)["claims"]) == (
+        PAGES[language].read_text()
+    ), "run `python docs/generate/readme.py` after a new result file"
+    assert readme.CLAIMS_PAGE.read_text() == readme.claims_page(found)
+    for results in found.values():
+        assert not readme.stale(results), (
+            "run the grid again, then `python docs/generate/readme.py checkpoints/claims`"
+        )
+        assert results["commit"]["id"] and results["device"] and results["seconds"]["wall"] > 0
+    small, full = ({c["id"] for c in found[b]["claims"]} for b in ("small", "full"))
+    assert small < full and found["small"]["seeds"] >= 3
+    verdicts = {c["id"]: c["verdict"] for c in found["full"]["claims"]}
+    assert verdicts["judge-false"] == "INCONCLUSIVE" and verdicts["judge-true"] == "SUPPORTED"
+
+
+def test_the_speed_table_is_that_of_the_result_file():
+    found, page = json.loads(readme.SPEED_RESULTS.read_text()), readme.SPEED_PAGE.read_text()
+    assert page == replaced(page, "speed", readme.speed_section(found)), (
+        "run `python docs/generate/readme.py`"
+    )
+    (group,) = [
+        g for g in found["groups"]
+        if g["setting"] == "large vocabulary" and g["objective"] == "forward_kl" and g["measured"] == "step"
+        and g["precision"] == "fp32" and g["allocator"] == "glibc"
+    ]  # fmt: skip
+    mine = group["methods"]["distill"]
+    ratio = group["methods"]["TRL DistillationTrainer"][group["clock"]] / mine[group["clock"]]
+    assert mine["times_faster_than"]["TRL DistillationTrainer"] == pytest.approx(ratio, rel=1e-2)
+    assert f"| {ratio:.2f} |" in page and f"{mine['memory_peak'] / 1e9:.2f}" in page
+
+
+def test_both_readmes_have_the_same_parts():
+    """Translated headings aside: as many sections and blocks, the same commands, links to the same pages."""
+    english, chinese = (PAGES[language].read_text() for language in ("en", "zh"))
+    assert [h.count("#") for h in re.findall(r"^#+ ", english, re.M)] == [
+        h.count("#") for h in re.findall(r"^#+ ", chinese, re.M)
+    ], "README.md and README.zh-CN.md differ in their sections"
+    links = [set(re.findall(r"\]\((docs/\w+\.md|CONTRIBUTING\.md)", text)) for text in (english, chinese)]
+    assert links[0] == links[1], "a page is linked in one language only"
+
+
+def test_the_demo_proves_what_the_page_says():
+    """The claims of the page, from the committed numbers: by how much, and that intervals do not overlap."""
+    models = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())["models"]
+    hard = {name: model["tasks"]["hard"] for name, model in models.items()}
+    assert hard["student"]["accuracy"] >= 0.65
+    for arm in ("base", "control"):
+        assert hard["student"]["accuracy"] - hard[arm]["accuracy"] >= 0.40
+        assert hard["student"]["ci95"][0] > hard[arm]["ci95"][1]
+    easy = {name: model["tasks"]["easy"]["accuracy"] for name, model in models.items()}
+    assert easy["student"] >= easy["base"] - 0.05
+    assert models["teacher"]["tasks"]["hard"]["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_commands_in_the_readme_exist(language):
+    """Every command of the program stands under "Commands" ("命令"), and nothing else does."""
+    commands = next(a for a in build_parser()._actions if a.dest == "command").choices
+    named = set(re.findall(r"^distill (\w+)", PAGES[language].read_text(), re.M)) | {
+        "filter",
+        "train",
+        "report",
+    }
+    assert named <= set(commands)
+    assert set(commands) <= named, f"add a line to {PAGES[language].name}: {set(commands) - named}"
+
+
+def test_recipe_reference_is_current_and_explains_every_key():
+    assert recipe_page.PAGE.read_text() == recipe_page.page(), (
+        "a recipe's keys changed: run `python docs/generate/recipes.py`"
+    )
+    walked = [found for root in (Recipe, Bench) for found in recipe_reference.entries(root)]
+    found = [entry for _, _, own in walked for entry in own]
+    silent = [entry.key for entry in found if len(entry.description) < 5]
+    assert not silent, f"give these a Field(description=...) with the unit: {silent}"
+    sections = [path for path, section, _ in walked if not section.__doc__]
+    assert not sections, f"say what these sections are for in a docstring: {sections}"
+    keys = {entry.key for entry in found}
+    assert {"train.steps", "teacher.endpoint.base_url", "evaluate.interventions.top_k"} <= keys
+    assert {"arms.NAME.like", "claims.0.hypothesis"} <= keys and len(keys) > 170
+
+
+@pytest.mark.parametrize("page", tree.PAGES, ids=lambda p: p.name)
+def test_the_tree_is_that_of_the_docstrings(page):
+    text = page.read_text()
+    assert tree.with_tree(text) == text, (
+        "a module or its first sentence changed: run `python docs/generate/tree.py`"
+    )
+    assert {f"distill/{f}/" if f else "distill/" for f in tree.FOLDERS} <= set(text.split())
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_the_tour_is_short_enough_to_be_read(language):
+    """Every file that it names exists, and together they are an hour."""
+    table = re.search(r"\n\| `recipes/minimal_kd.py` .*?\n\n", PAGES[language].read_text(), re.S)[0]
+    files, folder = [], ""
+    for name in re.findall(r"`([\w./]+\.(?:py|yaml))`", table):
+        folder = name.rpartition("/")[0] or folder
+        files.append(ROOT / folder / name.rpartition("/")[2])
+    assert len(files) == 14
+    assert sum(len(file.read_text().splitlines()) for file in files) < 3500
+
+
+def test_the_site_offers_every_name_and_no_dead_link(tmp_path):
+    offered = [
+        name
+        for folder in tree.FOLDERS
+        if (page := website.api_page(folder))
+        for name in re.findall(r"^::: (\S+)", page, re.M)
+    ]
+    assert len(offered) > 180 and "distill.moe.metrics.max_violation" in offered
+    text = website.site_page("docs/moe.md", "[a](data.md#x) [b](../distill/cli.py) [c](https://d.e)")
+    assert text == "[a](data.md#x) b [c](https://d.e)"
+    pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
+    website.build(tmp_path / "site")
+    assert "drop_experts" in (tmp_path / "site" / "api" / "moe.html").read_text()

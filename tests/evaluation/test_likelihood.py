@@ -1,0 +1,122 @@
+"""Multiple choice by likelihood: the three scores against float64 sums over the plain forward pass."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHATML, byte_tokenizer
+from transformers import PreTrainedConfig
+
+from distill.errors import UserError
+from distill.evaluation.likelihood import letters_of, likelihoods
+from distill.models.load import load_model, load_tokenizer, prompt_ids
+from distill.storage import read_json
+
+CHOICES = [["Paris", "Rome is longer", "x"], ["no", "yes", "perhaps, perhaps not", "1234"], ["a b", "c"]]
+
+
+def problem(number: int, choices: list[str] | None, answer: str, level: str = "quiz") -> dict:
+    listed = "\n".join(f"{x}. {c}" for x, c in zip("ABCDEF", choices or ["one", "two"]))
+    message = {"role": "user", "content": f"Question {number}?\n{listed}"}
+    return {"prompt_id": str(number), "messages": [message], "answer": answer, "verifier": "choice"} | {
+        "level": level,
+        "choices": choices,
+    }
+
+
+def by_hand(model, tokenizer, asked: dict, option: str) -> tuple[float, int]:
+    """(log p of the option, its tokens), one sequence at a time, in float64."""
+    prompt = prompt_ids(tokenizer, asked["messages"])
+    ids = tokenizer(option, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logs = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logs[len(prompt) - 1 + i, t]) for i, t in enumerate(ids)), len(ids)
+
+
+def test_scores_are_the_definitions(hub):
+    model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
+    problems = [problem(i, choices, "ABC"[i]) for i, choices in enumerate(CHOICES)]
+    found = likelihoods(model, tokenizer, problems, batch_size=2)["quiz"]
+    assert [f["options"] for f in found] == ["letter", "text"]
+    for score, texts in zip(
+        found, (lambda p: [f"Answer: {x}" for x in letters_of(p)], lambda p: p["choices"])
+    ):
+        assert score["errors"] == 0 and score["mean_options"] == 3
+        right = dict.fromkeys(("sum", "per_token", "per_byte"), 0)
+        for p in problems:
+            options = texts(p)
+            pairs = [by_hand(model, tokenizer, p, o) for o in options]
+            values = {
+                "sum": [total for total, _ in pairs],
+                "per_token": [total / n for total, n in pairs],
+                "per_byte": [total / len(o.encode()) for (total, _), o in zip(pairs, options)],
+            }
+            for name, v in values.items():
+                right[name] += "ABCDEF"[v.index(max(v))] == p["answer"]
+        for name, count in right.items():
+            assert score[name]["accuracy"] == pytest.approx(count / 3) and score[name]["n"] == 3
+            assert score[name]["ci95"][0] <= count / 3 <= score[name]["ci95"][1]
+
+
+class Flat(torch.nn.Module):
+    """A causal LM to whom all tokens are equally likely."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.head = torch.nn.Linear(1, vocabulary, bias=False)
+        torch.nn.init.zeros_(self.head.weight)
+        self.config = PreTrainedConfig(vocab_size=vocabulary)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(logits=self.head(torch.ones(*input_ids.shape, 1)))
+
+
+def test_the_sum_prefers_short_options_and_the_others_do_not():
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.pad_token = tokenizer.eos_token
+    _, text = likelihoods(Flat(len(tokenizer)), tokenizer, [problem(0, ["long option", "b", "middle"], "B")])[
+        "quiz"
+    ]
+    assert text["sum"]["accuracy"] == 1.0
+    assert text["per_token"]["accuracy"] == text["per_byte"]["accuracy"] == 0.0  # equal: the first is taken
+
+
+def test_non_finite_options_are_errors(hub):
+    model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
+    with torch.no_grad():
+        model.lm_head.weight[:] = math.nan
+    (letter, _) = likelihoods(model, tokenizer, [problem(0, CHOICES[0], "A")])["quiz"]
+    assert letter["errors"] == 1 and letter["sum"]["accuracy"] == 0
+
+
+def test_letters_are_read_off_the_prompt_where_no_choices_are_given():
+    assert letters_of(problem(0, None, "A")) == "AB"
+    assert letters_of(problem(0, CHOICES[1], "A")) == "ABCD"
+    bare = problem(0, None, "A") | {"messages": [{"role": "user", "content": "Which?\nB. only"}]}
+    with pytest.raises(UserError, match="offers no choices"):
+        letters_of(bare)
+
+
+def test_on_the_command_line(run_cli, hub, tmp_path):
+    rows = [
+        {"question": f"Pick {i}", "choices": choices, "answer": 1, "subject": "s"}
+        for i, choices in enumerate(CHOICES)
+    ]
+    path = tmp_path / "mmlu.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    arguments = ("--tasks", f"mmlu:{path}", "--likelihood", "--max-new-tokens", "3", "--out", out)
+    code, _, err = run_cli("evaluate", hub["llama"], *arguments)
+    assert code == 0, err
+    metrics = read_json(out / "metrics.json")["models"]["llama"]
+    assert [s["options"] for s in metrics["likelihood"]["mmlu"]] == ["letter", "text"]
+    assert metrics["likelihood"]["mmlu"][1]["sum"]["n"] == metrics["tasks"]["mmlu"]["n"] == 3
+    code, _, err = run_cli(
+        "evaluate", hub["llama"], "--tasks", "easy", "--likelihood", "--out", tmp_path / "no"
+    )
+    assert code == 2 and "multiple-choice" in err

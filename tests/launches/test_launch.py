@@ -1,0 +1,46 @@
+"""`accelerate launch` with two CPU processes gives the rows and the weights of one process."""
+
+import torch
+from conftest import PYTHON
+from launching import LAUNCH, processes_of, run
+from safetensors.torch import load_file
+from training_example import MIXED, SGD, fake_dataset
+
+from distill.storage import hash_file, parts
+
+ONE = [PYTHON, "-m", "distill"]
+
+
+def test_two_processes_generate_the_same_bytes(make_recipe):
+    """24 prompts in parts of 5, dealt to two processes: every part equals that of one process."""
+    found = {}
+    for name, command in (("one", ONE), ("two", LAUNCH)):
+        path, run_dir = make_recipe(name=name)
+        run([*command, "generate", path, "generate.part_size=5"])
+        found[name] = {p.name: hash_file(p) for p in parts(run_dir / "generations")}
+        assert processes_of(run_dir / "generations") == {"one": 1, "two": 2}[name]
+    assert len(found["one"]) == 5 and found["one"] == found["two"]
+
+
+def test_two_processes_train_to_the_same_weights(make_recipe, hub):
+    """SGD, ragged lengths, a batch that does not divide evenly: 7 rows in micro-batches of 3.
+
+    One process has two micro-batches then and the other one. The teacher's layers are spread over both, where every
+    forward pass is a meeting: without even pieces this would hang.
+    """
+    options = [*SGD, MIXED, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=3"]
+    weights = {}
+    for name, command in (("one", ONE), ("two", LAUNCH)):
+        path, run_dir = make_recipe(name=name)
+        fake_dataset(run_dir)
+        run([*command, "train", path, *options, *(["teacher.device=sharded"] if name == "two" else [])])
+        weights[name] = load_file(run_dir / "student" / "model.safetensors")
+        assert processes_of(run_dir / "student") == {"one": 1, "two": 2}[name]
+        assert len((run_dir / "student" / "metrics.jsonl").read_text().splitlines()) == 4
+    start = load_file(f"{hub['llama']}/model.safetensors")
+    moved = max(float((weights["one"][name] - start[name]).abs().max()) for name in start)
+    assert moved > 1e-2, "the steps are large enough that a wrong scale would show"
+    for name, tensor in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -1,0 +1,25 @@
+"""`accelerate launch` of this command in processes of their own, as a user starts it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from conftest import PYTHON, ROOT
+
+from distill.storage import read_json
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+CPU2 = str(ROOT / "recipes" / "accelerate" / "cpu2.yaml")
+LAUNCH = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", CPU2, "-m", "distill"]
+
+
+def run(command: list[str]) -> None:
+    """Run it to its end. Whoever compares two processes with one must see by `processes_of` that there were two."""
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def processes_of(stage: Path) -> int:
+    """How many processes a finished stage ran on, from its manifest: Accelerate may start one without a word."""
+    device = read_json(stage / "manifest.json")["device"]
+    return int(device.split(" x ")[0]) if " x " in device else 1

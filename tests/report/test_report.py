@@ -1,0 +1,641 @@
+"""The report page, on a fake run folder made here: every number on it is one of the inputs, and what models
+wrote stays text. `fake_run(folder)` also serves to look at the page: `python tests/report/test_report.py FOLDER`."""
+
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from page_reading import Page, points
+
+from distill.errors import UserError
+from distill.report import drawing, figures, numbers
+from distill.report.report import build_report, headline, read_run, summary_table
+
+FAMILIES = ["addition", "counting", "multiplication", "reversing"]
+LEVELS = ["easy", "medium", "hard"]
+SKILL = {  # chance to solve: easy, medium, hard
+    "base": (0.88, 0.30, 0.04),
+    "control": (0.86, 0.35, 0.09),
+    "student": (0.93, 0.88, 0.80),
+    "teacher": (0.99, 0.97, 0.94),
+}
+ATTACK = "</pre><script>alert('teacher')</script><img src=x onerror=alert(1)>\x07 & {{ 7*7 }}"
+
+
+def score(verdicts: list[str], tokens: list[int]) -> dict:
+    """The score dict of eval/metrics.json, with Wilson's interval."""
+    n, p, z = len(verdicts), np.mean([v == "correct" for v in verdicts]), 1.96
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {
+        "n": n,
+        "accuracy": float(p),
+        "stderr": math.sqrt(p * (1 - p) / n),
+        "ci95": [float(middle - half), float(middle + half)],
+        "pass_at_k": {"1": float(p)},
+        "truncated": verdicts.count("truncated"),
+        "no_answer": verdicts.count("no_answer"),
+        "errors": verdicts.count("error"),
+        "mean_tokens": float(np.mean(tokens)),
+    }
+
+
+def fake_answers(per_cell: int) -> list[dict]:
+    rng = np.random.default_rng(7)
+    rows = []
+    for model, skill in SKILL.items():
+        for family in FAMILIES:
+            for level, chance in zip(LEVELS, skill):
+                for index in range(per_cell):
+                    right = rng.random() < chance
+                    verdict = "correct" if right else str(rng.choice(["wrong", "truncated", "no_answer"]))
+                    steps = "\n".join(f"{k}+{k + 1}={2 * k + 1}, carry {k % 2}" for k in range(4))
+                    rows.append(
+                        {
+                            "model": model,
+                            "prompt_id": f"{family}-{level}-{index:03d}",
+                            "family": family,
+                            "level": level,
+                            "prompt": f"{family}: 47{index} + 88{index} = ?",
+                            "reference": str(135 + index),
+                            "text": f"{steps}\nanswer: {135 + index if right else 7}"
+                            if model != "base"
+                            else "7",
+                            "answer": str(135 + index if right else 7)
+                            if verdict in ("correct", "wrong")
+                            else None,
+                            "verdict": verdict,
+                            "tokens": int(rng.integers(20, 90)),
+                        }
+                    )
+    return rows
+
+
+def fake_model(name: str, rows: list[dict]) -> dict:
+    def of(**wanted):
+        mine = [r for r in rows if r["model"] == name and all(r[k] == v for k, v in wanted.items())]
+        return score([r["verdict"] for r in mine], [r["tokens"] for r in mine])
+
+    moe = name == "teacher"
+    found = {
+        "path": f"checkpoints/demo/{name}",
+        "model": {
+            "parameters_total": 3_650_000 if moe else 862_464,
+            "parameters_adapter": 0 if moe else 137_216,
+            "assumed_context": 96,
+            "parameters_active": 1_480_000 if moe else 862_464,
+            "parameters_active_without_embeddings": 1_460_000 if moe else 850_176,
+            "flops_per_token": 2_920_000 if moe else 1_700_352,
+            "kv_bytes_per_token": 960 if moe else 2048,
+            "weight_bytes": 7_300_000 if moe else 1_724_928,
+            "experts": 8 if moe else None,
+            "experts_per_token": 2 if moe else None,
+        },
+        "tasks": {level: of(level=level) for level in LEVELS},
+        "families": {f: {level: of(family=f, level=level) for level in LEVELS} for f in FAMILIES},
+        "cost": {"seconds": 41.5, "generated_tokens": 48_211, "decode_tokens_per_second": 1161.7}
+        | {"flops_per_answer": 1.23e8},
+    }
+    if not moe:
+        found["fidelity"] = {
+            "top1_agreement": 0.913,
+            "top1_agreement_stderr": 0.0021,
+            "tokens": 12_345,
+            "forward_kl": 0.2468,
+            "reverse_kl": 0.3579,
+        }
+        return found
+    rng = np.random.default_rng(3)
+    layers = {}
+    for index in range(1, 4):
+        load = rng.dirichlet(np.full(8, 200.0)).tolist()
+        violation = max(load) * 8 - 1
+        measured = {
+            "load": load,
+            "max_violation": violation,
+            "max_violation_noise_floor": 0.021 if index < 3 else 0.9,
+        }
+        layers[f"model.layers.{index}.mlp"] = measured | {
+            "tokens": 48_211,
+            "experts": 8,
+            "experts_per_token": 2,
+            "load_entropy": 2.07,
+            "load_entropy_normalised": 0.9955,
+            "effective_experts": 7.92,
+            "dead_experts": 0,
+            "router_entropy": 1.734,
+            "confidence": 0.4321,
+        }
+    return found | {"moe": {"layers": layers}}
+
+
+def fake_comparison(a: dict, b: dict, names: tuple[str, str], task: str) -> dict:
+    """As distill.evaluation.evaluate writes it: difference and verdict judge b against a."""
+    one, two = b["tasks"][task], a["tasks"][task]
+    difference, half = one["accuracy"] - two["accuracy"], 1.96 * math.hypot(one["stderr"], two["stderr"])
+    low, high = difference - half, difference + half
+    verdict = "BETTER" if low > 0 else "WORSE" if high < 0 else "INCONCLUSIVE"
+    values = {
+        "n": one["n"],
+        "difference": difference,
+        "ci95": [low, high],
+        "p_value": 0.0001,
+        "p_value_holm": 0.0004 if low > 0 else 0.4,
+    }
+    return {"a": names[0], "b": names[1], "task": task, **values, "verdict": verdict}
+
+
+def fake_run(folder: Path, per_cell: int = 12, steps: int = 60) -> Path:
+    """A whole run folder as the stages would leave it."""
+    rows = fake_answers(per_cell)
+    attacked = next(
+        r for r in rows if (r["model"], r["verdict"], r["level"]) == ("teacher", "correct", "hard")
+    )
+    for row in rows:
+        if row["prompt_id"] == attacked["prompt_id"]:
+            row["verdict"] = "correct" if row["model"] in ("student", "teacher") else "wrong"
+    attacked["text"] = ATTACK
+    models = {name: fake_model(name, rows) for name in SKILL}
+    pairs = [("base", "control"), ("base", "student"), ("control", "student"), ("student", "teacher")]
+    compared = [fake_comparison(models[a], models[b], (a, b), level) for a, b in pairs for level in LEVELS]
+    metrics = {"schema_version": 2, "models": models, "comparisons": compared}
+    (folder / "eval" / "answers").mkdir(parents=True)
+    half = len(rows) // 2
+    for part, chunk in enumerate([rows[:half], rows[half:]]):
+        pq.write_table(pa.Table.from_pylist(chunk), folder / "eval" / "answers" / f"part-{part:05d}.parquet")
+    (folder / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "recipe.yaml").write_text(
+        "# resolved\nrun_dir: checkpoints/demo\nseed: 7\ntrain:\n  lr: 0.01\n"
+    )
+    precision = {"compute": "bfloat16", "reason": "the CPU has bf16 instructions"}
+    counts = {
+        "prompts": {"rows": 4000},
+        "generations": {"rows": 4001, "tokens": 241_502, "errors": 3},
+        "dataset": {"rows": 3456, "kept": 3456, "dropped": 545, "tokens": 207_777}
+        | {"dropped_by_rule": {"wrong_answer": 412, "truncated": 33, "duplicate": 100}},
+        "student": {
+            "steps": steps,
+            "tokens": 415_554,
+            "parameters_trainable": 137_216,
+            "parameters_total": 999_680,
+        },
+        "control": {
+            "steps": steps,
+            "tokens": 53_210,
+            "parameters_trainable": 137_216,
+            "parameters_total": 999_680,
+        },
+        "eval": {"rows": len(rows), "tokens": 192_844, "errors": 0},
+    }
+    before = {}
+    for position, (stage, count) in enumerate(counts.items()):
+        manifest = {
+            "stage": stage,
+            "config": {"seed": 7},
+            "inputs": before,
+            "fingerprint": f"{position:02d}ab{'c0de' * 7}",
+            "versions": {"distill": "0.1.0", "torch": "2.13.0" if stage != "eval" else "2.12.1"},
+            "counts": count,
+            "seconds": 12.25 * (position + 1),
+            "device": "cpu",
+            "flops": None if stage in ("prompts", "dataset") else 1_500_000_000_000 * position,
+        }
+        (folder / stage).mkdir(exist_ok=True)
+        trained = stage in ("student", "control")
+        (folder / stage / "manifest.json").write_text(
+            json.dumps(manifest | ({"precision": precision} if trained else {}))
+        )
+        before = {stage: manifest["fingerprint"]}
+    for seed, stage in enumerate(["student", "control"]):
+        rng = np.random.default_rng(seed)
+        with open(folder / stage / "metrics.jsonl", "w") as file:
+            for step in range(1, steps + 1):
+                kl = float(0.3 + 1.4 * math.exp(-step / 15) + 0.08 * rng.random())
+                row = {
+                    "step": step,
+                    "loss": 2 * kl,
+                    "lr": 0.01,
+                    "grad_norm": 0.7,
+                    "tokens": 100,
+                    "seconds": step * 0.5,
+                }
+                objectives = {"cross_entropy": 2 * kl} | ({"forward_kl": kl} if stage == "student" else {})
+                file.write(json.dumps(row | {"objectives": objectives}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return fake_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def page(whole) -> Page:
+    return Page(build_report(whole).read_text())
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(whole, tmp_path / "demo"))
+
+
+def edit(run: Path, change) -> None:
+    path = run / "eval" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    change(metrics)
+    path.write_text(json.dumps(metrics))
+
+
+def rebuilt(run: Path) -> Page:
+    return Page(build_report(run).read_text())
+
+
+# ---- numbers on the page are the inputs
+
+
+def test_comparison_table_holds_the_measured_scores(whole, page):
+    metrics = json.loads((whole / "eval" / "metrics.json").read_text())
+    for model, values in metrics["models"].items():
+        for task, s in values["tasks"].items():
+            low, high = s["ci95"]
+            accuracy = f"{100 * s['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            cells = [
+                task,
+                model,
+                accuracy,
+                str(s["n"]),
+                str(s["truncated"]),
+                str(s["no_answer"]),
+                str(s["errors"]),
+                f"{s['mean_tokens']:.1f}",
+            ]
+            assert cells in page.cells
+    for c in metrics["comparisons"]:
+        low, high = c["ci95"]
+        row = next(r for r in page.cells if r[:2] == [c["task"], f"{c['b']} against {c['a']}"])
+        assert row[2] == points(100 * c["difference"], 100 * low, 100 * high).replace(" points", "")
+        assert row[3:5] == [str(c["n"]), "< 0.001" if c["p_value_holm"] < 0.001 else "0.400"]
+        assert row[5].endswith(c["verdict"])
+
+
+def test_accuracies_agree_with_a_recount_of_the_answers(whole, page):
+    """From the Parquet rows, not through metrics.json: the fixture and the page cannot share a mistake."""
+    rows = pq.read_table(whole / "eval" / "answers").to_pylist()
+    for family in FAMILIES:
+        mine = [
+            r["verdict"] for r in rows if (r["model"], r["family"], r["level"]) == ("student", family, "hard")
+        ]
+        position = next(i for i, row in enumerate(page.cells) if row[:2] == [family, "easy"])
+        cell = page.cells[position + 2]
+        assert cell[1] == "hard"
+        share = 100 * mine.count("correct") / len(mine)
+        assert cell[4].startswith(f"{share:.0f} %") and cell[4].endswith(f"n = {len(mine)}")
+
+
+def test_stages_models_experts_and_cost(whole, page):
+    cells = page.cells
+    assert next(r[:6] for r in cells if r[0] == "student" and "cpu" in r) == [
+        "student",
+        "–",
+        "415,554",
+        "4.5 TFLOP",
+        "49.0 s",
+        "cpu",
+    ]
+    # 12.25 s * (1+2+3+4+5+6); the two stages without a FLOP count are left out of the sum.
+    assert ["total", "", "", "19.5 TFLOP", "4 min 17 s", "", ""] in cells
+    teacher = next(r for r in cells if r[0] == "teacher" and r[-1] == "2 of 8")
+    assert teacher[1:10] == [
+        "3.65 M",
+        "0",
+        "1.48 M",
+        "1.46 M",
+        "2.92 MFLOP",
+        "96",
+        "960 B",
+        "7.3 MB",
+        "2 of 8",
+    ]
+    assert ["base", "91.3 %", "0.21 %", "0.2468", "0.3579", "12,345"] in cells
+    assert ["student", "41.5 s", "48,211", "1161.7", "123 MFLOP"] in cells
+    layers = json.loads((whole / "eval" / "metrics.json").read_text())["models"]["teacher"]["moe"]["layers"]
+    for name, layer in layers.items():
+        violation, floor = max(layer["load"]) * 8 - 1, layer["max_violation_noise_floor"]
+        row = [
+            name,
+            "48,211",
+            "2 of 8",
+            f"{violation:.3f}",
+            f"{floor:.3f}",
+            f"{violation / floor:.1f} ×",
+            "0",
+        ]
+        assert [*row, "0.996", "7.92", "1.734", "0.432"] in cells
+    assert ["torch", "2.13.0 (prompts, generations, dataset, student, control); 2.12.1 (eval)"] in cells
+    assert ["distill", "0.1.0"] in cells
+    assert "compute: bfloat16; reason: the CPU has bf16 instructions" in page.text
+    facts = "tokens 207,777 kept 3,456 dropped 545 – wrong answer 412 – duplicate 100 – truncated 33"
+    assert facts in page.text and "parameters 999,680 – trained 137,216" in page.text
+    assert "run_dir: checkpoints/demo" in page.text and "Not in this folder" not in page.text
+
+
+def test_training_table_and_curves(whole, page):
+    rows = [json.loads(line) for line in (whole / "student" / "metrics.jsonl").read_text().splitlines()]
+    # 60 steps: a window of 3, cut to 2 at either end.
+    first, last = np.mean([r["loss"] for r in rows[:2]]), np.mean([r["loss"] for r in rows[-2:]])
+    assert ["student", "60", "6,000", f"{first:.3f}", f"{last:.3f}", "3 steps", "0", "30.0 s"] in page.cells
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
+    assert sum("optimizer step" in label for label in labels) == 3  # total, cross entropy, forward KL
+    assert any(label.startswith("forward KL") and label.endswith("for student") for label in labels)
+
+
+def test_examples_follow_the_rule(whole, page):
+    rows = pq.read_table(whole / "eval" / "answers").to_pylist()
+    verdicts = {}
+    for row in rows:
+        verdicts.setdefault((row["family"], row["prompt_id"]), {})[row["model"]] = row["verdict"]
+    for family in FAMILIES:
+        hard = [v for key, v in verdicts.items() if key[1].startswith(f"{family}-hard")]
+        won = [v["student"] == "correct" and "correct" not in (v["base"], v["control"]) for v in hard]
+        assert f"{family}, hard – learned: {sum(won)} of these {len(hard)} problems" in page.text
+    lost = sum(v["student"] != "correct" for v in verdicts.values())
+    assert f"not solved by student: {lost} of all {len(verdicts)} problems" in page.text
+
+
+# ---- the words
+
+
+def test_headline_when_the_student_wins(whole, page):
+    s = {
+        m: json.loads((whole / "eval" / "metrics.json").read_text())["models"][m]["tasks"]["hard"]
+        for m in SKILL
+    }
+    said = {
+        m: f"{100 * v['accuracy']:.0f} % [{100 * v['ci95'][0]:.0f}, {100 * v['ci95'][1]:.0f}]"
+        for m, v in s.items()
+    }
+    assert (
+        f"Learning from the teacher paid off: the student solves {said['student']} of the hard problems, "
+        f"the same base trained without the teacher {said['control']}." in page.text
+    )
+    price = f"at {2_920_000 / 1_700_352:.1f} times the operations per token"
+    assert f"The teacher itself solves {said['teacher']} of the hard problems, {price}." in page.text
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [("WORSE", "did not pay off: the student"), ("INCONCLUSIVE", "No clear winner: the student")],
+)
+def test_headline_when_the_student_does_not_win(run, verdict, words):
+    def change(metrics):
+        named = {(c["a"], c["b"], c["task"]): c for c in metrics["comparisons"]}
+        duel, easy = named["control", "student", "hard"], named["base", "student", "easy"]
+        duel.update(verdict=verdict, difference=-0.02, ci95=[-0.05, 0.01], p_value_holm=0.3)
+        easy.update(verdict="WORSE", difference=-0.4, ci95=[-0.5, -0.3])
+
+    edit(run, change)
+    text = rebuilt(run).text
+    assert words in text and "paid off" not in text
+    assert f"Difference: {points(-2, -5, 1)}, p-value 0.300" in text
+    assert ("can be chance" in text) == (verdict == "INCONCLUSIVE")
+    forgot = f"on easy: {points(-40, -50, -30)}, n = 48 – training made it forget."
+    assert f"Worse than the base before training {forgot}" in text
+
+
+def test_a_comparison_stored_the_other_way_round_reads_the_same(run):
+    before = headline(read_run(run))
+
+    def turn(metrics):
+        for c in metrics["comparisons"]:
+            low, high = c["ci95"]
+            c.update(a=c["b"], b=c["a"], difference=-c["difference"], ci95=[-high, -low])
+            c["verdict"] = {"BETTER": "WORSE", "WORSE": "BETTER"}.get(c["verdict"], c["verdict"])
+
+    edit(run, turn)
+    after = headline(read_run(run))
+    for words in ("title", "detail", "notes", "verdict", "rival"):
+        assert before[words] == after[words]
+    accuracy = {name: score["accuracy"] for name, score in after["scores"].items()}
+    for task, duel in after["duels"].items():
+        assert duel["verdict"] == before["duels"][task]["verdict"]
+    assert after["duels"]["hard"]["difference"] == pytest.approx(accuracy["student"] - accuracy["control"])
+
+
+def test_other_names_and_tasks(run):
+    def change(metrics):
+        one, two = metrics["models"]["student"], metrics["models"]["base"]
+        for model in (one, two):
+            model["tasks"] = {"gsm8k": model["tasks"]["hard"], "math $x^2$": model["tasks"]["easy"]}
+            model.pop("families")
+        metrics["models"] = {"org/Some-Model-1.5B-with-a-very-long-name": one, "<b>other</b>": two}
+        duel = metrics["comparisons"][5] | {"a": "<b>other</b>", "task": "gsm8k"}
+        metrics["comparisons"] = [duel | {"b": "org/Some-Model-1.5B-with-a-very-long-name"}]
+
+    edit(run, change)
+    for part in (run / "eval" / "answers").iterdir():
+        rows = pq.read_table(part).to_pylist()
+        names = {"student": "org/Some-Model-1.5B-with-a-very-long-name", "base": "<b>other</b>"}
+        rows = [row | {"model": names[row["model"]]} for row in rows if row["model"] in names]
+        pq.write_table(pa.Table.from_pylist(rows), part)
+    page = rebuilt(run)
+    assert "Better than <b>other</b>: org/Some-Model-1.5B-with-a-very-long-name solves" in page.text
+    assert "of the gsm8k problems" in page.text and "math $x^2$" in page.text
+    assert not [tag for tag, _ in page.tags if tag == "b"]
+    assert (
+        "long-name solved and <b>other</b> did not" in page.text and "addition, hard – learned" in page.text
+    )
+
+
+# ---- one safe, whole, repeatable file
+
+
+def test_model_text_stays_text(whole, page):
+    assert ATTACK.replace("\x07", "\u2407").replace("\n", " ") in page.text
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "link")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "49" not in page.text.split("alert(1)>")[1][:20]
+
+
+def test_one_file_without_network(whole, page):
+    text = (whole / "report.html").read_text()
+    assert "http:" not in text and "https:" not in text and "@import" not in text
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+    assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", text))
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert not [p for p in whole.iterdir() if p.name.startswith(".")]  # no temporary left behind
+
+
+def test_ids_are_unique_and_every_reference_resolves(whole, page):
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    wanted = {a["href"][1:] for _, a in page.tags if a.get("href", "").startswith("#")}
+    wanted |= set(re.findall(r"url\(#([^)]*)\)", (whole / "report.html").read_text()))
+    assert wanted and wanted <= set(ids)
+
+
+def test_same_folder_gives_same_bytes(run, whole):
+    first = build_report(run).read_bytes()
+    assert first == build_report(run).read_bytes() == build_report(whole).read_bytes()
+
+
+def test_figures_take_the_colours_of_the_page():
+    svg = figures.accuracy_panel("hard", {"student": {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 9}})
+    assert "var(--ink)" in svg and "var(--line)" in svg
+    assert not [colour for colour in drawing.CSS_COLOURS if colour in svg]
+
+
+# ---- what is missing
+
+
+def test_no_run_and_no_evaluation(tmp_path, run):
+    with pytest.raises(UserError, match=r"nowhere is missing.*distill run"):
+        build_report(tmp_path / "nowhere")
+    (run / "eval" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"metrics\.json is missing.*distill evaluate"):
+        build_report(run)
+
+
+def test_damaged_files_are_named(run):
+    with open(run / "student" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 61, "lo')
+    with pytest.raises(UserError, match=r"student/metrics\.jsonl is damaged"):
+        build_report(run)
+    edit(run, lambda metrics: metrics.update(schema_version=99))
+    with pytest.raises(UserError, match="schema_version 99"):
+        build_report(run)
+
+
+def test_no_control_and_a_dense_teacher(run):
+    shutil.rmtree(run / "control")
+
+    def change(metrics):
+        metrics["models"].pop("control")
+        metrics["models"]["teacher"].pop("moe")
+        metrics["comparisons"] = [c for c in metrics["comparisons"] if "control" not in (c["a"], c["b"])]
+
+    edit(run, change)
+    page = rebuilt(run)
+    assert "Better than the base before training: the student solves" in page.text
+    assert "No control was run" in page.text and "Not in this folder, or not finished: control/." in page.text
+    assert "all are dense" in page.text and "MaxVio" not in page.text
+    assert "learned:" in page.text
+
+
+def test_evaluation_alone(run):
+    for stage in ("prompts", "generations", "dataset", "student", "control", "eval/answers"):
+        shutil.rmtree(run / stage)
+    (run / "eval" / "manifest.json").unlink()
+    (run / "recipe.yaml").unlink()
+
+    def change(metrics):
+        metrics["comparisons"] = []
+        metrics["models"] = {"student": metrics["models"]["student"]}
+        metrics["models"]["student"].pop("fidelity")
+
+    edit(run, change)
+    page = rebuilt(run)
+    for said in ("No verdict", "evaluation only", "without a recipe", "no eval/answers/", "Not measured"):
+        assert said in page.text
+    assert "Training curves" not in page.text and "Fingerprints" not in page.text
+
+
+def test_holes_in_the_numbers(run):
+    """Nothing measured, a null loss, an unfinished control, no tasks at all: dashes, no crash."""
+    (run / "control" / "manifest.json").unlink()
+    lines = (run / "student" / "metrics.jsonl").read_text().splitlines()
+    broken = json.loads(lines[9]) | {"loss": None, "objectives": {"cross_entropy": None, "forward_kl": None}}
+    (run / "student" / "metrics.jsonl").write_text("\n".join([*lines[:9], json.dumps(broken), *lines[10:]]))
+
+    def change(metrics):
+        metrics["models"]["base"] = {"path": "x", "model": {}, "tasks": {}, "cost": {}}
+        metrics["models"]["teacher"]["moe"]["layers"]["model.layers.1.mlp"]["load"] = [0.0] * 7 + [1.0]
+        metrics["models"]["control"]["tasks"]["hard"]["accuracy"] = None
+
+    edit(run, change)
+    page = rebuilt(run)
+    assert ["base", "–", "–", "–", "–"] in page.cells
+    assert next(r for r in page.cells if r[0] == "student" and r[1:3] == ["60", "6,000"])[6] == "1"
+    assert "the same base trained without the teacher –." in page.text
+    edit(run, lambda metrics: metrics.update(models={"m": {"path": "m", "model": {}}}, comparisons=[]))
+    assert "No verdict" in rebuilt(run).text
+
+
+def test_a_step_written_twice_counts_once(run):
+    path = run / "student" / "metrics.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    with open(path, "a") as file:
+        file.write(json.dumps(last | {"tokens": 700}) + "\n")
+    assert next(r for r in rebuilt(run).cells if r[0] == "student" and r[1] == "60")[2] == "6,600"
+
+
+# ---- formats and the plain table
+
+
+def test_formats():
+    zero = {"accuracy": 0.0, "ci95": [-1e-17, 0.3]}
+    assert numbers.percent(zero, 0).replace(numbers.NB, " ") == "0 % [0, 30]"  # not -0
+    nb = {value: text.replace(" ", numbers.NB) for value, text in {1: "1", 999: "999", 1500: "1.5 k"}.items()}
+    assert {value: numbers.si(value) for value in nb} == nb
+    assert (
+        numbers.si(999_700, "B") == f"1{numbers.NB}MB" and numbers.si(None) == numbers.si(float("nan")) == "–"
+    )
+    times = {5: "5.0 s", 59.97: "1 min 0 s", 61: "1 min 1 s", 3599.6: "1 h 0 min", 7260: "2 h 1 min"}
+    assert {value: numbers.duration(value).replace(numbers.NB, " ") for value in times} == times
+    assert (
+        numbers.number(1234567) == "1,234,567"
+        and numbers.number([3, 5]) == "2"
+        and numbers.number(0.12345) == "0.123"
+    )
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_percent_loses_at_most_half_a_digit(a, low, high):
+    shown = re.findall(r"[-\d.]+", numbers.percent({"accuracy": a, "ci95": [low, high]}))
+    assert np.allclose([float(x) for x in shown], [100 * a, 100 * low, 100 * high], atol=0.0501)
+
+
+@given(st.lists(st.floats(-10, 10) | st.just(float("nan")), min_size=1, max_size=30), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_smoothing_is_the_mean_of_the_finite_neighbours(values, window):
+    got = figures.smooth(np.array(values), window)
+    width = min(window, len(values))
+    for i in range(len(values)):
+        last = i + (width - 1) // 2
+        near = [v for v in values[max(0, last - width + 1) : last + 1] if not math.isnan(v)]
+        assert np.isnan(got[i]) if not near else abs(got[i] - np.mean(near)) < 1e-9
+
+
+def test_summary_table(whole):
+    metrics = json.loads((whole / "eval" / "metrics.json").read_text())
+    lines = summary_table(metrics).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["base", "control", "student", "teacher"]
+    assert re.findall(r"(\w+) \(n=(\d+)\)", lines[0]) == [(level, "48") for level in LEVELS]
+    for line in lines[1:]:
+        values = metrics["models"][line.split()[0]]["tasks"]
+        shown = [float(x) for x in re.findall(r"([\d.]+) %", line)]
+        assert shown == [float(f"{100 * values[level]['accuracy']:.1f}") for level in LEVELS]
+        assert line.index("%") < 30 and "\u00a0" not in line
+    starts = {line.index("[", 20) - len(re.search(r"[\d.]+ % (?=\[)", line).group()) for line in lines[1:]}
+    assert starts == {lines[0].index("easy")}  # columns line up
+    metrics["models"]["base"]["tasks"].pop("hard")
+    metrics["models"]["control"]["tasks"]["hard"]["n"] = 40
+    assert "hard (n=40-48)" in summary_table(metrics) and "–" in summary_table(metrics).splitlines()[1]
+    assert summary_table({"models": {"m": {}}}).splitlines() == ["accuracy [95 %]", "m"]
+
+
+if __name__ == "__main__":
+    print(build_report(fake_run(Path(sys.argv[1]), per_cell=60, steps=400)))

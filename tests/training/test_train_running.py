@@ -1,0 +1,199 @@
+"""What a long run needs: stop and go on, memory that runs out, held-out loss, launch files, compilation."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import PYTHON, ROOT
+from launching import ENVIRONMENT
+from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
+
+from distill.config.recipe import load_recipe
+from distill.errors import RunError, UserError
+from distill.storage import read_json
+from distill.training.arms import train_arms
+from distill.training.checkpoint import BEST
+from distill.training.step import StudentStep
+
+PLAIN = "control.enabled=false"
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make_recipe):
+    options = [PLAIN, "train.steps=200", "train.checkpoint_every=0", "train.batch_size=4"]
+    path, run_dir = make_recipe(name="told")
+    fake_dataset(run_dir)
+    command = [PYTHON, "-m", "distill", "train", path, *options]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    log = run_dir / "student" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "stopped by SIGTERM after step" in errors and "state saved" in errors and "Traceback" not in errors
+    (state,) = (run_dir / "student").glob("state-*")
+    assert int(state.name.partition("-")[2]) == log.read_text().count("\n") >= 5
+    whole, _ = trained("whole", *options)
+    resumed, _ = trained("told", *options)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def out_of_memory(monkeypatch, most_rows: int) -> list[int]:
+    """From now on a forward pass of more rows than this fails as a GPU does; returns the sizes tried."""
+    real, tried = StudentStep.forward, []
+
+    def forward(self, batch, signals):
+        tried.append(len(batch.row_tokens))
+        if tried[-1] > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 is full.")
+        return real(self, batch, signals)
+
+    monkeypatch.setattr(StudentStep, "forward", forward)
+    return tried
+
+
+def test_out_of_memory_says_what_to_halve(trained, monkeypatch):
+    out_of_memory(monkeypatch, 3)
+    with pytest.raises(RunError) as found:
+        trained("small", PLAIN, "train.micro_batch_size=6")
+    text = str(found.value)
+    assert (
+        "out of memory at 6 rows a pass (CUDA out of memory)" in text and "train.micro_batch_size=3" in text
+    )
+    assert "gradient_checkpointing=true" in text and "\n" not in text
+
+
+def test_micro_batches_halve_until_they_fit_and_change_nothing(trained, monkeypatch):
+    whole, _ = trained("whole", *SGD, MIXED, "train.micro_batch_size=6")
+    tried = out_of_memory(monkeypatch, 2)
+    halved, run_dir = trained(
+        "halved", *SGD, MIXED, "train.micro_batch_size=6", "train.auto_micro_batch=true"
+    )
+    assert_same(whole, halved, 2e-6)
+    assert tried[:2] == [6, 3] and max(tried[2:]) <= 2 and tried.count(6) == 1, "found once, kept"
+    assert read_json(run_dir / "student" / "manifest.json")["counts"]["micro_batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["train.packing=true", "train.micro_batch_tokens=40", "train.gradient_checkpointing=true"]
+)
+def test_how_a_step_is_computed_does_not_change_it(trained, option):
+    whole, run_dir = trained("whole", *SGD, MIXED, student="qwen3_moe")
+    other, other_dir = trained("other", *SGD, MIXED, option, student="qwen3_moe")
+    assert_same(whole, other, 5e-6)
+    assert losses_of(run_dir) == pytest.approx(losses_of(other_dir), abs=5e-6)
+
+
+def test_compiled_layers_train_the_same(trained):
+    whole, _ = trained("whole", *SGD, "train.steps=2")
+    compiled, _ = trained("compiled", *SGD, "train.steps=2", "train.compile=true")
+    assert_same(whole, compiled, 1e-5)
+
+
+def test_held_out_rows_are_looked_at_and_never_trained_on(trained):
+    section = "train.validation={rows: 10, every: 2}"
+    _, run_dir = trained("held", PLAIN, section, "train.steps=8", "train.batch_size=30")
+    seen = [line.get("validation") for line in metrics(run_dir)]
+    assert [v is not None for v in seen] == [False, True] * 4
+    manifest = read_json(run_dir / "student" / "manifest.json")
+    assert manifest["counts"]["validation"]["best"] == pytest.approx(min(v for v in seen if v), abs=1e-9)
+    # 30 rows are left, and a step of 30 rows is an epoch of them: all steps train the same tokens.
+    assert len({line["tokens"] for line in metrics(run_dir)}) == 1
+
+
+def test_the_held_out_loss_is_the_training_loss_of_those_rows(trained, hub):
+    """Before any step moves the weights (rate ~ 0), the mean over held-out tokens by hand."""
+    import numpy as np
+
+    from distill.data.batches import TokenRows
+    from distill.models.load import load_model
+    from distill.training import losses
+    from distill.training.validation import split_rows
+
+    options = [
+        "train.learning_rate=1e-12",
+        "train.validation={rows: 7, every: 1}",
+        "train.micro_batch_size=2",
+        PLAIN,
+    ]
+    _, run_dir = trained("still", *options)
+    recipe = load_recipe(str(run_dir.with_suffix(".yaml")), options)
+    _, held = split_rows(TokenRows.from_folder(run_dir / "dataset"), recipe.train.validation, recipe.seed)
+    batch = held.collate(np.arange(7), 0)
+    with torch.no_grad():
+        logits = load_model(hub["llama"], "fp32")(**batch.inputs()).logits[batch.keep]
+    expected = losses.cross_entropy(logits, batch.targets).mean().item()
+    assert metrics(run_dir)[0]["validation"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_patience_ends_training_and_the_best_weights_are_kept(trained):
+    # A rate that destroys the weights: the first look is the best one.
+    wild = ["train.learning_rate=0.5", "train.steps=40", "train.warmup_steps=0", "train.max_grad_norm=100"]
+    section = "train.validation={rows: 10, every: 1, patience: 3, keep_best: true}"
+    best, run_dir = trained("patient", PLAIN, *wild, section, "train.schedule=constant")
+    lines = metrics(run_dir)
+    values = [line["validation"] for line in lines]
+    assert len(lines) < 40 and min(values) not in values[-3:]
+    counts = read_json(run_dir / "student" / "manifest.json")["counts"]
+    assert counts["steps"] == len(lines) and counts["validation"]["best"] == min(values)
+    assert not (run_dir / "student" / BEST).exists()
+    stop = [*wild, "train.schedule=constant", "train.validation={rows: 10, every: 1}"]
+    steps = counts["validation"]["best_step"]
+    same, _ = trained("short", PLAIN, *stop, f"train.steps={steps}")
+    assert all(torch.equal(best[name], same[name]) for name in best)
+
+
+def test_so_many_states_are_kept(trained, make_recipe, monkeypatch):
+    real, calls = StudentStep.forward, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) > 7:  # two micro-batches a step: in the middle of step 4
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(StudentStep, "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        trained("kept", PLAIN, "train.keep_states=2")
+    _, run_dir = make_recipe(name="kept")
+    assert [p.name for p in sorted((run_dir / "student").glob("state-*"))] == [
+        "state-0000002",
+        "state-0000003",
+    ]
+
+
+LAUNCHES = {"cpu", "cpu2", "ddp", "fsdp2", "gpu", "multinode", "zero2", "zero3"}
+
+
+def test_every_launch_file_is_what_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+    assert {f.stem for f in files} == LAUNCHES
+    for file in files:
+        config = load_config_from_file(str(file))
+        raw = yaml.safe_load(file.read_text())
+        assert (
+            config.num_processes == raw["num_processes"]
+            and config.distributed_type.value == raw["distributed_type"]
+        )
+        assert f"recipes/accelerate/{file.name}" in file.read_text(), "the file says how to launch it"
+        assert (config.fsdp_config or {}).get("fsdp_version") == (2 if file.stem == "fsdp2" else None)
+
+
+def test_sharding_is_refused_where_accelerate_would_not_shard(make_recipe, monkeypatch):
+    path, run_dir = make_recipe()
+    fake_dataset(run_dir)
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="asks for FSDP and Accelerate would run NO instead"):
+        train_arms(load_recipe(path, [PLAIN]))
