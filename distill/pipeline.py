@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.config.recipe import Recipe
+from distill.stages import stored_date
 from distill.storage import read_json
 
 
@@ -45,7 +46,9 @@ STAGES_OF = {
 def run(recipe: Recipe, command: str, redo: bool, say: Callable[[str], None]) -> None:
     """Run the stages of one command. `say` prints a line; errors are UserError and RunError."""
     from distill.devices import pick_device, processes
+    from distill.models.chat import fix_date
 
+    fix_date(recipe.date or stored_date(recipe.path))
     ranks = processes(pick_device(recipe.device, recipe.threads))
     for folder, function in stages(recipe):
         if folder not in STAGES_OF[command]:

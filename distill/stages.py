@@ -25,6 +25,7 @@ idle share and other programs are in them; disks, fans and the power supply are 
 see. Only the machine of the main process is read. Imports no torch.
 """
 
+import datetime
 import fcntl
 import os
 import platform
@@ -60,6 +61,23 @@ def input_fingerprint(folder: Path, command: str) -> str:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill {command}` first")
     return read_json(folder / MANIFEST)["fingerprint"]
+
+
+def stored_date(run_dir: Path) -> datetime.date | None:
+    """The day that chat templates with a clock read when a stage of this run, finished or not, was made."""
+    folders = sorted(run_dir.iterdir()) if run_dir.is_dir() else ()
+    return next((date for date in map(folder_date, folders) if date), None)
+
+
+def folder_date(folder: Path) -> datetime.date | None:
+    """The same of one stage folder."""
+    for name in (MANIFEST, IDENTITY):
+        if (folder / name).is_file():
+            config = read_json(folder / name).get("config") or {}
+            for part in (config, config.get("identity"), config.get("tokenizer")):
+                if isinstance(part, dict) and part.get("date"):
+                    return datetime.date.fromisoformat(part["date"])
+    return None
 
 
 class Stage:

@@ -383,9 +383,9 @@ def _share(
     """
     recipe = run.recipe
     whole: dict[str, Any] = {
-        "prompts": recipe.prompts.model_dump(mode="json"),
+        "prompts": recipe.prompts.identity(),
         "seed": recipe.seed,
-        "teacher": recipe.teacher.model_dump(mode="json") if recipe.teacher else None,
+        "teacher": recipe.teacher.identity() if recipe.teacher else None,
         "generate": recipe.generate.model_dump(mode="json") if recipe.teacher else None,
     }
     taught = [
@@ -433,7 +433,7 @@ def known_budget(task: Task) -> dict[str, Any]:
     """What a recipe settles of a run's budget: which prompts (a fingerprint), steps, rows of all steps."""
     train = task.recipe.train
     # The worked solutions of the embedded tasks are another text for the same prompts.
-    prompts = task.recipe.prompts.model_dump(mode="json", exclude={"solutions"})
+    prompts = task.recipe.prompts.identity(exclude={"solutions"})
     return {
         "prompts": fingerprint([prompts, task.seed])[:8],
         "steps": train.steps,

@@ -7,6 +7,8 @@ stand in (distill/commands/recipe.py, setup.py, artifacts.py, or the folder of t
 """
 
 import argparse
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,6 +57,11 @@ def with_pair(overrides: list[str], arguments: argparse.Namespace) -> list[str]:
     """The overrides, and those that --teacher and --student are short for."""
     named = [("teacher.model", arguments.teacher), ("student.model", arguments.student)]
     return [*overrides, *(f"{key}={value}" for key, value in named if value)]
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is key=value, rather than a path that has an equals sign."""
+    return re.match(r"[A-Za-z_][\w.]*=", word) is not None and not os.path.exists(word)
 
 
 def comma_separated(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from distill import console
 from distill.commands.command import (
     Command,
     comma_separated,
+    is_override,
     json_argument,
     override_arguments,
     pair_arguments,
@@ -196,9 +197,9 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     from distill.tasks.problems import LEVELS
 
     chosen = arguments.tasks or list(LEVELS)
-    keys = [w for w in [*arguments.targets, *chosen] if w.startswith("prompts.") and "=" in w]
+    keys = [w for w in [*arguments.targets, *chosen] if w.startswith("prompts.") and is_override(w)]
     targets, tasks = ([w for w in given if w not in keys] for given in (arguments.targets, chosen))
-    overrides = [t for t in targets if "=" in t]
+    overrides = [t for t in targets if is_override(t)]
     if overrides:
         raise UserError(
             f"'{overrides[0]}': only prompts.key=value goes with checkpoints, and --tasks, --problems, --out"

@@ -2,12 +2,12 @@
 
 import re
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.config.section import Count, Fraction, Section, Signal
+from distill.config.section import Count, Fraction, Section, Signal, TemplateArguments
 from distill.errors import nearest
 from distill.tasks.benchmarks import PRESETS, fill_in
 from distill.tasks.problems import FAMILIES, LEVELS
@@ -20,8 +20,11 @@ PresetName = Literal[tuple(PRESETS)]
 class Prompts(Section):
     """Where training questions come from: the embedded tasks, a local file, or a dataset on the hub."""
 
+    later: ClassVar = ("last_turn",)
+
     source: str = Field(
-        "tasks", description="'tasks', a .jsonl, .parquet or .csv file, or 'hub:org/name' (or name@revision)"
+        "tasks",
+        description="'tasks', a .jsonl, .json, .csv, .tsv or .parquet file, or 'hub:org/name' (or name@revision)",
     )
     preset: PresetName | None = Field(
         None, description="a benchmark's columns, template and verifier; without `source`, from the hub"
@@ -40,7 +43,14 @@ class Prompts(Section):
         True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
     )
     limit: Count | None = Field(None, description="files and hub: use the first rows only")
-    prompt_column: str = Field("prompt", description="files: column with the question, or chat messages")
+    prompt_column: str = Field(
+        "prompt", description="files: column with the question: text, or a conversation (a list of messages)"
+    )
+    last_turn: Literal["drop", "reference", "refuse"] = Field(
+        "drop",
+        description="a conversation's last assistant turn: drop, it is left out; reference, it is the final answer "
+        "(then a file needs no answer column); refuse, a row that has one is a mistake",
+    )
     answer_column: str = Field("answer", description="files: column with the final answer ('' if none)")
     completion_column: str | None = Field(None, description="files: score these texts instead of sampling")
     template: str | None = Field(None, description="prompt made of columns, as '{question}\\n{choices}'")
@@ -50,7 +60,10 @@ class Prompts(Section):
     pattern: str | None = Field(
         None, description="verifier regex: found in a right answer; {answer} is the reference, escaped"
     )
-    system: str | None = Field(None, description="system message put before every question")
+    system: str | None = Field(
+        None,
+        description="system message put before every question; a conversation with another of its own is refused",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +191,12 @@ class Endpoint(Section):
 class TeacherSection(Section):
     """Whose outputs train the student: any causal LM from a folder or the hub, or one behind a server."""
 
+    later: ClassVar = ("chat_template_kwargs",)
     model: str = Field(description="folder or hub name of any causal LM")
+    chat_template_kwargs: TemplateArguments = Field(
+        {},
+        description="arguments of its chat template, as {enable_thinking: false}; a server is sent them too",
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
     device: Literal["auto", "cpu", "sharded"] = Field(
         "auto",

@@ -5,6 +5,7 @@ raises one `UserError` that lists every problem with its fix and the nearest val
 weight is loaded. The resolved recipe (defaults filled in) is what manifests, reports and resumes use.
 """
 
+import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +31,9 @@ class Recipe(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 uses every core")
+    date: datetime.date | None = Field(
+        None, description="the day that chat templates with a clock read; empty: the day the run began"
+    )
     prompts: Prompts = Prompts()
     teacher: TeacherSection | None = None
     generate: Generate = Generate()

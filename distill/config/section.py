@@ -1,6 +1,6 @@
 """What every section of a recipe is made of, and the section about teacher signals. See distill/config/recipe.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -8,8 +8,24 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+# Names that a template can set, and values that it can write.
+TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    later: ClassVar[tuple[str, ...]] = ()  # keys that earlier versions did not have
+
+    def identity(self, **how: Any) -> dict[str, Any]:
+        """What a stage made by this section depends on, as JSON. `how`: further arguments of `model_dump`.
+
+        A key of `later` is left out while it is at its default: what was made before there was the key is what it was.
+        """
+        settings = self.model_dump(mode="json", **how)
+        for name in self.later:
+            if name in settings and getattr(self, name) == type(self).model_fields[name].default:
+                del settings[name]
+        return settings
 
 
 class Signal(Section):

@@ -3,12 +3,12 @@
 Read and checked as part of a `Recipe` (distill/config/recipe.py), which names them as `student`, `train`, `control`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from distill.config import objectives
-from distill.config.section import Count, Fraction, Section
+from distill.config.section import Count, Fraction, Section, TemplateArguments
 
 ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
 
@@ -58,11 +58,16 @@ class Lora(Section):
 class StudentSection(Section):
     """The model that trains: where it starts and what of it moves."""
 
+    later: ClassVar = ("chat_template_kwargs",)
+
     model: str | None = Field(None, description="folder or hub name to start from")
     config: dict[str, Any] | None = Field(
         None, description="or a transformers config (with model_type) to start from random weights"
     )
     tokenizer: str = Field("embedded", description="with `config`: 'embedded', or a folder or hub name")
+    chat_template_kwargs: TemplateArguments = Field(
+        {}, description="arguments of its chat template, as {enable_thinking: false}; saved with the student"
+    )
     adapter: Literal["lora", "full"] = Field(
         "lora", description="lora: the base stays frozen; full: every weight trains"
     )

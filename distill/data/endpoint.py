@@ -89,6 +89,8 @@ def _text(message: Any) -> str:
         content = f"<think>{reasoning}</think>{content}"
     if not isinstance(content, str):
         raise BadReply("the answer has no text")
+    if "</think>" in content and "<think>" not in content.partition("</think>")[0]:
+        content = f"<think>{content}"  # the server's template opened the thinking, ahead of what it sent
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
@@ -184,8 +186,13 @@ def read_key(endpoint: Endpoint) -> str | None:
 class EndpointTeacher:
     """Asks a server, `concurrency` requests at a time. The key is read when the first question is asked."""
 
+    opened = (
+        ""  # the server's own template is its secret; what it left out of an answer is put back (`_text`)
+    )
+
     def __init__(self, section: TeacherSection):
         self.name = section.model
+        self._template_arguments = section.chat_template_kwargs
         self._endpoint = section.endpoint
         self._limit_name = "max_tokens"
         self._failed_in_a_row = 0
@@ -252,6 +259,8 @@ class EndpointTeacher:
         if self._endpoint.top_logprobs:
             request |= {"logprobs": True, "top_logprobs": self._endpoint.top_logprobs}
         extra = {name: getattr(sampling, name) for name in ("top_k", "min_p") if getattr(sampling, name)}
+        if self._template_arguments:  # as vLLM, SGLang and llama.cpp's server read it
+            extra["chat_template_kwargs"] = self._template_arguments
         return {**request, "extra_body": extra} if extra else request
 
     async def _ask(self, client, request: dict[str, Any], key: str | None) -> Answer:

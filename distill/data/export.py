@@ -181,13 +181,16 @@ def _exported(row: dict, form: str, render) -> dict:
 
 def _plain_renderer(run_dir: Path):
     """(messages, answer) -> the two strings that the student was trained on."""
+    from distill.models.chat import continuation, opening
+    from distill.models.chat import render as render_chat
     from distill.models.student import student_tokenizer
 
     tokenizer = student_tokenizer(load_recipe(str(run_dir / "recipe.yaml")).student)
 
     def render(messages: list[dict], answer: str) -> tuple[str, str]:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return prompt, answer + tokenizer.eos_token
+        return render_chat(tokenizer, messages), continuation(
+            answer, opening(tokenizer)
+        ) + tokenizer.eos_token
 
     return render
 

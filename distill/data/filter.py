@@ -29,7 +29,8 @@ from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
 from distill.data.signals import SignalFormat
 from distill.errors import UserError
-from distill.models.load import load_tokenizer, prompt_ids, same_vocabulary, tokenizer_fingerprint
+from distill.models.chat import completion_ids, prompt_ids
+from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
 from distill.models.student import student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
@@ -94,13 +95,13 @@ def apply_filters(
     rules = Rules(recipe.filter, guard)
     # An endpoint gives text alone.
     same = not recipe.teacher.endpoint and same_vocabulary(load_tokenizer(recipe.teacher.model), tokenizer)
+    opened = _teacher_opened(recipe)
     for row in rows:
         prompt = prompts[row["prompt_id"]]
         # Same vocabulary: train on the very ids the teacher chose; the text could re-tokenise differently.
         ids = row["completion_ids"] if same else None
-        new = (
-            _row(prompt, row["sample_idx"], row["text"], tokenizer, ids) if row["text"] is not None else None
-        )
+        text = row["text"]
+        new = None if text is None else _row(prompt, row["sample_idx"], text, tokenizer, ids, opened)
         if refusal := rules.refuse(Candidate(row, prompt, new)):
             blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
             yield {**(new or blank), "rule": refusal[0], "verdict": row["verdict"], "detail": refusal[1]}
@@ -215,26 +216,34 @@ def _remade(row: dict, text: str, tokenizer) -> dict:
     return plain | {"text": text, "completion_ids": _completion(text, tokenizer)}
 
 
-def _completion(text: str, tokenizer, ids: list[int] | None = None) -> list[int]:
-    """Token ids of an answer. They always end with the student's end token: it must learn to stop.
+def _teacher_opened(recipe: Recipe) -> str:
+    """What the teacher's template wrote of every answer ahead of the ids that it decoded."""
+    manifest = recipe.path / "generations" / MANIFEST
+    return read_json(manifest).get("opened", "") if manifest.is_file() else ""
 
-    Where the teacher ended its turn with another special token, the student's takes that one's place.
+
+def _completion(text: str, tokenizer, ids: list[int] | None = None, opened: str = "") -> list[int]:
+    """Token ids of what the student has to write. They end with its end token: it must learn to stop.
+
+    text: the whole turn. ids: those of the teacher, in the same vocabulary, behind what its template `opened`. Where
+    the teacher ended its turn with another special token, the student's takes that one's place.
     """
     end = tokenizer.eos_token_id
-    completion = list(ids) if ids is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
-    if ids and completion[-1] != end and completion[-1] in tokenizer.all_special_ids:
-        completion.pop()
-    return completion if completion[-1:] == [end] else [*completion, end]
+    if ids and ids[-1] in tokenizer.all_special_ids:
+        ids = ids[:-1]
+    return [*completion_ids(tokenizer, text, opened, ids), end]
 
 
-def _row(prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None) -> dict:
+def _row(
+    prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None, opened: str = ""
+) -> dict:
     """One training row."""
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_idx": sample_idx,
         "messages": prompt["messages"],
         "prompt_ids": prompt_ids(tokenizer, prompt["messages"]),
-        "completion_ids": _completion(text, tokenizer, ids),
+        "completion_ids": _completion(text, tokenizer, ids, opened),
         "text": text,
         "family": prompt["family"],
         "level": prompt["level"],

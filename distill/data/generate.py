@@ -53,7 +53,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     teacher = open_teacher(recipe.teacher, device, recipe.generate.batch_size)
     form = signal_format(recipe.generate.signal, teacher)
     config = {
-        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms": True, "endpoint": TRANSPORT}),
+        "teacher": recipe.teacher.identity(exclude={"terms": True, "endpoint": TRANSPORT}),
         "generate": recipe.generate.model_dump(mode="json", exclude=LIMITS),
         "seed": recipe.seed,
         "identity": teacher.identity(),
@@ -99,6 +99,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         counts,
         device=endpoint.base_url if endpoint else describe_device(device, ranks.num_processes),
         tokenizer=teacher.identity(),
+        **({"opened": opened} if (opened := getattr(teacher, "opened", "")) else {}),
         flops=flops and flops * (2 if scored_too else 1),
         terms=terms,
         signal=measured_signal(form, stage.folder),

@@ -1,5 +1,7 @@
 """The questions: embedded tasks, a local file or a hub dataset, as chat messages with a reference answer.
 
+How a file becomes rows of text: distill/tasks/reading.py; what a prompt may be: distill/tasks/conversations.py.
+
 Stage folder `prompts/`: one row per prompt with `prompt_id, messages, answer, verifier, family, level, split,
 solution, completion, question`. `solution` (the worked steps) is empty unless the recipe trains on it: the
 public training set has questions and final answers only, the reasoning is what the teacher has to bring.
@@ -10,6 +12,7 @@ public training set has questions and final answers only, the reasoning is what 
 
 import hashlib
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +21,59 @@ from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe
 from distill.errors import UserError
 from distill.stages import Stage
-from distill.storage import PROMPT_SCHEMA, PartWriter, find_file
+from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, parts, read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
+from distill.tasks.conversations import conversation, with_system
 from distill.tasks.problems import sample_problems
-from distill.tasks.verify import letter, require_package
+from distill.tasks.reading import FORMS, Problems, Table, arrow_rows, read_table, text_of
+from distill.tasks.verify import extract_answer, letter, require_package
+
+READING = 2  # what a manifest says of how a local file was read; without it: by a reader that guessed types
 
 
 def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     """Run the stage `prompts/`; returns its manifest."""
-    config = {"prompts": recipe.prompts.model_dump(mode="json"), "seed": recipe.seed}
+    config = {"prompts": recipe.prompts.identity(), "seed": recipe.seed}
     if recipe.prompts.source != "tasks":
         config["source_hash"] = _hash_source(recipe.prompts.source)
     stage = Stage(recipe.path, "prompts", config, inputs={})
     if stage.done(redo):
-        return stage.manifest
+        otherwise = _read_otherwise(stage, recipe)
+        if not otherwise:
+            return stage.manifest
+        if not redo:
+            raise UserError(
+                f"{stage.folder} was made when numbers, dates and missing values of files were guessed, and reads "
+                f"otherwise today ({otherwise}); rebuild it with --redo, or keep it and set another run_dir"
+            )
     rows = training_prompts(recipe.prompts, recipe.seed)
     if not rows:
         raise UserError("the recipe selects no prompts; raise prompts.levels or prompts.limit")
     stage.begin(redo)
+    for part in parts(stage.folder):
+        part.unlink()
     PartWriter(stage.folder, PROMPT_SCHEMA).write_all(rows)
     counts: dict[str, Any] = {"rows": len(rows), "tokens": 0, "errors": 0}
     for name in ("family", "level"):
         values = [row[name] for row in rows]
         counts[f"by_{name}"] = {v: values.count(v) for v in sorted(set(values))}
-    return stage.finish(counts, device="cpu")
+    return stage.finish(counts, device="cpu", **({"reading": READING} if _is_file(recipe.prompts) else {}))
+
+
+def _is_file(section: Prompts) -> bool:
+    return section.source != "tasks" and not section.source.startswith("hub:")
+
+
+def _read_otherwise(stage: Stage, recipe: Recipe) -> str | None:
+    """The first row of an old finished folder that its file gives otherwise today; None where all are the same."""
+    if not _is_file(recipe.prompts) or stage.manifest.get("reading") == READING:
+        return None
+    today = training_prompts(recipe.prompts, recipe.seed)
+    for number, (old, new) in enumerate(zip_longest(read_rows(stage.folder), today, fillvalue={}), 1):
+        for key in PROMPT_SCHEMA.names:
+            if old.get(key) != new.get(key):
+                return f"row {number}, {key}: {str(old.get(key))[:60]!r} -> {str(new.get(key))[:60]!r}"
+    return None
 
 
 def training_prompts(section: Prompts, seed: int) -> list[dict]:
@@ -117,42 +149,30 @@ def file_prompts(source: str, section: Prompts, split: str) -> list[dict]:
 
     Optional columns `family` and `level` are used where present ("all" otherwise); a preset's rows have its
     name as level. Raises UserError for a source that cannot be read, a column that is not there (with those
-    that are), an empty question, and a verifier whose package is missing.
+    that are), a verifier whose package is missing, and for rows with an empty question or another mistake.
     """
     require_package(section.verifier)
     table = _read_source(source, section)
     given, solved = (section.completion_column, section.solution_column) if split == "train" else (None, None)
-    _check_columns(
-        source, section, table.column_names, {"completion_column": given, "solution_column": solved}
-    )
-    fields = _template_fields(section, table.column_names)
-    rows = []
-    for number, item in enumerate(table):
+    _check_columns(source, section, table.columns, {"completion_column": given, "solution_column": solved})
+    fields = _template_fields(section, table.columns)
+    rows, problems = [], Problems(source)
+    verifier = f"regex:{section.pattern}" if section.pattern else section.verifier
+    for number, item in enumerate(table.rows):
         try:
-            question, own, answer, family, choices = _read_row(item, section, fields)
+            row = _read_row(item, section, fields)
             completion, solution = (
-                str(_filled(item, [column])[column]) if column else None for column in (given, solved)
+                text_of(_filled(item, [column])[column], column) if column else None
+                for column in (given, solved)
             )
         except ValueError as error:
-            raise UserError(f"{source}: row {number + 1} has {error}") from None
-        messages = _messages(question, section.system) if isinstance(question, str) else question
-        text = "\n".join(m["content"] for m in messages)
+            problems.add(f"{source}: {table.place(number)} has {error}")
+            continue
+        text = "\n".join(m["content"] for m in row["messages"])
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        rows.append(
-            {
-                "prompt_id": f"{digest}-{number}",
-                "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-                "answer": answer,
-                "verifier": f"regex:{section.pattern}" if section.pattern else section.verifier,
-                "family": str(family or section.preset or "all"),
-                "level": section.preset or str(item.get("level") or "all"),
-                "split": split,
-                "solution": solution,
-                "completion": completion,
-                "question": own,
-                "choices": choices,
-            }
-        )
+        kept = {"verifier": verifier, "split": split, "solution": solution, "completion": completion}
+        rows.append({"prompt_id": f"{digest}-{number}", **row, **kept})
+    problems.refuse()
     return rows
 
 
@@ -165,27 +185,61 @@ def _template_fields(section: Prompts, columns: list[str]) -> list[str]:
     return check_template(template, columns) if template else []
 
 
-def _read_row(
-    item: dict, section: Prompts, fields: list[str]
-) -> tuple[Any, str | None, str, Any, list[str] | None]:
-    """(text or messages, the row's own part of it, reference, family, choices if it has a list of them).
-
-    Raises ValueError for a bad row.
-    """
+def _read_row(item: dict, section: Prompts, fields: list[str]) -> dict[str, Any]:
+    """`messages, answer, family, level, question, choices` of a row. Raises ValueError for a bad one."""
     preset = PRESETS.get(section.preset)
     values = {**item, **preset.read(_filled(item, preset.columns))} if preset else item
-    answer = values["answer"] if preset else item.get(section.answer_column)
+    column = "answer" if preset else section.answer_column
+    reference = text_of(values.get(column), column) if column else ""
     if not fields:
-        question, own = _filled(item, [section.prompt_column])[section.prompt_column], None
+        column = section.prompt_column
+        messages, last = conversation(_filled(item, [column])[column])
+        reference, own = _with_last_turn(reference, last, section), None
     else:
-        question = render(section.template or preset.template, _filled(values, fields))
+        text = render(section.template or preset.template, _filled(values, fields))
         own = values["question"] if preset else "\n".join(shown(values[name]) for name in fields)
-    reference = "" if answer is None else str(answer)
+        messages = [{"role": "user", "content": text}]
     if section.verifier == "choice" and reference and letter(reference) is None:
         raise ValueError(f"the answer '{reference[:40]}', and verifier 'choice' compares letters A to Z")
-    choices = values.get("choices")
-    choices = [str(choice) for choice in choices] if isinstance(choices, list) and choices else None
-    return question, own, reference, values.get("family"), choices
+    return {
+        "messages": with_system(messages, section.system),
+        "answer": reference,
+        "family": text_of(values.get("family"), "family") or section.preset or "all",
+        "level": section.preset or text_of(item.get("level"), "level") or "all",
+        "question": own,
+        "choices": _choices(values.get("choices"), section),
+    }
+
+
+def _with_last_turn(reference: str, last: str | None, section: Prompts) -> str:
+    """The reference answer of a conversation that ends with an assistant's turn, as `prompts.last_turn` says."""
+    if last is None or section.last_turn == "drop":
+        return reference
+    if section.last_turn == "refuse":
+        raise ValueError(
+            "an assistant's turn at the end of its conversation; set prompts.last_turn=reference to compare answers "
+            "with it, or prompts.last_turn=drop"
+        )
+    final = extract_answer(last)
+    if final is None:
+        raise ValueError("a last assistant turn that is all thinking, no reference; remove the row")
+    if reference and reference != final:
+        raise ValueError(
+            f"two references, '{reference[:40]}' in '{section.answer_column}' and a last assistant turn; set "
+            "prompts.answer_column='', or prompts.last_turn=drop"
+        )
+    return final
+
+
+def _choices(found: Any, section: Prompts) -> list[str] | None:
+    """A column `choices`, if it is a list of texts. Raises ValueError where likelihood would need it to be."""
+    if not isinstance(found, list) or not found:
+        return None
+    if all(isinstance(choice, str) and choice for choice in found):
+        return [str(choice) for choice in found]
+    if section.verifier == "choice":
+        raise ValueError("a list 'choices' with something else than text in it; write every choice as text")
+    return None
 
 
 def _check_columns(source: str, section: Prompts, columns: list[str], extra: dict[str, str | None]) -> None:
@@ -203,47 +257,37 @@ def _check_columns(source: str, section: Prompts, columns: list[str], extra: dic
             )
         return
     keys = ["answer_column"] if section.template else ["prompt_column", "answer_column"]
+    if section.last_turn == "reference" and section.answer_column == "answer" and not section.template:
+        keys.remove(
+            "answer_column"
+        )  # the conversations bring it; a column of this name is still compared with them
     for key in [*keys, *(key for key, column in extra.items() if column)]:
         column = getattr(section, key)
         if column and column not in columns:
-            raise UserError(f"{source} has no column '{column}'; set prompts.{key} to one of: {there}")
+            more = ", or prompts.answer_column='' for none" if key == "answer_column" else ""
+            raise UserError(f"{source} has no column '{column}'; set prompts.{key} to one of: {there}{more}")
 
 
 def _filled(row: dict, columns: Iterable[str]) -> dict:
     """The row, after a look that none of these columns is empty. Raises ValueError naming the one that is."""
     for name in columns:
-        if row[name] is None or row[name] == "" or row[name] == []:
+        if row.get(name) in (None, "", []):
             raise ValueError(f"an empty '{name}'; remove the row")
     return row
 
 
-def _read_source(source: str, section: Prompts):
-    """A local file or a hub dataset as a `datasets.Dataset`, `section.limit` rows of it."""
-    data = _from_hub(source, section) if source.startswith("hub:") else _from_file(source)
-    return data.select(range(min(section.limit, len(data)))) if section.limit else data
-
-
-def _from_file(source: str):
-    """Read without the cache of `datasets`: the file is small and may change."""
-    from datasets import Dataset
-
+def _read_source(source: str, section: Prompts) -> Table:
+    """A local file or a hub dataset as rows of text, the first `section.limit` of them where there is a limit."""
+    if source.startswith("hub:"):
+        data = _from_hub(source, section).with_format("arrow")
+        return arrow_rows(source, data.features.arrow_schema, data.iter(1000), section.limit)
     path = find_file(source)
-    readers = {
-        ".jsonl": Dataset.from_json,
-        ".json": Dataset.from_json,
-        ".csv": Dataset.from_csv,
-        ".parquet": Dataset.from_parquet,
-    }
-    if path.suffix not in readers:
-        forms = ", ".join(readers)
+    if path.suffix.lower() not in FORMS:
+        forms = ", ".join(FORMS)
         raise UserError(f"prompts.source='{source}': give 'tasks', a {forms} file or 'hub:org/name'")
     if not path.is_file():
         raise UserError(f"prompts.source: file '{source}' not found")
-    try:
-        return readers[path.suffix](str(path), keep_in_memory=True)
-    except Exception as error:  # datasets wraps every reader's own exceptions
-        reason = (str(error.__cause__ or error).splitlines() or ["there are no rows in it"])[0]
-        raise UserError(f"prompts.source: cannot read '{source}' ({reason})") from None
+    return read_table(path, section.limit)
 
 
 def _from_hub(source: str, section: Prompts):

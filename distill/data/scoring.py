@@ -29,9 +29,10 @@ from distill.data.batches import TokenRows
 from distill.data.signals import SignalFormat, encode_sampled, encode_top_k
 from distill.data.teachers import Answer, LocalTeacher, Question
 from distill.errors import UserError
+from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
 from distill.models.head import KeptLogits
-from distill.models.load import prompt_ids, tokenizer_fingerprint
+from distill.models.load import tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
@@ -157,7 +158,9 @@ def given_answers(
     answers = []
     for question, text in zip(questions, texts):
         prompt = prompt_ids(teacher.tokenizer, question.messages)
-        completion = _closed(teacher, teacher.tokenizer(text, add_special_tokens=False)["input_ids"])
+        said = continuation(text, teacher.opened)
+        text = teacher.opened + said
+        completion = _closed(teacher, text_ids(teacher.tokenizer, said))
         length = len(prompt) + len(completion)
         error = None
         if context and length > context:

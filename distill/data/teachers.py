@@ -15,9 +15,10 @@ import torch
 from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
+from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
-from distill.models.load import eos_ids, load_model, load_tokenizer, prompt_ids, tokenizer_fingerprint
+from distill.models.load import eos_ids, load_model, load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Question:
 
 @dataclass
 class Answer:
-    """prompt_ids and completion_ids are the teacher's own token ids, empty where it gives text alone."""
+    """`text` is the whole turn of the assistant, with what the teacher's template opened of it.
+
+    prompt_ids and completion_ids are the teacher's own token ids, empty where it gives text alone.
+    """
 
     text: str
     finish_reason: str  # "stop", "length" or "error"
@@ -46,6 +50,7 @@ class Answer:
 
 class Teacher(Protocol):
     name: str
+    opened: str  # what its template writes of the answer ahead of `completion_ids` (distill/models/chat.py)
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on besides the recipe: tokenizer and template fingerprints."""
@@ -72,7 +77,7 @@ class LocalTeacher:
     def __init__(self, section: TeacherSection, device: torch.device, batch_size: int):
         self.name = section.model
         self.batch_size = batch_size
-        self.tokenizer = load_tokenizer(section.model)
+        self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._section, self._device, self._model = section, device, None
 
     @property
@@ -81,6 +86,10 @@ class LocalTeacher:
         if self._model is None:
             self._model = load_model(self._section.model, self._section.dtype, self._device)
         return self._model
+
+    @property
+    def opened(self) -> str:
+        return opening(self.tokenizer)
 
     def open(self) -> None:
         _ = self.model
@@ -93,7 +102,7 @@ class LocalTeacher:
         answers: list[Answer | None] = [None] * len(questions)
 
         def finish(row: int, completion) -> None:
-            text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            text = whole_turn(self.tokenizer, self.tokenizer.decode(completion.ids, skip_special_tokens=True))
             answers[row] = Answer(
                 text, completion.finish_reason, ids[row], completion.ids, completion.logprobs, completion.error,
                 len(ids[row]), len(completion.ids),

@@ -54,11 +54,13 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
         found += findings_of("trackers", _trackers, pair)
     if any(f.state == FAIL for f in models):
         return found  # what follows reads both configs and tokenizers
+    unread = _prompts(pair)
+    found += unread
     checks = [
         ("vocabulary", token_checks.vocabulary),
         ("chat template", token_checks.template),
         ("end of turn", token_checks.end_of_turn),
-        ("context", token_checks.context),
+        *([] if unread else [("context", token_checks.context)]),
         ("objectives", objectives),
     ]
     if pair.does("train"):
@@ -134,6 +136,18 @@ def _terms(pair: Pair) -> list[Finding]:
     if decision["acknowledged"]:
         return [Finding("terms", NOTE, f"{decision['reason']}; acknowledged: {decision['acknowledged']}")]
     return [Finding("terms", OK, decision["reason"])]
+
+
+def _prompts(pair: Pair) -> list[Finding]:
+    """What is wrong with the files of training prompts and of held-out problems that the command reads: all of it."""
+    found = []
+    for work, which in (("generate", "training_prompts"), ("evaluate", "test_prompts")):
+        if pair.does(work):
+            try:
+                getattr(pair, which)
+            except UserError as error:
+                found += failures("prompts", error)
+    return found
 
 
 def _trackers(pair: Pair) -> list[Finding]:

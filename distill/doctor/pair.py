@@ -21,15 +21,9 @@ from distill.config.recipe import Recipe
 from distill.data.prompts import file_prompts, held_out, task_prompts
 from distill.devices import pick_device
 from distill.errors import UserError
+from distill.models.chat import has_own_template, prompt_ids
 from distill.models.describe import describe_config
-from distill.models.load import (
-    PLAIN_TEMPLATE,
-    check_adapter_base,
-    load_config,
-    load_tokenizer,
-    prompt_ids,
-    resolve_model,
-)
+from distill.models.load import check_adapter_base, load_config, load_tokenizer, resolve_model
 from distill.models.lora import LoraPlan, plan_lora, wrap_lora
 from distill.models.student import student_config, student_skeleton, student_tokenizer
 
@@ -64,7 +58,7 @@ class Side:
 
     @property
     def has_template(self) -> bool:
-        return self.tokenizer.chat_template != PLAIN_TEMPLATE
+        return has_own_template(self.tokenizer)
 
     @property
     def context(self) -> int | None:
@@ -91,12 +85,15 @@ class Side:
         return self.configured_ends | {self.tokenizer.eos_token_id}
 
     def token(self, index: int) -> str:
-        return f"'{self.tokenizer.convert_ids_to_tokens(index)}'"
+        """For people, on one line: a token may be a line break."""
+        return repr(self.tokenizer.convert_ids_to_tokens(index))
 
 
-def model_side(role: str, name: str) -> Side:
+def model_side(role: str, name: str, template_arguments: dict[str, Any] | None = None) -> Side:
     """A named model; of an adapter folder, its base's config and its own tokenizer."""
-    return Side(role, name, lambda: load_config(base_of(name)), lambda: load_tokenizer(name))
+    return Side(
+        role, name, lambda: load_config(base_of(name)), lambda: load_tokenizer(name, template_arguments)
+    )
 
 
 def base_of(name: str) -> str:
@@ -120,7 +117,11 @@ class Pair:
         self.recipe, self.command = recipe, command
         self._lengths: dict[tuple[str, str], Lengths | None] = {}
         named = recipe.teacher and not recipe.teacher.endpoint
-        self.teacher = model_side("teacher", recipe.teacher.model) if named else None
+        self.teacher = (
+            model_side("teacher", recipe.teacher.model, recipe.teacher.chat_template_kwargs)
+            if named
+            else None
+        )
         start = recipe.student
         self.student = Side(
             "student", start.model, lambda: student_config(start), lambda: student_tokenizer(start)

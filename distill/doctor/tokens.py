@@ -11,6 +11,8 @@ the student's surplus rows probability 0 (distill/training/losses/fused.py, `mat
 from distill.data.signals import STORED
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Lengths, Pair, Side, model_side
+from distill.errors import UserError
+from distill.models.chat import opening, reads_the_clock, render, template_date
 from distill.models.load import same_vocabulary
 
 
@@ -94,8 +96,43 @@ def _difference(teacher: Side, student: Side) -> str:
 def template(pair: Pair) -> list[Finding]:
     """A missing chat template changes what a model reads; two different ones, what is compared."""
     found = [finding for side in pair.sides for finding in missing_template(side)]
+    told = [finding for side in pair.sides for finding in _clock(side)]
     if found or pair.teacher is None:
-        return found or [Finding("chat template", OK, "the student has one")]
+        return (found or [Finding("chat template", OK, "the student has one")]) + told
+    return _templates_of_both(pair) + told + _openings(pair)
+
+
+def _clock(side: Side) -> list[Finding]:
+    if not reads_the_clock(side.tokenizer):
+        return []
+    text = f"{side.label}: its template reads the clock; this run's prompts say {template_date().isoformat()}"
+    return [Finding("chat template", NOTE, text, "set `date` in the recipe for another day")]
+
+
+def _openings(pair: Pair) -> list[Finding]:
+    """Thinking that a template opens, or closes, ahead of the answer."""
+    teacher, student = (opening(side.tokenizer) for side in (pair.teacher, pair.student))
+    if teacher == student:
+        shown = f"both templates begin the answer with {teacher!r}"
+        return [Finding("chat template", NOTE, shown)] if teacher else []
+    if "</think>" in student and "</think>" not in teacher:
+        return [
+            Finding(
+                "chat template",
+                WARN,
+                f"the student's template closes the thinking ahead of the answer ({student!r}), and the teacher's does "
+                "not: the student would be trained to think behind its end",
+                "set student.chat_template_kwargs (for Qwen3 {enable_thinking: true}), or the teacher's to match",
+            )
+        ]
+    text = (
+        f"the templates begin the answer differently, the teacher's with {teacher!r} and the student's with "
+        f"{student!r}: the difference becomes part of what the student writes"
+    )
+    return [Finding("chat template", NOTE, text)]
+
+
+def _templates_of_both(pair: Pair) -> list[Finding]:
     if pair.teacher.tokenizer.chat_template == pair.student.tokenizer.chat_template:
         return [Finding("chat template", OK, "the same for both")]
     live = pair.on_logits
@@ -141,11 +178,13 @@ def turn_end(side: Side) -> int | None:
     mark = "Zq7"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
     try:
-        text = side.tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template is a program; one that refuses is told about where prompts are counted
+        text = render(side.tokenizer, messages, generation_prompt=False)
+    except UserError:  # told about where prompts are counted
         return None
     rest = side.tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    special = {*side.tokenizer.all_special_ids, *side.tokenizer.added_tokens_decoder}
+    added = side.tokenizer.added_tokens_decoder
+    # A newline may be an added token too (Gemma), and ends no turn.
+    special = {*side.tokenizer.all_special_ids, *(i for i, t in added.items() if str(t).strip())}
     return next((i for i in rest if i in special), None)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from distill import console
 from distill.config.evaluation import Evaluate
+from distill.models.chat import prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
-from distill.models.load import eos_ids, prompt_ids
+from distill.models.load import eos_ids
 from distill.tasks.verify import extract_answer, final_answer, judge
 
 
@@ -63,7 +64,8 @@ def answer_problems(
 
 
 def _row(name: str, problem: dict, sample: int, tokenizer, prompt: list[int], completion: Completion) -> dict:
-    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    generated = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    text = whole_turn(tokenizer, generated)  # a template may have opened the thinking
     reason, error = completion.finish_reason, completion.error
     return {
         "model": name,
@@ -79,7 +81,7 @@ def _row(name: str, problem: dict, sample: int, tokenizer, prompt: list[int], co
         "verdict": judge(problem["verifier"], text, problem["answer"], reason, error),
         "finish_reason": reason,
         "tokens": len(completion.ids),
-        "thinking_tokens": thinking_tokens(tokenizer, prompt, completion.ids, text),
+        "thinking_tokens": thinking_tokens(tokenizer, prompt, completion.ids, generated),
         "logprob": sum(completion.logprobs),
         "completion_ids": completion.ids,
         "error": error,

@@ -11,6 +11,7 @@ model), each model's part as soon as it is done, so an interrupted evaluation co
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
+from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model, load_tokenizer
-from distill.stages import Stage, input_fingerprint
+from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
@@ -65,6 +67,10 @@ def _stage_of(
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     device = pick_device(recipe.device, recipe.threads)
     plan = _plan(problems, recipe.evaluate, device, recipe.prices.usd_per_device_hour)
+    asked = {BASE: recipe.student.chat_template_kwargs}  # control and student were saved with theirs
+    if recipe.teacher:
+        asked["teacher"] = recipe.teacher.chat_template_kwargs
+    plan = replace(plan, template_arguments={name: given for name, given in asked.items() if given})
     stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs)
     return _run(stage, checkpoints, plan, teacher, redo)
 
@@ -84,6 +90,7 @@ def evaluate_checkpoints(
     `tasks` are files, presets or hub datasets (see named_problems), read as `prompts` says. `usd_per_hour` is
     the price of this device.
     """
+    fix_date(folder_date(out))
     if teacher:
         checkpoints = {**{n: p for n, p in checkpoints.items() if p != teacher}, "teacher": teacher}
     problems = held_out(section, Prompts(), seed=0) if section.levels else []
@@ -118,7 +125,14 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     keys = ("prompt_id", "messages", "answer", "verifier")
-    return {
+    dated = any(
+        reads_the_clock(plan.tokenizer(name, path))
+        for name, path in checkpoints.items()
+        if _has_tokenizer(path)
+    )
+    later = {"template_arguments": plan.template_arguments} if plan.template_arguments else {}
+    later |= {"date": template_date().isoformat()} if dated else {}
+    return later | {
         "schema_version": METRICS_VERSION,
         "evaluate": plan.section.model_dump(mode="json"),
         "usd_per_hour": plan.usd_per_hour,
@@ -126,6 +140,15 @@ def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
         "problems": fingerprint([tuple(p[key] for key in keys) for p in plan.problems]),
         "text": fingerprint(plan.documents),
     }
+
+
+def _has_tokenizer(path: str) -> bool:
+    """What is missing is told by `check_model`, in a better order."""
+    try:
+        load_tokenizer(path)
+    except UserError:
+        return False
+    return True
 
 
 def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, redo: bool) -> dict:
@@ -143,7 +166,10 @@ def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | N
         results,
         rows_of,
         plan.problems,
-        lambda name: (load_model(checkpoints[name], device=plan.device), load_tokenizer(checkpoints[name])),
+        lambda name: (
+            load_model(checkpoints[name], device=plan.device),
+            plan.tokenizer(name, checkpoints[name]),
+        ),
         teacher,
         plan.section.routing_rows,
     )
@@ -185,7 +211,14 @@ def _measure_all(
     """(answer rows, results) by model in the order of `checkpoints`; what is on disk already is read."""
     writer = PartWriter(stage.folder / "answers", ANSWER_SCHEMA)
     reference = (
-        TeacherReference(checkpoints[teacher], plan.section.fidelity_rows, plan.device) if teacher else None
+        TeacherReference(
+            checkpoints[teacher],
+            plan.tokenizer(teacher, checkpoints[teacher]),
+            plan.section.fidelity_rows,
+            plan.device,
+        )
+        if teacher
+        else None
     )
     rows_of: dict[str, list[dict]] = {}
     for name in sorted(checkpoints, key=lambda name: name != teacher):  # the teacher first

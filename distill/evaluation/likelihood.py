@@ -23,12 +23,12 @@ ones. Per byte the text is the same for all.
 A document is read through a sliding window: each pass sees at most W tokens and scores the last W/2 of them
 (the first pass: all), so every token is scored exactly once and, but for the document's beginning, with W/2
 tokens or more before it. Before the first token stands the tokenizer's BOS token, or its end token where it
-has none, as in lm-evaluation-harness. A .txt file is one document, a .jsonl file one per line (`text`).
+has none, as in lm-evaluation-harness. A .txt file is one document, a .jsonl file one per line (`text`); both are
+UTF-8, and read as they are: bytes are those of the file (of a .txt file), line ends included, a byte-order mark not.
 
 Shapes: W window, S stride.
 """
 
-import json
 import math
 import re
 from itertools import pairwise
@@ -41,9 +41,10 @@ from distill.data.batches import TokenRows
 from distill.data.scoring import score_rows
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
-from distill.models.load import prompt_ids
+from distill.models.chat import completion_ids, prompt_ids
 from distill.storage import find_file
 from distill.tasks.benchmarks import LETTERS
+from distill.tasks.reading import Problems, Unquoted, json_lines, read_text
 from distill.tasks.verify import letter
 
 _LISTED = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]")
@@ -93,7 +94,8 @@ def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: in
         prompts += [prompt] * len(offered)
         texts += offered
         starts.append(len(texts))
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    # Where the template opens <think>, an option stands behind its end.
+    tokens = [completion_ids(tokenizer, text) if text else [] for text in texts]
     empty = [text for text, ids in zip(texts, tokens) if not ids]
     if empty:
         raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
@@ -128,21 +130,25 @@ def read_documents(path: str) -> list[str]:
         raise UserError(f"--text {path}: no such file; give a .txt or .jsonl file (evaluate.text)")
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--text {path}: give a .txt file, or a .jsonl file with a column `text`")
-    try:
-        content = file.read_text(encoding="utf-8")
-        if file.suffix == ".txt":
-            documents = [content]
-        else:
-            documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"--text {path}: cannot be read ({type(error).__name__}: {error}); "
-                        "every line of a .jsonl file is an object with `text`, all in UTF-8") from None  # fmt: skip
-    if not all(isinstance(d, str) for d in documents):
-        raise UserError(f"--text {path}: a `text` is not a string; make every one a string")
+    documents = [read_text(file)] if file.suffix == ".txt" else _texts(file)
     documents = [d for d in documents if d.strip()]
     if not documents:
         raise UserError(f"--text {path} has no text in it; give a file that does")
     return documents
+
+
+def _texts(file: Path) -> list[str]:
+    """The column `text` of a JSONL file. Raises UserError with what is wrong, line by line."""
+    texts, problems = [], Problems(f"--text {file}")
+    for line, row in json_lines(file):
+        text = row.get("text") if isinstance(row, dict) else None
+        if isinstance(text, str) and not isinstance(text, Unquoted):
+            texts.append(text)
+        else:
+            wrong = row if isinstance(row, ValueError) else "no object with `text`, a string in quotes"
+            problems.add(f'--text {file}: line {line}: {wrong}; every line is an object {{"text": ...}}')
+    problems.refuse()
+    return texts
 
 
 def windows(tokens: list[int], first: int, window: int, stride: int) -> list[tuple[list[int], list[int]]]:
@@ -187,8 +193,7 @@ def answers_nll(
         if same_tokens:
             completion = answer["completion_ids"]
         else:
-            written = tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
-            completion = [*written, tokenizer.eos_token_id]
+            completion = [*completion_ids(tokenizer, answer["text"]), tokenizer.eos_token_id]
         prompt = prompt_ids(tokenizer, problem["messages"])
         if len(prompt) + len(completion) > context:  # in this tokenizer; `documents` counts those that fit
             continue

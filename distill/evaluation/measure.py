@@ -1,7 +1,7 @@
 """One model's measurements: its answers, and everything that is said of them in `models.<name>` of metrics.json.
 
     plan = Plan(problems, section, device)
-    reference = Reference("checkpoints/teacher", section.fidelity_rows, device)      # or None without a teacher
+    reference = TeacherReference("checkpoints/teacher", tokenizer, section.fidelity_rows, device)      # or None
     rows, result = measure_model("student", path, plan, reference, is_teacher=False)
 
 Always: answers with verdicts, scores per task and family, routing, cost of use, calibration of greedy answers.
@@ -23,8 +23,9 @@ from distill.evaluation.likelihood import answers_nll, likelihoods, text_names, 
 from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import usage_cost
+from distill.models.chat import prompt_ids
 from distill.models.describe import describe_model
-from distill.models.load import load_model, load_tokenizer, prompt_ids, same_vocabulary
+from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.models.routers import find_routers
 
 PRECISION_ROWS = 200  # answers read in every precision
@@ -39,15 +40,20 @@ class Plan:
     device: torch.device
     documents: list[list[str]] = field(default_factory=list)
     usd_per_hour: float | None = None
+    template_arguments: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # by checkpoint, where a recipe has some
+
+    def tokenizer(self, name: str, path: str):
+        return load_tokenizer(path, self.template_arguments.get(name))
 
 
 class TeacherReference:
     """The teacher that fidelity is measured against, loaded once and only if something needs it."""
 
-    def __init__(self, path: str, limit: int, device: torch.device):
-        self.path, self.limit, self.device = path, limit, device
+    def __init__(self, path: str, tokenizer, limit: int, device: torch.device):
+        self.path, self.tokenizer, self.limit, self.device = path, tokenizer, limit, device
         self.answers: list[dict] = []  # its first answer to every problem, once it has answered
-        self.tokenizer = load_tokenizer(path)
         self._model = None
 
     @property
@@ -93,7 +99,7 @@ def measure_model(
     answered under changed routing (distill/evaluation/interventions.py), so that an interrupted sweep goes on.
     """
     problems, section = plan.problems, plan.section
-    tokenizer = load_tokenizer(path)
+    tokenizer = plan.tokenizer(name, path)
     model = reference.model if is_teacher else load_model(path, device=plan.device)
     rows, answering = answer_problems(model, tokenizer, problems, name, section)
     moe = routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}

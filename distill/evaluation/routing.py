@@ -53,7 +53,7 @@ from distill.config.evaluation import Evaluate
 from distill.errors import RunError, UserError
 from distill.evaluation.answers import thinking_tokens
 from distill.evaluation.routes import spread, token_pieces, write_routes
-from distill.models.load import prompt_ids
+from distill.models.chat import prompt_ids
 from distill.models.routers import Router, bare_model
 from distill.moe.metrics import whole_model
 from distill.moe.recording import Decisions, Recording, record_routing

@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "chat": ["opening", "prompt_ids", "text_ids", "whole_turn"],
         "decode": ["Completion", "Sampling"],
         "describe": ["describe_config", "describe_model"],
         "fp8": ["Tile", "VARIANTS", "emulate_fp8", "fp8_emulated", "restore", "round_trip"],
@@ -13,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_config",
             "load_model",
             "load_tokenizer",
-            "prompt_ids",
             "same_vocabulary",
             "tokenizer_fingerprint",
         ],

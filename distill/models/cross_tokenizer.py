@@ -34,12 +34,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import RunError, UserError
-from distill.models.load import prompt_ids
+from distill.models.chat import continuation, opening, prompt_ids, text_ids
 
 # ------------------------------------------------------------------------------------------- which positions
 
@@ -117,6 +116,7 @@ class TeacherView:
         self._mine, self._theirs = TokenBytes(student), TokenBytes(teacher)
         self._ends = {student.eos_token_id, *ends}
         self._teacher = teacher
+        self._opened = opening(student), opening(teacher)
 
     def completion(self, completion_ids: Sequence[int]) -> tuple[list[int], np.ndarray]:
         """(the completion in the teacher's tokens, pairs [M, 2] of positions in the two completions).
@@ -128,22 +128,25 @@ class TeacherView:
         while content and ids[content - 1] in self._ends:
             content -= 1
         mine = self._mine.pieces(ids[:content])
-        text = b"".join(mine).decode(errors="replace")
-        translated = self._teacher(text, add_special_tokens=False)["input_ids"] if text else []
+        # Both as whole turns, so that what one template opens and the other leaves to its model falls into place.
+        turn = self._opened[0] + b"".join(mine).decode(errors="replace")
+        said = continuation(turn, self._opened[1])
+        translated = text_ids(self._teacher, said) if said else []
         theirs = self._theirs.pieces(translated)
+        lead = [[opened.encode()] if opened else [] for opened in self._opened]
         if content < len(ids):
             mine, theirs = [*mine, b""], [*theirs, b""]
             translated = [*translated, self._teacher.eos_token_id]
-        return list(translated), align(mine, theirs)
+        pairs = align([*lead[0], *mine], [*lead[1], *theirs]) - [len(lead[0]), len(lead[1])]
+        return list(translated), pairs[(pairs >= 0).all(1)]
 
     def row(self, messages: list[dict], completion_ids: Sequence[int]) -> TeacherRow:
         """`messages` and `completion_ids` of a dataset row. UserError where the template refuses them."""
         try:
             prompt = prompt_ids(self._teacher, messages)
-        except TemplateError as error:
+        except UserError as error:
             raise UserError(
-                f"the teacher's chat template refuses these messages ({error}); leave out prompts.system, or "
-                "take a teacher whose template knows these roles"
+                f"teacher: {error}; leave out prompts.system, or take a teacher whose template knows these roles"
             ) from None
         completion, pairs = self.completion(completion_ids)
         ids = np.asarray([*prompt, *completion], dtype=np.int32)

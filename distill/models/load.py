@@ -20,19 +20,13 @@ from transformers import (
 )
 
 from distill.errors import UserError
+from distill.models.chat import reads_the_clock, set_template, template_date
 from distill.storage import find_file, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 
 # The keyword under which a model's forward takes its cache: transformers 5.24 renamed the second to the first.
 CACHE_NAMES = ("cache", "past_key_values")
-
-# For tokenizers that bring no chat template: stated in the README, and saved with the student so that
-# plain transformers renders prompts exactly as they were trained.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 
 
 def cache_name(model: torch.nn.Module) -> str | None:
@@ -93,8 +87,11 @@ def load_config(name: str) -> Any:
         raise UserError(f"cannot read the config of '{name}': {_first_line(error)}") from None
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, left-padding, with a pad token and a chat template in any case."""
+def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer, left-padding, with a pad token and a chat template in any case (distill/models/chat.py).
+
+    template_arguments: `chat_template_kwargs` of a recipe, written into the template for good.
+    """
     source = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -106,8 +103,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    set_template(tokenizer, template_arguments)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -214,8 +210,12 @@ def fit_for_inference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Hashes of the vocabulary's content and of the chat template: sizes alone prove nothing."""
-    return {
+    """Hashes of the vocabulary's content and of the chat template: sizes alone prove nothing.
+
+    A template that reads the clock is another text on another day: its `date` belongs to it.
+    """
+    date = {"date": template_date().isoformat()} if reads_the_clock(tokenizer) else {}
+    return date | {
         "vocabulary": fingerprint(sorted(tokenizer.get_vocab().items())),
         "chat_template": fingerprint(tokenizer.chat_template),
         "eos": str(tokenizer.eos_token),
@@ -225,14 +225,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def same_vocabulary(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
     """The same token for every id: sizes alone say nothing (151,936 and 152,064 are one tokenizer, padded)."""
     return a.get_vocab() == b.get_vocab()
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> list[int]:
-    """Token ids of chat messages up to where the assistant's turn begins."""
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

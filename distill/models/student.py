@@ -42,9 +42,9 @@ class BuiltStudent:
 def student_tokenizer(section: StudentSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the student, without loading its weights."""
     if section.model is not None:
-        return load_tokenizer(section.model)
+        return load_tokenizer(section.model, section.chat_template_kwargs)
     if section.tokenizer != "embedded":
-        return load_tokenizer(section.tokenizer)
+        return load_tokenizer(section.tokenizer, section.chat_template_kwargs)
     from distill.tasks.tokenizer import build_tokenizer
 
     return build_tokenizer()

@@ -29,11 +29,12 @@ from transformers.cache_utils import DynamicCache
 
 from distill.errors import DistillError, UserError
 from distill.evaluation.routes import token_pieces
+from distill.models.chat import prompt_ids, whole_turn
 from distill.models.cross_tokenizer import TeacherView
 from distill.models.decode import Sampling, choose, row_seed, uniforms
 from distill.models.describe import describe_model
 from distill.models.head import KeptLogits
-from distill.models.load import cache_name, eos_ids, load_model, load_tokenizer, prompt_ids, same_vocabulary
+from distill.models.load import cache_name, eos_ids, load_model, load_tokenizer, same_vocabulary
 from distill.models.routers import Router, bare_model, find_routers
 from distill.moe.interventions import drop_experts, use_top_k
 from distill.moe.recording import record_routing
@@ -184,7 +185,7 @@ class Playground:
         ids = [token.id for token in answer.tokens]
         for token, piece in zip(answer.tokens, token_pieces(tokenizer, ids)):
             token.text = piece
-        answer.text = tokenizer.decode(ids, skip_special_tokens=True)
+        answer.text = whole_turn(tokenizer, tokenizer.decode(ids, skip_special_tokens=True))
         answer.final = None if answer.error else extract_answer(answer.text)
         if reference:
             answer.verdict = judge(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import UserError
+from distill.tasks.reading import Unquoted, text_of, typed_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -45,17 +46,17 @@ class Preset:
 
 def _gsm8k(row: dict) -> dict:
     """Cobbe et al. 2021: worked steps, then `#### 1,234`."""
-    _steps, marked, answer = str(row["answer"]).rpartition("####")
+    _steps, marked, answer = text_of(row["answer"], "answer").rpartition("####")
     if not marked or not answer.strip():
         raise ValueError("no '####' line in its answer")
-    return {"question": row["question"], "answer": answer.strip().replace(",", "")}
+    return {"question": text_of(row["question"], "question"), "answer": answer.strip().replace(",", "")}
 
 
 def _competition(row: dict) -> dict:
     """MATH-500 (Lightman et al. 2023) and AIME: a problem and its final answer."""
     return {
-        "question": row["problem"],
-        "answer": str(row["answer"]).strip(),
+        "question": text_of(row["problem"], "problem"),
+        "answer": text_of(row["answer"], "answer").strip(),
         "family": row.get("subject"),
     }
 
@@ -63,7 +64,7 @@ def _competition(row: dict) -> dict:
 def _gpqa(row: dict) -> dict:
     """Rein et al. 2023: the right answer and three wrong ones, each in a column of its own."""
     columns = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-    question, *published = (str(row[c]).strip() for c in ("Question", *columns))
+    question, *published = (text_of(row[c], c).strip() for c in ("Question", *columns))
     order = shuffled(4, [question, *published])
     return {
         "question": question,
@@ -75,14 +76,16 @@ def _gpqa(row: dict) -> dict:
 
 def _mmlu(row: dict) -> dict:
     """Hendrycks et al. 2021: a list of choices and the index of the right one (or its letter)."""
-    answer, choices = row["answer"], row["choices"]
+    answer, choices = typed_text(row["answer"]), row["choices"]
     if not isinstance(choices, list):
         raise ValueError("'choices' that are not a list; CSV has none, use JSONL or Parquet")
-    letter = LETTERS[answer : answer + 1] if isinstance(answer, int) else str(answer).strip()
+    # An index is a number in the file; "1" in quotes could as well be one of the choices.
+    indexed = isinstance(answer, Unquoted) and answer.isdecimal() and len(answer) < 3
+    letter = LETTERS[int(answer) : int(answer) + 1] if indexed else text_of(answer, "answer").strip()
     if letter not in list(LETTERS[: len(choices)]):
         raise ValueError(f"the answer {answer!r}, which is none of its {len(choices)} choices")
     return {
-        "question": row["question"],
+        "question": text_of(row["question"], "question"),
         "choices": choices,
         "answer": letter,
         "family": row.get("subject"),
@@ -91,10 +94,11 @@ def _mmlu(row: dict) -> dict:
 
 def _ceval(row: dict) -> dict:
     """Huang et al. 2023: choices in columns A to D, the answer a letter (the public `test` has none)."""
-    letter = str(row["answer"]).strip()
+    letter = text_of(row["answer"], "answer").strip()
     if letter not in ("A", "B", "C", "D"):
         raise ValueError(f"the answer {letter!r}, not A, B, C or D (split test has no answers, val has)")
-    return {"question": row["question"], "choices": [row[c] for c in "ABCD"], "answer": letter}
+    choices = [text_of(row[c], c) for c in "ABCD"]
+    return {"question": text_of(row["question"], "question"), "choices": choices, "answer": letter}
 
 
 PRESETS: dict[str, Preset] = {
@@ -213,9 +217,10 @@ def render(template: str, values: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A column's value as text; a list becomes lettered lines. ValueError for what has no plain form."""
+    """A column's value as it stands; a list becomes lettered lines. ValueError for what has no plain form."""
     if isinstance(value, list | tuple) and len(value) <= len(LETTERS):
         return "\n".join(f"{letter}. {shown(item)}" for letter, item in zip(LETTERS, value))
-    if isinstance(value, str | int | float):
-        return str(value)
+    written = typed_text(value)
+    if isinstance(written, str):
+        return str(written)
     raise ValueError(f"{str(value)[:40]!r}: a template takes text, numbers and lists of them")

@@ -6,7 +6,7 @@ r"""Probes: questions that show whether a model has a known flaw, as JSONL rows,
 | key                | meaning |
 |--------------------|---------|
 | probe_id, flaw     | unique name; the flaw it is about (rows of one flaw are counted together) |
-| prompt or messages | what is asked: text, or chat messages |
+| prompt or messages | what is asked: text, or a conversation (distill/tasks/conversations.py) |
 | kind, pattern      | what counts as showing the flaw, see below |
 | clean              | optional regular expression: what a clean answer looks like; without it, all that shows no flaw |
 | options            | kind choice: the options, two or more |
@@ -34,6 +34,8 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.storage import write_atomic
+from distill.tasks.conversations import conversation
+from distill.tasks.reading import json_lines, text_of
 from distill.tasks.verify import VERIFIERS, extract_answer, matches
 
 PROBE_KINDS = ("contains", "regex", "refusal", "choice", "answer")
@@ -79,16 +81,16 @@ def load_probes(path: str | Path) -> list[Probe]:
     problems: list[str] = []
     probes: list[Probe] = []
     seen: set[str] = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, row in json_lines(file):
         try:
-            probe = _read(json.loads(line))
+            if isinstance(row, ValueError):
+                raise row
+            probe = _read(row)
             if probe.probe_id in seen:
                 raise ValueError(f"probe_id '{probe.probe_id}' occurs twice; give every row its own")
             seen.add(probe.probe_id)
             probes.append(probe)
-        except ValueError as error:  # also what json raises
+        except ValueError as error:
             problems.append(f"{path}: line {number}: {error}")
     if not problems and not probes:
         problems.append(f"{path} has no probes; a row is like {{'probe_id': ..., 'flaw': ..., 'kind': ...}}")
@@ -109,14 +111,27 @@ def _read(row: Any) -> Probe:
     if ("prompt" in row) == ("messages" in row):
         raise ValueError("give either `prompt` (text) or `messages` (chat)")
     given = {key: value for key, value in row.items() if key != "prompt" and value is not None}
-    if "prompt" in row:
-        given["messages"] = [{"role": "user", "content": row["prompt"]}]
-    given["options"] = tuple(given.get("options", ()))
-    given = {key: str(value) if key in _TEXTS else value for key, value in given.items()}
+    given = {key: text_of(value, key) if key in _TEXTS else value for key, value in given.items()}
+    given["messages"] = _asked(row)
+    options = given.get("options", [])
+    if not isinstance(options, list):
+        raise ValueError("`options` is a list of texts")
+    given["options"] = tuple(text_of(option, "options") for option in options)
     probe = Probe(**given)
     if problem := _problem(probe):
         raise ValueError(problem)
     return probe
+
+
+def _asked(row: dict) -> list[dict]:
+    """Chat messages of a probe. Raises ValueError unless it is text, or a conversation that ends in a question."""
+    try:
+        messages, last = conversation(row["prompt"] if "prompt" in row else row["messages"])
+    except ValueError as error:
+        raise ValueError(f"it has {error}") from None
+    if last is not None:
+        raise ValueError("its messages end with the assistant's turn; remove that turn")
+    return messages
 
 
 _TEXTS = ("probe_id", "flaw", "kind", "pattern", "clean", "answer", "verifier")
@@ -125,15 +140,6 @@ _TEXTS = ("probe_id", "flaw", "kind", "pattern", "clean", "answer", "verifier")
 def _problem(probe: Probe) -> str | None:
     if probe.kind not in PROBE_KINDS:
         return f"unknown kind '{probe.kind}'; valid: {', '.join(PROBE_KINDS)}"
-    well_formed = isinstance(probe.messages, list) and all(
-        isinstance(m, dict)
-        and {"role", "content"} <= set(m)
-        and isinstance(m["content"], str)
-        and m["content"]
-        for m in probe.messages
-    )
-    if not probe.messages or not well_formed:
-        return "an empty prompt, or messages without role and content"
     if probe.kind in ("contains", "regex", "choice") and not probe.pattern:
         return f"kind {probe.kind} needs `pattern`"
     if probe.kind == "choice" and (len(probe.options) < 2 or probe.pattern not in probe.options):

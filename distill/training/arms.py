@@ -64,9 +64,9 @@ def train_arm(
     precision = resolve_precision(recipe.train.precision, device)
     needs_teacher = any(o.live for o in recipe.train.objectives)
     config = {
-        "student": recipe.student.model_dump(mode="json"),
+        "student": recipe.student.identity(),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
-        "teacher": recipe.teacher.model_dump(mode="json", exclude={"terms", "device"})
+        "teacher": recipe.teacher.identity(exclude={"terms", "device"})
         if needs_teacher and recipe.teacher
         else None,
         "seed": recipe.seed,

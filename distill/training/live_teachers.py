@@ -263,7 +263,9 @@ def live_teachers(
         return OwnStart(student)
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         model = _load(recipe, recipe.teacher.model, device)
-        return CrossTeacher(model, load_tokenizer(recipe.teacher.model), tokenizer, ends)
+        return CrossTeacher(
+            model, load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs), tokenizer, ends
+        )
     names = {recipe.teacher.model, *section.models.values()}
     problems = [
         f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; use "

@@ -28,7 +28,8 @@ from distill.data.cards import COMPARISONS, merged_card
 from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
-from distill.models.load import check_adapter_base, load_model, load_tokenizer, prompt_ids, same_vocabulary
+from distill.models.chat import prompt_ids
+from distill.models.load import check_adapter_base, load_model, load_tokenizer, same_vocabulary
 from distill.models.routers import find_routers
 from distill.moe.metrics import overlap
 from distill.moe.recording import record_routing

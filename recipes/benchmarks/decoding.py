@@ -22,8 +22,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.devices import describe_device, pick_device
+from distill.models.chat import prompt_ids
 from distill.models.decode import Sampling, decode
-from distill.models.load import load_model, load_tokenizer, prompt_ids
+from distill.models.load import load_model, load_tokenizer
 from distill.stages import versions
 from distill.tasks.problems import LEVELS, sample_problems
 

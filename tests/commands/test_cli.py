@@ -166,3 +166,13 @@ def test_completion_completes_in_bash(run_cli, tmp_path):
     assert completed("distill", "evaluate", "x", "--dr") == {"--drop-expert", "--drop-each", "--dry-run"}
     (tmp_path / "mine.yaml").touch()
     assert completed("distill", "train", f"{tmp_path}/mi") == {f"{tmp_path}/mine.yaml"}
+
+
+def test_a_path_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
+    from distill.commands.command import is_override
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-4").mkdir()
+    assert [is_override(word) for word in ("train.steps=3", "runs/lr=1e-4/student", "./a=b", "lr=1e-4", "lr=2")] == [
+        True, False, False, False, True,
+    ]  # fmt: skip

@@ -109,7 +109,12 @@ def test_multiple_choice_is_lettered_and_the_letter_is_right(write):
         ("gsm8k", {"answer": "72"}, "row 1 has no '####' line"),
         ("mmlu", {"answer": 4}, "which is none of its 4 choices"),
         ("mmlu", {"answer": -1}, "which is none of its 4 choices"),
+        ("mmlu", {"answer": "1"}, "which is none of its 4 choices"),  # in quotes it is a text, no index
+        ("mmlu", {"answer": True}, "which is none of its 4 choices"),
         ("mmlu", {"choices": "['3', '4']"}, "not a list"),
+        ("gsm8k", {"answer": ["#### 4"]}, "row 1 has a list in 'answer'"),
+        ("gsm8k", {"question": ["a", "b"]}, "row 1 has a list in 'question'"),
+        ("math500", {"subject": {"a": 1}}, "row 1 has an object in 'family'"),
         ("ceval", {"answer": ""}, "row 1 has an empty 'answer'"),
         ("ceval", {"answer": "E"}, "not A, B, C or D"),
         ("gpqa", {"Incorrect Answer 3": None}, "row 1 has an empty 'Incorrect Answer 3'"),
@@ -119,6 +124,23 @@ def test_rows_that_break_the_published_form_are_named(write, name, change, probl
     path = write({**PUBLISHED[name], **change})
     with pytest.raises(UserError, match=problem):
         file_prompts(path, Prompts(preset=name, source=path), "train")
+
+
+def test_answers_of_a_preset_are_the_text_of_the_file(tmp_path):
+    """A column of `025` is one of whole numbers for a reader that infers types, and choices may be numbers."""
+    path = tmp_path / "aime.csv"
+    path.write_text("problem,answer\nFind it.,025\nFind it again.,1e3\n")
+    rows = file_prompts(str(path), Prompts(preset="aime", source=str(path)), "test")
+    assert [row["answer"] for row in rows] == ["025", "1e3"]
+    path = tmp_path / "ceval.csv"
+    path.write_text("question,A,B,C,D,answer\nWhich?,01,2.50,true,NA,D\n")
+    (row,) = file_prompts(str(path), Prompts(preset="ceval", source=str(path)), "test")
+    assert row["answer"] == "D" and row["choices"] == ["01", "2.50", "true", "NA"]
+    assert "A. 01\nB. 2.50\nC. true\nD. NA" in row["messages"][0]["content"]
+    path = tmp_path / "mmlu.jsonl"
+    path.write_text('{"question": "Which?", "choices": [1.0, 2.50, true, "NA"], "answer": 1}')
+    (row,) = file_prompts(str(path), Prompts(preset="mmlu", source=str(path)), "test")
+    assert row["answer"] == "B" and row["choices"] == ["1.0", "2.50", "true", "NA"]
 
 
 def test_another_schema_is_refused_with_what_is_there(write):

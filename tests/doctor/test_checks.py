@@ -322,3 +322,12 @@ def test_of_a_model_that_is_not_there_only_that_is_told(recipe, bare, tmp_path):
     found = examine(recipe(tmp_path / "teachr", bare("student")))
     (failed,) = [f for f in found if f.state == "FAIL"]
     assert failed.check == "models" and "is not a folder" in failed.text
+
+
+def test_a_token_that_is_a_line_break_stays_on_its_line():
+    class Tokenizer:
+        def convert_ids_to_tokens(self, _index):
+            return "\n"
+
+    side = pair.Side("teacher", "x", lambda: None, Tokenizer)
+    assert side.token(0) == r"'\n'"

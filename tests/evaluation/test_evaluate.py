@@ -17,7 +17,8 @@ from distill.evaluation.answers import answer_problems
 from distill.evaluation.fidelity import TokenCalibration, fidelity
 from distill.evaluation.schema import check
 from distill.evaluation.scores import compare, summarise
-from distill.models.load import load_model, load_tokenizer, prompt_ids
+from distill.models.chat import prompt_ids
+from distill.models.load import load_model, load_tokenizer
 from distill.report.report import build_report
 from distill.storage import hash_file, read_json, read_rows
 

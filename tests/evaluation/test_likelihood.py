@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from distill.errors import UserError
 from distill.evaluation.likelihood import letters_of, likelihoods
-from distill.models.load import load_model, load_tokenizer, prompt_ids
+from distill.models.chat import prompt_ids
+from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
 
 CHOICES = [["Paris", "Rome is longer", "x"], ["no", "yes", "perhaps, perhaps not", "1234"], ["a b", "c"]]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from distill.evaluation.likelihood import answers_nll, read_documents, text_names, text_nll, windows
-from distill.models.load import load_model, load_tokenizer, prompt_ids
+from distill.models.chat import prompt_ids
+from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
 
 
@@ -124,6 +125,43 @@ def test_files(tmp_path):
         read_documents(str(tmp_path / "missing.txt"))
     assert text_names(["x/a.txt", "b.txt"]) == ["a.txt", "b.txt"]
     assert text_names(["x/a.txt", "y/a.txt"]) == ["x/a.txt", "y/a.txt"]
+
+
+AS_IT_IS = ["a\r\nb\n", "a\u2028b\x85c\x0bd\x0c", "e\u0301 \ufeff", " \n x\t", "a\rb"]
+
+
+@pytest.mark.parametrize("text", AS_IT_IS)
+def test_documents_are_the_bytes_of_the_file(tmp_path, text, hub):
+    """Line ends included, and no character of a text ends a line of JSONL; only a byte-order mark goes."""
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.txt").write_bytes(mark + text.encode())
+        assert read_documents(str(tmp_path / "a.txt")) == [text]
+        lines = [json.dumps({"text": t}, ensure_ascii=False) for t in (text, "b")]
+        (tmp_path / "b.jsonl").write_bytes(mark + "\r\n".join(lines).encode())
+        assert read_documents(str(tmp_path / "b.jsonl")) == [text, "b"]
+    model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
+    found = text_nll(model, tokenizer, read_documents(str(tmp_path / "a.txt")), window=64)
+    assert found["bytes"] == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    "name, raw, problem",
+    [
+        ("a.txt", "caf\u00e9".encode("latin1"), "line 1: not UTF-8"),
+        ("a.txt", "one\ntwo".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "' + "\u00e9".encode("latin1") + b'"}', "line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 1e5}', "line 3: no object with `text`"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}', "line 2: no object"),
+        ("a.jsonl", b'{"text": "x"}\n["x"]', "line 2: no object"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: half of a surrogate pair"),
+    ],
+)
+def test_unreadable_texts_are_refused_with_their_line(tmp_path, name, raw, problem):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError) as caught:
+        read_documents(str(tmp_path / name))
+    (line,) = caught.value.problems
+    assert problem in line and name in line and "\n" not in line
 
 
 def test_on_the_command_line(run_cli, hub, tmp_path):

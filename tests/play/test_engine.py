@@ -9,8 +9,8 @@ from conftest import CHATML, byte_tokenizer, save_model
 
 from distill.errors import UserError
 from distill.evaluation.routing import route_rows
+from distill.models.chat import prompt_ids
 from distill.models.decode import Sampling, decode
-from distill.models.load import prompt_ids
 from distill.play import html as play_html
 from distill.play import page as play_page
 from distill.play.engine import Playground
