@@ -93,10 +93,7 @@ def phases(pair: Pair) -> list[Phase]:
 
 def memory(pair: Pair) -> list[Finding]:
     """Every phase against the device; what does not fit whatever the batch is a FAIL."""
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    ):
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return [Finding("memory", NOTE, "sharded over processes: not estimated")]
     has, found = device_memory(pair.device), []
     on_cpu = pair.device.type == "cpu"

@@ -65,7 +65,9 @@ class TaskScore(Score):
     )
     majority_at_k_ci95: dict[str, Interval] | None = Field(None, description="over problems")
     truncated: int = Field(description="answers cut at max_new_tokens; they count as not correct")
-    no_answer: int = Field(description="answers that are empty or never left <think>")
+    no_answer: int = Field(
+        description="answers that are empty, never left <think>, or state nothing that can be read"
+    )
     unparsed: int = Field(
         description="finished answers in which the verifier finds no final answer (no number, no letter), "
         "those of no_answer included"

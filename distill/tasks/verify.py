@@ -1,8 +1,9 @@
 r"""Verifiers: is this completion right? Rules only, no model, and never an exception on garbage.
 
 A completion is free text that may hold its reasoning in <think> tags. `extract_answer` takes the final
-answer out of it, a verifier compares that with the reference, `judge` gives the one verdict that the
-filter and the evaluation both use.
+answer out of it, a verifier reads what the answer states and compares that with the reference, `judge` gives the
+one verdict that the filter and the evaluation both use. A wrong answer that passes is worse than a right one that is
+refused, so where a verifier cannot tell what is stated, the verdict is `no_answer`. The rules: docs/data.md.
 
     judge("exact", "<think>7+8=15</think>15", "15", finish_reason="stop")  # -> "correct"
     judge("numeric", "so 3 * 24 = 72\n#### 72", "72")                      # \boxed{72} too
@@ -11,141 +12,93 @@ filter and the evaluation both use.
     judge(r"regex:(?i)\bparis\b", "It is Paris.", "")                      # a recipe's `pattern`
 """
 
-import atexit
 import importlib.util
-import json
-import math
-import re
-import subprocess
-import sys
-import threading
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
 
 import regex
 
-from distill.errors import RunError, UserError
+from distill.errors import UserError
+from distill.tasks import formulas
+from distill.tasks import numeric as numbers_stated
+from distill.tasks.choices import letter
+from distill.tasks.numbers import INVISIBLE
+from distill.tasks.statements import boxed, stated
 
+__all__ = [
+    "VERDICTS", "VERIFIERS", "boxed", "check_pattern", "choice", "exact", "extract_answer", "final_answer", "judge",
+    "letter", "matches", "math_equal", "numeric", "require_package", "stated",
+]  # fmt: skip
 VERDICTS = ("correct", "wrong", "no_answer", "truncated", "error")
 REGEX_CHARACTERS = 10_000  # the end of an answer that a recipe's pattern is matched against
-REGEX_SECONDS = 1.0  # a pattern that backtracks longer has not matched
-_TAIL = 20_000  # what is stated is stated at the end
-_MATH_TAIL = 2_000  # of a text with nothing marked as final
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}])[-+])?"  # a sign, not the minus of `7-3`
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:\s*/\s*\d+(?![\d/]))?"
-)
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]")
+REGEX_SECONDS = 0.5  # a pattern that backtracks longer has not matched
 
 
-# A letter with no letter, digit, hyphen or apostrophe on either side; CJK text has no spaces around one.
-_LETTER = (
-    r"(?<![^\W\u3040-\u30ff\u3400-\u9fff])(?<![-'’.°])([A-Z])(?![^\W\u3040-\u30ff\u3400-\u9fff])(?![-'’.]\w)"
-)
-_LEAD = r"(?:[\s:=]*(?i:option|choice))?(?:[\s:=*_$\"“'(\[【]|\\boxed\{|\\text\{)*"
-_IS = r"(?:\s+(?i:is|would be|must be))?"
-_ANSWER = re.compile(r"(?:\b(?i:answer)" + _IS + "|答案[是为為]?)" + _LEAD + _LETTER)
-_OPTION = re.compile(r"(?:\b(?i:choice|option)" + _IS + "|[選选][项項擇择]?)" + _LEAD + _LETTER)
-_BRACKETED = re.compile(r"[(\[【]\s*([A-Z])\s*[)\]】]")
-_LISTED = re.compile(r"(?m)^[ \t*_]*([A-Z])(?:[.):](?!\w)|[ \t]*$)")
-_ALONE = re.compile(_LETTER + r"(?!(?<=[AI])\s+[a-z])")  # "A dog" and "I think" choose nothing
-
-
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, *, opened: bool = False) -> str | None:
     """The final answer: what follows the last `</think>`, else the whole text; None where that is empty.
 
-    Text with an opened and never closed <think> has no final answer: it was still thinking.
+    Text with an opened and never closed <think> has no final answer: it was still thinking. `opened`: the
+    prompt itself ended in <think> (templates of DeepSeek-R1 and others), so the text begins inside it.
     """
     _head, closed, tail = text.rpartition("</think>")
-    if not closed and "<think>" in text:
+    if "<think>" in tail or (opened and not closed):
         return None
-    answer = (tail if closed else text).strip()
+    answer = tail.strip()
     return answer or None
 
 
-def boxed(answer: str) -> str | None:
-    r"""What the last whole \boxed{...} holds, its braces matched; None where there is none."""
-    opened: list[int] = []  # where the content of a box begins, -1 for any other brace
-    best = (-1, "")
-    for match in _BOX_OR_BRACE.finditer(answer):
-        if match[0] == "}":
-            begin = opened.pop() if opened else -1
-            best = max(best, (begin, answer[begin : match.start()]))
-        elif match[0][-1] == "{" and match[0] != "\\{":
-            opened.append(match.end() if len(match[0]) > 1 else -1)
-    return best[1].strip() if best[0] >= 0 else None
+# ---- exact ------------------------------------------------------------------------------------------------
+
+_FOLDED = (
+    "<wide>",
+    "<narrow>",
+    "<noBreak>",
+    "<compat>",
+    "<small>",
+    "<vertical>",
+    "<initial>",
+    "<medial>",
+    "<final>",
+)
+_FOLDED += ("<isolated>",)
 
 
-def stated(answer: str) -> str:
-    r"""What the text marks as final: the last \boxed{...}, else the line after the last ####, else all."""
-    inside = boxed(answer)
-    if inside is not None:
-        return inside
-    _, marked, after = answer.rpartition("####")
-    return after.strip().partition("\n")[0] if marked else answer
+def _plain(text: str) -> str:
+    """White space collapsed, invisible characters left out, Unicode by NFC and, where the meaning stays, NFKC.
+
+    Folded are forms of the same character: full and half width, ligatures, presentation forms, odd spaces.
+    Not folded are those that NFKC would make into another text: `2³` (23), `1½` (11/2), `①` (1), `ℝ` (R).
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", "".join(map(_fold, text.translate(INVISIBLE))))
+    return " ".join(text.split())
+
+
+def _fold(c: str) -> str:
+    kind = unicodedata.decomposition(c).partition(" ")[0] if c >= "\xa0" else ""
+    if kind not in _FOLDED:
+        return c
+    folded = unicodedata.normalize("NFKC", c)
+    digits = any(map(str.isdigit, folded)) and kind not in ("<wide>", "<narrow>")
+    return c if digits else folded
 
 
 def exact(answer: str, reference: str) -> bool:
-    """Equal after collapsing white space."""
-    return " ".join(answer.split()) == " ".join(reference.split())
+    """Equal, but for white space, invisible characters and the width of characters (`_plain`)."""
+    return _plain(answer) == _plain(reference)
+
+
+# ---- numeric, choice, regex, math -------------------------------------------------------------------------
 
 
 def numeric(answer: str, reference: str) -> bool:
-    r"""The number stated last equals the last number of the reference: whole numbers exactly, others to 1e-6.
+    r"""The number that the answer states equals that of the reference, exactly (distill/tasks/numeric.py).
 
-    Thousands separators are ignored, `1/2` and `\frac{1}{2}` are fractions. \boxed{...} must hold one number
-    and no root; a number that is an exponent is none. A reference without a number never matches.
+    `#### 42`, `\boxed{42}`, `the answer is 42`, else the number of the last sentence. Only a fraction without end
+    (1/3) equals a decimal that rounds it to 6 digits or more. Units and thousands marks are left out.
     """
-    found, wanted = _last_number(answer[-_TAIL:]), _last_number(reference)
-    if found is None or wanted is None:
-        return False
-    if isinstance(found, int) and isinstance(wanted, int):
-        return found == wanted
-    return math.isfinite(float(found)) and math.isclose(found, wanted, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def _last_number(text: str) -> int | float | None:
-    inside = boxed(text)
-    text = stated(text) if inside is None else inside
-    text = text.replace("−", "-").replace("{,}", ",").replace("\\,", "")
-    text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?", " ", text)
-    found = list(_NUMBER.finditer(text))
-    if not found or (inside is not None and (len(found) > 1 or "sqrt" in text or "\\pi" in text)):
-        return None
-    if re.search(r"(?:[\^_√]|\\sqrt)\{?\s*$", text[: found[-1].start()]):
-        return None
-    return _value(re.sub(r"[,\s]", "", found[-1][0]))
-
-
-def _value(literal: str) -> int | float | None:
-    if len(literal) > 300:  # beyond any float
-        return None
-    numerator, _, denominator = literal.partition("/")
-    if denominator:
-        return float(numerator) / float(denominator) if float(denominator) else None
-    return int(literal) if literal.lstrip("+-").isdecimal() else float(literal)
-
-
-def letter(text: str) -> str | None:
-    r"""The letter A to Z that an answer chooses, the first of these that there is, its last occurrence:
-
-    \boxed{B}; `Answer: B`, `the answer is (B)`, 答案：B; `option B`, 选B; `(B)`; `B.`, `B)` or `B` beginning
-    a line; a capital that stands alone. Never a letter of a word; of the last kind no article or pronoun.
-    """
-    text = unicodedata.normalize("NFKC", text[-_TAIL:])
-    inside = boxed(text)
-    if inside is not None:
-        text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", inside)
-    alone = text.strip(" \t\r\n.()[]*_$:\"'")
-    if len(alone) == 1:
-        return alone.upper() if alone.isascii() and alone.isalpha() else None
-    for rule in (_ANSWER, _OPTION, _BRACKETED, _LISTED, _ALONE):
-        if found := rule.findall(text):
-            return found[-1]
-    return None
+    found, wanted = numbers_stated.stated_number(answer), numbers_stated.stated_number(reference)
+    return found is not None and wanted is not None and numbers_stated.equal(found, wanted)
 
 
 def choice(answer: str, reference: str) -> bool:
@@ -173,76 +126,17 @@ def matches(answer: str, reference: str) -> bool:
 def math_equal(answer: str, reference: str) -> bool:
     r"""Equal as mathematics by the package math-verify: `\frac{1}{2}` and 0.5, `x+1` and `1+x`, intervals.
 
-    Runs in a process of its own that ends after some seconds, whatever it is computing (distill.tasks.math_worker).
-    Raises UserError where the package is not installed.
+    The formula is what the answer states (distill/tasks/formulas.py). The package runs in a process of its own that
+    ends after a second, whatever it is computing (distill/tasks/math_worker.py). UserError where it is missing.
     """
     require_package("math")
-    found, wanted = stated(answer[-_TAIL:]), stated(reference).strip().strip("$")
-    if not any(map(str.isalnum, found)) or not wanted:
-        return False
-    if exact(found, wanted):
-        return True
-    # A stated answer is an expression; otherwise the package looks for one where a text ends.
-    given = f"${found.strip('$')}$" if found != answer[-_TAIL:] else found[-_MATH_TAIL:]
-    return _WORKER.ask(given, f"${wanted}$")
+    found = formulas.stated_formula(answer)
+    return found is not None and formulas.equal(found, _wanted(reference))
 
 
-class _MathWorker:
-    """The process behind `math_equal`: started on first use, started again after it ended itself."""
-
-    def __init__(self):
-        self._process: subprocess.Popen | None = None
-        self._lock = threading.Lock()
-
-    def ask(self, answer: str, reference: str) -> bool:
-        with self._lock:
-            try:
-                process = self._process or self._start()
-                process.stdin.write(json.dumps([answer, reference]) + "\n")
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            if not reply:  # it ran out of time or memory over this answer
-                self.stop()
-            return reply == "1\n"
-
-    def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self._process = process
-        if process.stdout.readline() != "ready\n":
-            self.stop()
-            raise RunError("verifier 'math' does not start: `python -c 'import math_verify'` shows why")
-        return process
-
-    def stop(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-_WORKER = _MathWorker()
-atexit.register(_WORKER.stop)
-
-
-def final_answer(verifier: str, text: str) -> str | None:
-    """What the verifier compares, in one spelling, so that equal answers can be counted; None if there is none.
-
-    numeric: the number (2.50 and 2.5 are one); choice: the letter; math and regex: what is stated as final.
-    """
-    answer = extract_answer(text)
-    if answer is None:
-        return None
-    name = verifier.partition(":")[0]
-    if name == "numeric":
-        number = _last_number(answer[-_TAIL:])
-        return None if number is None else str(number) if isinstance(number, int) else f"{number:.9g}"
-    if name == "choice":
-        return letter(answer)
-    return " ".join((answer if name == "exact" else stated(answer)).split())
+def _wanted(reference: str) -> str:
+    """The formula of a reference: what it marks as final, else all of it."""
+    return stated(reference).strip().strip("$")
 
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {
@@ -252,6 +146,29 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "regex": matches,
     "math": math_equal,
 }
+# What a verifier reads in an answer; None is no_answer. `exact` and `regex` take any text as it is.
+_READ: dict[str, Callable[[str], object | None]] = {
+    "numeric": numbers_stated.stated_number,
+    "choice": letter,
+    "math": formulas.stated_formula,
+}
+
+
+def final_answer(verifier: str, text: str, *, opened: bool = False) -> str | None:
+    """What the verifier compares, in one spelling, so that equal answers can be counted; None if there is none.
+
+    numeric: the number (2.50 and 2.5 are one); choice: the letter; math: the formula; regex: what is marked as final.
+    """
+    answer = extract_answer(text, opened=opened)
+    if answer is None:
+        return None
+    name = verifier.partition(":")[0]
+    if name in _READ:
+        found = _READ[name](answer)
+        if found is None:
+            return None
+        return numbers_stated.spelling(found) if name == "numeric" else " ".join(str(found).split())
+    return _plain(answer) if name == "exact" else " ".join(stated(answer).split())
 
 
 def require_package(verifier: str) -> None:
@@ -261,20 +178,50 @@ def require_package(verifier: str) -> None:
 
 
 def judge(
-    verifier: str, text: str, reference: str, finish_reason: str = "stop", error: str | None = None
+    verifier: str,
+    text: str,
+    reference: str,
+    finish_reason: str = "stop",
+    error: str | None = None,
+    *,
+    opened: bool = False,
 ) -> str:
     """One of VERDICTS. A truncated completion is `truncated` even if its text would happen to match.
 
-    `verifier` is a name of VERIFIERS, or `regex:PATTERN`, where `{answer}` stands for the reference, escaped.
+    `no_answer`: nothing follows the thinking, or nothing that this verifier can read with certainty: no number,
+    no letter, no formula. `verifier` is a name of VERIFIERS, or `regex:PATTERN`, where `{answer}` stands for
+    the reference, escaped. `opened`: as in `extract_answer`.
     """
     if error:
         return "error"
     if finish_reason == "length":
         return "truncated"
-    answer = extract_answer(text)
+    answer = extract_answer(text, opened=opened)
     if answer is None:
         return "no_answer"
     name, _, pattern = verifier.partition(":")
     if pattern:
         reference = pattern.replace("{answer}", regex.escape(reference))
-    return "correct" if VERIFIERS[name](answer, reference) else "wrong"
+    if name not in _READ:
+        return "correct" if VERIFIERS[name](answer, reference) else "wrong"
+    found = _READ[name](answer)
+    if found is None:
+        return "no_answer"
+    return "correct" if _SAME[name](found, reference) else "wrong"
+
+
+def _same_number(found: numbers_stated.Number, reference: str) -> bool:
+    wanted = numbers_stated.stated_number(reference)
+    return wanted is not None and numbers_stated.equal(found, wanted)
+
+
+def _same_formula(found: str, reference: str) -> bool:
+    require_package("math")
+    return formulas.equal(found, _wanted(reference))
+
+
+_SAME: dict[str, Callable[..., bool]] = {
+    "numeric": _same_number,
+    "choice": lambda found, reference: found == letter(reference),
+    "math": _same_formula,
+}

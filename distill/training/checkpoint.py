@@ -106,6 +106,13 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
     """
     state = read_json(path / "state.json")
     saved = load_trained(path / "tensors.safetensors", module)
+    # Adam's step counter is on the CPU, except where the update is one kernel and reads it on the device.
+    on_device = {
+        p
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for p in group["params"]
+    }
     for name, parameter in module.named_parameters():
         found = {
             k.split(".")[1]: v
@@ -113,13 +120,14 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
             if k.startswith("optimizer.") and k.split(".", 2)[2] == name
         }
         if found:
-            optimizer.state[parameter] = {k: _moment(k, v, parameter) for k, v in found.items()}
+            where = parameter.device if parameter in on_device else torch.device("cpu")
+            optimizer.state[parameter] = {
+                k: v.to(where).clone() if k == "step" else _moment(v, parameter) for k, v in found.items()
+            }
     return state
 
 
-def _moment(key: str, value: Tensor, parameter: Tensor) -> Tensor:
-    if key == "step":  # Adam's step counter stays on the CPU in float32, as torch keeps it
-        return value.clone()
+def _moment(value: Tensor, parameter: Tensor) -> Tensor:
     moment = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
     put(moment, value)
     return moment

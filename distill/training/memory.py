@@ -59,7 +59,9 @@ def saved_for_backward(module: nn.Module) -> Iterator[Callable[[], int]]:
     which autocast makes, do. Numbers are not changed. With gradient checkpointing or compiled layers, whose
     own hooks take the tensors first, it sees too little: leave it out there.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    # Of a sharded tensor (FSDP2) this process has its own piece.
+    local = [getattr(t, "_local_tensor", t) for t in (*module.parameters(), *module.buffers())]
+    own = {t.untyped_storage().data_ptr() for t in local}
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
@@ -67,7 +69,7 @@ def saved_for_backward(module: nn.Module) -> Iterator[Callable[[], int]]:
         return kept
 
     def total() -> int:
-        storages = (kept.tensor.untyped_storage() for kept in held)
+        storages = (getattr(kept.tensor, "_local_tensor", kept.tensor).untyped_storage() for kept in held)
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(size for pointer, size in sizes.items() if pointer not in own)
 

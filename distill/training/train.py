@@ -62,18 +62,15 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
             f"this launch asks for FSDP and Accelerate would run {kind.value} instead, since it shards on "
             "accelerators only; on CPU use recipes/accelerate/cpu2.yaml"
         )
-    spread = kind == DistributedType.FSDP or (
-        kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-    if spread and recipe.train.on_policy.fraction:
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed takes an optimizer step of its own for every micro-batch, clips by its own file and keeps its "
+            "own state; use recipes/accelerate/fsdp2.yaml, which shards the same things under this loop"
+        )
+    if kind == DistributedType.FSDP and recipe.train.on_policy.fraction:
         raise UserError(
             "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
-            "unequally long; use recipes/accelerate/ddp.yaml (or zero2.yaml), or train.on_policy.fraction=0"
-        )
-    if kind == DistributedType.DEEPSPEED and recipe.train.checkpoint_every:
-        raise UserError(
-            "DeepSpeed keeps its own optimizer state, which is not saved between steps here: set "
-            "train.checkpoint_every=0 (an interrupted run then starts over), or use recipes/accelerate/fsdp2.yaml"
+            "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
         )
     return accelerator
 
@@ -103,8 +100,9 @@ def train_student(
     states = state_objectives(train.objectives, bare, teacher, recipe.seed)
     step_module = StudentStep(bare, train.objectives, states)
     optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
-    balancer = ExpertBiasBalancer(bare) if train.expert_bias_step else None
     model, optimizer = accelerator.prepare(step_module, optimizer)
+    # Only now: what `prepare` wraps may hold other tensors than before, and a bias moved there moves nothing.
+    balancer = ExpertBiasBalancer(step_module.model) if train.expert_bias_step else None
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read = saver.restore()

@@ -1,7 +1,7 @@
 """`accelerate launch` with two CPU processes gives the rows and the weights of one process."""
 
 import torch
-from conftest import PYTHON
+from conftest import CHATML, PYTHON, byte_tokenizer, save_model
 from launching import LAUNCH, processes_of, run
 from safetensors.torch import load_file
 from training_example import MIXED, SGD, fake_dataset
@@ -43,4 +43,35 @@ def test_two_processes_train_to_the_same_weights(make_recipe, hub):
     for name, tensor in weights["one"].items():
         torch.testing.assert_close(
             weights["two"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def mixture(folder) -> str:
+    """A tiny DeepSeek-V3: its routers have the selection bias that `train.expert_bias_step` moves."""
+    config = {
+        "model_type": "deepseek_v3", "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    return save_model(folder, config, byte_tokenizer(CHATML), seed=5)
+
+
+def test_the_expert_bias_moves_under_ddp_as_in_one_process(make_recipe, tmp_path):
+    """Three processes, seven rows: the bias is counted over all of them, and it is the model's own that moves."""
+    student = mixture(tmp_path / "mixture")
+    options = [*SGD, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
+    options += ["train.expert_bias_step=0.01", "train.expert_bias_freeze=0"]
+    three = [*LAUNCH[:-2], "--num_processes", "3", *LAUNCH[-2:]]
+    weights = {}
+    for name, command in (("one", ONE), ("three", three)):
+        path, run_dir = make_recipe(student=student, name=name)
+        fake_dataset(run_dir)
+        run([*command, "train", path, *options])
+        weights[name] = load_file(run_dir / "student" / "model.safetensors")
+        assert processes_of(run_dir / "student") == {"one": 1, "three": 3}[name]
+    biases = [name for name in weights["one"] if name.endswith("e_score_correction_bias")]
+    assert biases and all(weights["one"][name].abs().max() > 0.009 for name in biases)
+    for name, tensor in weights["one"].items():
+        torch.testing.assert_close(
+            weights["three"][name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -3,9 +3,11 @@
 import os
 import subprocess
 
+import pytest
 from conftest import PYTHON, ROOT
+from launching import processes_of
 from safetensors.torch import load_file
-from training_example import assert_same
+from training_example import MIXED, SGD, assert_same, fake_dataset
 
 WORKER = str(ROOT / "tests" / "fsdp_worker.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -24,3 +26,29 @@ def test_two_sharded_processes_equal_one(tmp_path):
     saved = [load_file(folder / "state-0000002" / "tensors.safetensors") for folder in (one, two)]
     assert {n: t.shape for n, t in saved[0].items()} == {n: t.shape for n, t in saved[1].items()}
     assert any(name.startswith("optimizer.momentum_buffer") for name in saved[0])
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_command_trains_a_sharded_student_to_the_same_weights(make_recipe, adapter):
+    """The whole loop under Accelerate's FSDP2: ragged rows, uneven micro-batches, a live teacher, and a resume."""
+    options = [*SGD, MIXED, f"student.adapter={adapter}", "train.batch_size=7", "train.micro_batch_size=2"]
+    weights = {}
+    for name in ("one", "two"):
+        path, run_dir = make_recipe(name=name)
+        fake_dataset(run_dir)
+        command = [PYTHON, "-m", "distill"]
+        if name == "two":
+            launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command = [*launch, str(ROOT / "tests" / "fsdp_launch.py")]
+        done = subprocess.run(
+            [*command, "train", path, *options],
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights[name] = load_file(next((run_dir / "student").glob("*.safetensors")))
+        assert processes_of(run_dir / "student") == {"one": 1, "two": 2}[name]
+    assert_same(weights["one"], weights["two"], 1e-5)
