@@ -112,6 +112,8 @@ def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
         cells = []
         for key in ("accuracy.easy", "accuracy.medium", "accuracy.hard"):
             found = arm["metrics"].get(key)
+            if isinstance(found, list):  # as results are committed: mean and sd alone
+                found = dict(zip(("mean", "sd"), found))
             sd = f" ± {100 * found['sd']:.1f}" if found and found["sd"] is not None else ""
             cells.append(f"{100 * found['mean']:.1f}{sd}" if found else numbers.DASH)
         rows.append({"name": name, "about": arm["about"], "cells": cells, "budget": arm["budget"]})

@@ -60,6 +60,9 @@ from distill.training.losses.hidden import (
 )
 from distill.training.losses.routers import RouterTap, over_layers, per_kept_token, router_distillation
 
+_CROSS_ENTROPY = Term(
+    "cross_entropy", "targets", weight=0.0
+)  # measured beside the objectives, never trained on
 ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
 
 
@@ -93,31 +96,40 @@ class StudentStep(nn.Module):
         """For manifests and people: how the loss is computed."""
         return "fused with the head" if self.at else "on whole logits (this head is not one plain matrix)"
 
-    def forward(self, batch: Batch, signals: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """`signals` by form: what a teacher said of this batch (live_teachers.py, distill/data/signals.py)."""
+    def forward(
+        self, batch: Batch, signals: dict[str, Any], held_out: bool = False
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """`signals` by form: what a teacher said of this batch (live_teachers.py, distill/data/signals.py).
+
+        held_out: a third result, the sum of the kept tokens' plain cross-entropy in nats, whatever the objectives.
+        """
+        terms = [*self.terms, _CROSS_ENTROPY] if held_out else self.terms
         given = {"targets": Given((batch.targets,))}
         if batch.signal is not None:
             given[batch.signal.form] = Given(batch.signal.tensors)
         given |= {form: signal for form, signal in signals.items() if form in ON_LOGITS}
         if batch.from_teacher is not None:
             given["from_teacher"] = Given((batch.from_teacher,))
-        needed = {term.form for term in self.terms} | {"from_teacher"}
+        needed = {term.form for term in terms} | {"from_teacher"}
         given = {form: signal for form, signal in given.items() if form in needed}
         inputs = batch.inputs()
         if self.at:
             # The loss is computed where the forward calls the head: there FSDP2 has the head's weight whole.
             with self.tied.reading() if self.tied else contextlib.nullcontext():
-                total, sums = self.at(lambda hidden: self._loss(hidden[batch.keep], given), **inputs)
+                total, sums = self.at(lambda hidden: self._loss(hidden[batch.keep], terms, given), **inputs)
         else:
             logits = self.kept(keep=batch.keep, **inputs)
-            total, sums = whole_loss(logits, self.terms, given)
-        if not self.states:
-            return total, sums
-        return self._with_states(total, list(sums), batch, signals)
+            total, sums = whole_loss(logits, terms, given)
+        plain = sums[-1:]
+        if held_out:
+            sums = sums[:-1]
+        if self.states:
+            total, sums = self._with_states(total, list(sums), batch, signals)
+        return (total, sums, plain[0]) if held_out else (total, sums)
 
-    def _loss(self, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _loss(self, hidden: Tensor, terms: list[Term], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         leave = self.tied.leave if self.tied and self.tied.asked else None
-        return fused_loss(hidden, self.at.head(), self.terms, given, self.scratch, leave)
+        return fused_loss(hidden, self.at.head(), terms, given, self.scratch, leave)
 
     def _with_states(self, total: Tensor, sums: list[Tensor], batch: Batch, signals: dict[str, Any]):
         found, states = [], iter(self.states)

@@ -141,6 +141,7 @@ def train_student(
             # ---- log, save -------------------------------------------------------------------------
             seen = validator.look(step, model, step_module, teacher) if validator.due(step) else None
             more = {"max_violation": violation, "on_policy": source.stats, "validation": seen}
+            more["validation_objective"] = None if seen is None else validator.objective
             log.write(step, means, rate, float(norm), lot, **more)
             if validator.finished:
                 break

@@ -1,10 +1,12 @@
-"""Held-out loss while training: rows of the dataset that are never trained on, the same objectives, no gradient.
+"""Held-out loss while training: the cross-entropy of rows of the dataset that are never trained on.
 
     train: {validation: {rows: 256, every: 50, patience: 3, keep_best: true}}
 
-The loss is the training loss per token (weights included), summed over processes and divided once. With
-`patience`, training ends after so many looks without a better value; with `keep_best`, the weights that are
-saved at the end are those of the best look. Its line in metrics.jsonl is `validation`.
+It is cross-entropy in nats per completion token and nothing else, whatever the objectives, so that arms with different
+objectives compare: a penalty that one arm carries (an auxiliary loss, a divergence) is no part of it. It is summed over
+processes and divided once. With `patience`, training ends after so many looks without a better value; with `keep_best`,
+the weights that are saved at the end are those of the best look. Its place in metrics.jsonl is `validation`; the
+objectives' own weighted sum on the same rows stands beside it as `validation_objective`.
 """
 
 import math
@@ -44,6 +46,7 @@ class Validator:
         self.section, self.train, self.rows, self.pad_id = train.validation, train, rows, pad_id
         self.accelerator, self.folder = accelerator, folder
         self.best, self.best_step, self.worse = math.inf, 0, 0
+        self.objective: float | None = None
 
     def due(self, step: int) -> bool:
         return self.rows is not None and (
@@ -56,12 +59,15 @@ class Validator:
         return bool(self.section.patience) and self.worse >= self.section.patience
 
     def look(self, step: int, model: nn.Module, module: nn.Module, teacher) -> float:
-        """Mean loss per token in nats after `step`; every process calls it. `module` is the unwrapped model."""
+        """Mean cross-entropy per token in nats after `step`; every process calls it. `module` is the unwrapped model.
+
+        `objective` is then the weighted sum of the objectives per token.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         share = np.argsort(self.rows.lengths, kind="stable")[rank::world]
         training = [m for m in module.modules() if m.training]
         module.eval()
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64)
         try:
             with torch.no_grad():
                 pieces = list(
@@ -71,12 +77,13 @@ class Validator:
                 )
                 for indices, weight in even_pieces(pieces, max(from_all(len(pieces)))):
                     batch = self.rows.collate(indices, self.pad_id).to(self.accelerator.device)
-                    total += weight * model(batch, teacher(batch) if teacher else {})[0].double().cpu()
+                    objective, _, plain = model(batch, teacher(batch) if teacher else {}, held_out=True)
+                    total += weight * torch.stack([plain.double(), objective.double()]).cpu()
         finally:
             for m in training:
                 m.training = True
         everyone = self.accelerator.reduce(total.to(self.accelerator.device)).cpu()
-        value = float(everyone) / int(self.rows.completion_lengths.sum())
+        value, self.objective = (everyone / int(self.rows.completion_lengths.sum())).tolist()
         if value < self.best:
             self.best, self.best_step, self.worse = value, step + 1, 0
             if self.section.keep_best:

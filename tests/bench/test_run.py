@@ -218,3 +218,11 @@ def test_the_shipped_claims_hold_together():
     }
     answers = {tuple(small[rows].needs) for rows in asked}
     assert len(answers) == recipe.budgets["small"].seeds
+
+
+@pytest.mark.parametrize("budget", ["small", "full"])
+def test_the_committed_results_open_as_a_page(budget, tmp_path):
+    results = json.loads((ROOT / "recipes" / "results" / f"claims-{budget}.json").read_text())
+    build_bench_page(results, tmp_path / "bench.html")
+    page = (tmp_path / "bench.html").read_text()
+    assert all(claim["id"] in page for claim in results["claims"]) and "±" in page

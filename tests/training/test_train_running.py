@@ -197,3 +197,35 @@ def test_sharding_is_refused_where_accelerate_would_not_shard(make_recipe, monke
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="asks for FSDP and Accelerate would run NO instead"):
         train_arms(load_recipe(path, [PLAIN]))
+
+
+@pytest.mark.parametrize("student", ["llama", "qwen3_moe"])
+def test_held_out_loss_is_cross_entropy_whatever_the_objectives(make_recipe, student):
+    """The same weights give the same held-out loss under any objectives and any weight of a penalty."""
+    found, totals = [], []
+    kinds = [
+        "{name: cross_entropy}",
+        "{name: cross_entropy, weight: 3.0}, {name: forward_kl, weight: 2.0}",
+        "{name: reverse_kl}",
+    ]
+    if student == "qwen3_moe":
+        kinds = [
+            "{name: cross_entropy}",
+            *(f"{{name: cross_entropy}}, {{name: batch_balance, weight: {w}}}" for w in (0.1, 9.0)),
+        ]
+    for i, kind in enumerate(kinds):
+        path, run_dir = make_recipe(student=student, name=f"held-{i}")
+        fake_dataset(run_dir)
+        options = [
+            "train.learning_rate=1e-12",
+            "train.steps=1",
+            "train.warmup_steps=0",
+            "control.enabled=false",
+        ]
+        options += ["train.validation={rows: 7, every: 1}", f"train.objectives=[{kind}]"]
+        train_arms(load_recipe(path, options))
+        (line,) = metrics(run_dir)
+        found.append(line["validation"])
+        totals.append(line["validation_objective"])
+    assert found == pytest.approx([found[0]] * len(kinds), abs=1e-6)
+    assert totals[0] == pytest.approx(found[0], abs=1e-6) and abs(totals[1] - totals[0]) > 1e-3
