@@ -149,6 +149,18 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs from recorded entries {name: {"bytes", "hash"}}: a line per file that is missing or another."""
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["hash"]:
+            problems.append(f"{path} was changed: its hash is not the recorded one")
+    return problems
+
+
 def hash_yaml(path: Path) -> str:
     """Hash of what a YAML file says: comments, spacing and the order of keys do not change it."""
     import yaml

@@ -14,21 +14,21 @@ from typing import Any
 
 from distill.config.data import TeacherSection
 from distill.errors import UserError
-from distill.storage import MANIFEST, find_file, fingerprint, hash_file, read_json
+from distill.storage import MANIFEST, changed_files, find_file, fingerprint, hash_file, read_json
 
 UPSTREAM = "provenance.json"
 _UPSTREAM_STAGES = ("dataset", "generations", "prompts")
 
 
 def model_source(model: str) -> dict[str, Any]:
-    """What pins a model's weights: hashes of a local folder's safetensors, or the revision of a hub name.
+    """What pins a model: hashes of a local folder's weights and config, or the revision of a hub name.
 
     {"model", "files": {name: {"bytes", "hash"}}} or {"model", "revision"} (None where the cache has none).
     """
     folder = find_file(model)
     if folder.is_dir():
-        weights = sorted(folder.glob("*.safetensors"))
-        files = {p.name: {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in weights}
+        whole = [*sorted(folder.glob("*.safetensors")), *folder.glob("config.json")]
+        files = {p.name: {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in whole}
         return {"model": model, "files": files}
     from huggingface_hub import try_to_load_from_cache
 
@@ -117,7 +117,7 @@ def _stage_link(name: str, folder: Path | None, manifest: dict[str, Any]) -> dic
     if fingerprint({"identity": identity, "files": manifest["files"]}) != manifest["fingerprint"]:
         problems.append(f"{MANIFEST} was changed: its fingerprint is not that of its content")
     if folder is not None:
-        problems += _file_problems(folder, manifest["files"])
+        problems += changed_files(folder, manifest["files"])
     detail = f"{_files(manifest)}, fingerprint {manifest['fingerprint'][:8]}"
     return _link(name, folder, "ok" if folder else "not here", detail, problems)
 
@@ -157,7 +157,7 @@ def _model_link(name: str, model: str, source: dict[str, Any] | None) -> dict[st
     folder = find_file(source["model"])
     if not folder.is_dir():
         return _link(name, model, "not here", f"{_files(source)} recorded", [])
-    problems = _file_problems(folder, source["files"])
+    problems = changed_files(folder, source["files"])
     return _link(name, model, "ok", f"{_files(source)} as when it was used", problems)
 
 
@@ -177,17 +177,6 @@ def _terms_link(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if decision["acknowledged"]:
         detail += f"; acknowledged: {decision['acknowledged']}"
     return _link("terms", decision["name"] or "", "ok", detail, problems)
-
-
-def _file_problems(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    problems = []
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["hash"]:
-            problems.append(f"{path} was changed: its hash is not the recorded one")
-    return problems
 
 
 def _files(holder: dict[str, Any]) -> str:

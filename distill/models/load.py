@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from distill import console
 from distill.errors import UserError
 from distill.models.chat import reads_the_clock, set_template, template_date
-from distill.storage import find_file, fingerprint
+from distill.storage import changed_files, find_file, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 
@@ -166,6 +167,27 @@ def check_adapter_base(folder: Path) -> str:
         ) from None
 
 
+def base_changes(folder: Path) -> list[str]:
+    """How the base of an adapter differs from the one it was trained on; [] where nothing was recorded.
+
+    An adapter folder made here says in its manifest which files its base had (`base_source`).
+    """
+    try:
+        recorded = json.loads((folder / "manifest.json").read_text())["base_source"]["files"]
+        base = Path(resolve_model(check_adapter_base(folder)))
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return []
+    return changed_files(base, recorded) if base.is_dir() else []
+
+
+def check_same_base(folder: Path) -> None:
+    """Raises UserError where the base under an adapter's path is another than it was trained on."""
+    if changed := base_changes(folder):
+        raise UserError(
+            f"adapter {folder} was trained on another base ({changed[0]}); put it back, or train the adapter anew"
+        )
+
+
 def check_model(name: str) -> None:
     """A model (or adapter and its base) that can be loaded: config, whole weights, tokenizer. Raises UserError."""
     folder = Path(resolve_model(name))
@@ -173,6 +195,7 @@ def check_model(name: str) -> None:
         check_weights(folder)
         if (folder / "adapter_config.json").is_file():
             check_adapter_base(folder)
+            check_same_base(folder)
         else:
             load_config(name)
     load_tokenizer(name)
@@ -194,6 +217,8 @@ def _load_adapter(folder: Path, dtype: str, device, quantize: str) -> PreTrained
     from peft import PeftModel
 
     check_weights(folder)
+    for change in base_changes(folder)[:1]:
+        console.warn(f"warning: adapter {folder} was trained on another base: {change}")
     base = load_model(check_adapter_base(folder), dtype, device, quantize=quantize)
     return PeftModel.from_pretrained(base, str(folder)).to(device).eval()
 

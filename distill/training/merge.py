@@ -29,7 +29,13 @@ from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
 from distill.models.chat import prompt_ids
-from distill.models.load import check_adapter_base, load_model, load_tokenizer, same_vocabulary
+from distill.models.load import (
+    check_adapter_base,
+    check_same_base,
+    load_model,
+    load_tokenizer,
+    same_vocabulary,
+)
 from distill.models.routers import find_routers
 from distill.moe.metrics import overlap
 from distill.moe.recording import record_routing
@@ -76,6 +82,7 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
     if out.exists():
         raise UserError(f"{out} exists; give a new folder, nothing is written over")
     base = check_adapter_base(folder)
+    check_same_base(folder)
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
     adapted = load_model(str(folder), "fp32")
     rows = probe_rows(tokenizer, adapted)

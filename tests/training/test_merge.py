@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.config.training import Lora, StudentSection
-from distill.data.provenance import provenance
-from distill.errors import RunError
+from distill.data.provenance import _model_link, provenance
+from distill.errors import RunError, UserError
 from distill.models.load import load_model, load_tokenizer
 from distill.models.student import build_student, save_student
 from distill.storage import read_json
@@ -244,3 +244,34 @@ def test_the_command_leaves_an_ordinary_folder(bases, tmp_path, run_cli):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     found = provenance(merged)
     assert found["breaks"] == [f"adapter: {file} was changed: its hash is not the recorded one"]
+
+
+def test_an_adapter_whose_base_changed_is_refused_by_name(trained, hub, tmp_path, run_cli, capsys):
+    """A bit of the base, or its config: loaded with a warning, and neither merged, nor evaluated, nor called whole."""
+    import shutil
+
+    from distill.models.load import base_changes, load_model
+
+    base = shutil.copytree(hub["llama"], tmp_path / "base")
+    _, run_dir = trained("adapter", "control.enabled=false", f"student.model={base}", "train.steps=2")
+    student = run_dir / "student"
+    assert base_changes(student) == []
+    for name, change in (
+        ("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+        ("config.json", lambda b: b + b" "),
+    ):
+        whole = (base / name).read_bytes()
+        (base / name).write_bytes(change(whole))
+        with pytest.raises(UserError, match=f"trained on another base .*{name} was changed"):
+            merge_adapter(str(student), tmp_path / "merged")
+        code, _, error = run_cli(
+            "evaluate", student, "--tasks", "easy", "--problems", "2", "--out", tmp_path / "eval"
+        )
+        assert code == 2 and "trained on another base" in error and not (tmp_path / "eval").exists()
+        link = _model_link("base", str(base), read_json(student / "manifest.json")["base_source"])
+        assert name in link["problems"][0]
+        load_model(str(student))
+        assert "was trained on another base" in capsys.readouterr().err
+        (base / name).write_bytes(whole)
+    load_model(str(student))
+    assert "another base" not in capsys.readouterr().err
