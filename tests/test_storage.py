@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from conftest import PYTHON, ROOT
 
+from distill import storage
 from distill.errors import RunError, UserError
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
@@ -152,3 +153,21 @@ def test_manifest_and_json_faults(tmp_path):
         write_json(tmp_path / "b.json", {"x": float("nan")})
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert "solution" in PROMPT_SCHEMA.names
+
+
+def test_a_recorded_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(b"abcd")
+    recorded = {file.name: {"bytes": 4, "hash": storage.hash_file(file)}}
+    real, read = storage.hash_file, []
+
+    def counted(path):
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(storage, "hash_file", counted)
+    assert [storage.changed_files(tmp_path, recorded) for _ in range(3)] == [[], [], []] and len(read) == 1
+    other = tmp_path / "other"
+    other.write_bytes(b"abcX")
+    other.replace(file)  # another file of the same size, however coarse the clock of the disk is
+    assert "was changed" in storage.changed_files(tmp_path, recorded)[0] and len(read) == 2

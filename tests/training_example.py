@@ -9,6 +9,7 @@ from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
 from distill.storage import DATASET_SCHEMA, PartWriter, fingerprint, write_json
 from distill.training.arms import train_arms
+from distill.training.step import StudentStep
 
 
 def fake_dataset(run_dir, rows: int = 40, seed: int = 0, longest: int = 20) -> None:
@@ -54,6 +55,22 @@ def trained(make_recipe):
         return load_file(file), run_dir
 
     return train
+
+
+def stopped_after(passes: int, monkeypatch, start) -> None:
+    """Run `start()` until the student's forward has run so many times, then kill it as Ctrl-C does."""
+    real, calls = StudentStep.forward, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) > passes:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(StudentStep, "forward", stops)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    monkeypatch.setattr(StudentStep, "forward", real)
 
 
 def assert_same(a: dict, b: dict, tolerance: float) -> None:

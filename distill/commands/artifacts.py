@@ -41,14 +41,14 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     if not (arguments.out or arguments.push_to_hub):
         raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
-    from distill.data import export as dataset_card
+    from distill.data.export import export, push
 
     run_dir = Path(arguments.run_dir)
     if arguments.out:
-        rows = dataset_card.export(run_dir, arguments.format, Path(arguments.out), arguments.plain)
+        rows = export(run_dir, arguments.format, Path(arguments.out), arguments.plain)
         print(f"{arguments.out}: {rows:,} rows")
     if arguments.push_to_hub:
-        print(dataset_card.push(run_dir, arguments.push_to_hub, arguments.public))
+        print(push(run_dir, arguments.push_to_hub, arguments.public))
     return 0
 
 

@@ -104,8 +104,7 @@ def _run_and_prices(arguments: argparse.Namespace) -> tuple[Path, dict[str, floa
 
 
 def _break_even(arguments: argparse.Namespace):
-    from distill.cost import break_even as break_even_inputs
-    from distill.cost.break_even import Costs, break_even
+    from distill.cost.break_even import Costs, break_even, from_run
     from distill.cost.page import format_break_even
 
     given = {name: getattr(arguments, name) for name in _AMOUNTS}
@@ -113,7 +112,7 @@ def _break_even(arguments: argparse.Namespace):
         raise UserError(f"--break-even goes with a RUN_DIR, a RECIPE or numbers, not with {arguments.what}")
     if arguments.what:
         run_dir, prices = _run_and_prices(arguments)
-        inputs = break_even_inputs.from_run(run_dir, prices, arguments.unit, arguments.direct_multiple, given)
+        inputs = from_run(run_dir, prices, arguments.unit, arguments.direct_multiple, given)
     else:
         inputs = _without_a_run(arguments, given)
     costs = Costs(**inputs["costs"])

@@ -14,6 +14,7 @@ from distill.data.terms import decide
 from distill.models.describe import describe_config
 from distill.models.load import load_config
 from distill.models.student import student_config
+from distill.storage import read_json
 
 
 def derived(recipe: Recipe) -> dict[str, Any]:
@@ -55,8 +56,6 @@ def derived(recipe: Recipe) -> dict[str, Any]:
             values |= _signal_bytes(recipe, values["answer_tokens_at_most"])
     manifest = recipe.path / "dataset" / "manifest.json"
     if manifest.is_file():
-        from distill.storage import read_json
-
         counts = read_json(manifest)["counts"]
         values["dataset_rows"] = counts["rows"]
         values["epochs"] = round(values["rows_trained"] / counts["rows"], 2)

@@ -269,8 +269,7 @@ def bench_command(arguments: argparse.Namespace) -> int:
 
 def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
     from distill.bench.page import claims_text
-    from distill.bench.run import describe_plan
-    from distill.bench.run import run_bench as run
+    from distill.bench.run import describe_plan, run_bench
 
     if arguments.dry_run:
         import yaml
@@ -279,7 +278,7 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
         return found, yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
     # With --json, standard output is the JSON alone.
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if arguments.json else console.say
-    found = run(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say)
+    found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say)
     return found, claims_text(found)
 
 

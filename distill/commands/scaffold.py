@@ -22,11 +22,6 @@ from distill.config.training import Objective
 from distill.errors import UserError
 from distill.storage import write_atomic
 
-# What a word of the usage line stands for, for a shell that completes it.
-_FOLDERS = ("DIR",)
-_FILES = ("FILE", "PATH", "RECIPE", "MODEL", "STUDENT", "CHECKPOINT", "FOLDER")
-
-
 _EMBEDDED = ("checkpoints/teacher", "checkpoints/base")
 _COLUMN = 44  # where comments begin
 _ANSWER = 1024  # tokens of an answer with its thinking, where both models have room for that

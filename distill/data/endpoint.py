@@ -186,9 +186,8 @@ def read_key(endpoint: Endpoint) -> str | None:
 class EndpointTeacher:
     """Asks a server, `concurrency` requests at a time. The key is read when the first question is asked."""
 
-    opened = (
-        ""  # the server's own template is its secret; what it left out of an answer is put back (`_text`)
-    )
+    # The server's own template is its secret; what it left out of an answer is put back (`_text`).
+    opened = ""
 
     def __init__(self, section: TeacherSection):
         self.name = section.model

@@ -99,7 +99,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         counts,
         device=endpoint.base_url if endpoint else describe_device(device, ranks.num_processes),
         tokenizer=teacher.identity(),
-        **({"opened": opened} if (opened := getattr(teacher, "opened", "")) else {}),
+        **({"opened": teacher.opened} if teacher.opened else {}),
         flops=flops and flops * (2 if scored_too else 1),
         terms=terms,
         signal=measured_signal(form, stage.folder),

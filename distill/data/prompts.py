@@ -90,7 +90,7 @@ def task_prompts(split: str, levels: dict[str, int], section: Prompts, seed: int
     return [
         {
             "prompt_id": p.prompt_id if distinct else f"{p.prompt_id}-{i}",
-            "messages": _messages(p.question, section.system),
+            "messages": with_system([{"role": "user", "content": p.question}], section.system),
             "answer": p.answer,
             "verifier": "exact",
             "family": p.family,
@@ -258,9 +258,8 @@ def _check_columns(source: str, section: Prompts, columns: list[str], extra: dic
         return
     keys = ["answer_column"] if section.template else ["prompt_column", "answer_column"]
     if section.last_turn == "reference" and section.answer_column == "answer" and not section.template:
-        keys.remove(
-            "answer_column"
-        )  # the conversations bring it; a column of this name is still compared with them
+        # The conversations bring it; a column of this name is still compared with them.
+        keys.remove("answer_column")
     for key in [*keys, *(key for key, column in extra.items() if column)]:
         column = getattr(section, key)
         if column and column not in columns:
@@ -314,8 +313,3 @@ def _hash_source(source: str) -> str | None:
     if not path.is_file():
         raise UserError(f"prompts.source: '{source}' is neither 'tasks' nor a file")
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-
-
-def _messages(question: str, system: str | None) -> list[dict]:
-    lead = [{"role": "system", "content": system}] if system else []
-    return [*lead, {"role": "user", "content": question}]

@@ -209,10 +209,8 @@ def _generation(pair: Pair) -> Phase:
     each = _weight_bytes(teacher, recipe.teacher.dtype)
     rows = recipe.generate.batch_size
     tokens = _prompt(pair, teacher) + recipe.generate.max_new_tokens
-    cache, logits = (
-        _cache(teacher, tokens, each),
-        24 * teacher.rows,
-    )  # scores in float32, their sum in float64
+    cache = _cache(teacher, tokens, each)
+    logits = 24 * teacher.rows  # scores in float32, their sum in float64
     parts = {
         "weights": _weights(teacher, recipe.teacher.dtype),
         "cache of keys and values": rows * cache,

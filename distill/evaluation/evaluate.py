@@ -29,7 +29,7 @@ from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
 from distill.models.chat import fix_date, reads_the_clock, template_date
-from distill.models.load import check_model, load_model, load_tokenizer
+from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
 
@@ -125,11 +125,7 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     keys = ("prompt_id", "messages", "answer", "verifier")
-    dated = any(
-        reads_the_clock(plan.tokenizer(name, path))
-        for name, path in checkpoints.items()
-        if _has_tokenizer(path)
-    )
+    dated = any(_reads_the_clock(plan, name, path) for name, path in checkpoints.items())
     later = {"template_arguments": plan.template_arguments} if plan.template_arguments else {}
     later |= {"date": template_date().isoformat()} if dated else {}
     return later | {
@@ -142,13 +138,11 @@ def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _has_tokenizer(path: str) -> bool:
-    """What is missing is told by `check_model`, in a better order."""
+def _reads_the_clock(plan: Plan, name: str, path: str) -> bool:
     try:
-        load_tokenizer(path)
-    except UserError:
+        return reads_the_clock(plan.tokenizer(name, path))
+    except UserError:  # what is missing is told by `check_model`, in a better order
         return False
-    return True
 
 
 def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, redo: bool) -> dict:

@@ -40,12 +40,15 @@ class Plan:
     device: torch.device
     documents: list[list[str]] = field(default_factory=list)
     usd_per_hour: float | None = None
-    template_arguments: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # by checkpoint, where a recipe has some
+    # By checkpoint, where a recipe has some.
+    template_arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def tokenizer(self, name: str, path: str):
-        return load_tokenizer(path, self.template_arguments.get(name))
+        """The tokenizer of one checkpoint, loaded once: one of 150,000 tokens takes a second."""
+        if name not in self._tokenizers:
+            self._tokenizers[name] = load_tokenizer(path, self.template_arguments.get(name))
+        return self._tokenizers[name]
 
 
 class TeacherReference:

@@ -112,9 +112,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generation_
             add_generation_prompt=generation_prompt,
             tokenize=False,
         )
-    except (
-        Exception
-    ) as error:  # a template is a program: it raises its own errors, and whatever its mistakes raise
+    # A template is a program: it raises its own errors, and whatever its mistakes raise.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         roles = ", ".join(str(m.get("role")) for m in messages)
         raise UserError(f"the chat template refuses these messages (roles: {roles}): {reason}") from None

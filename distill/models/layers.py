@@ -18,9 +18,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     are spread over several lists of one length (xlm).
     """
     base = bare_model(model)
-    base = next(
-        (m for m in base.modules() if hasattr(m, "get_input_embeddings")), base
-    )  # in a KeptLogits, say
+    # It may stand in a module of ours, in KeptLogits say.
+    base = next((m for m in base.modules() if hasattr(m, "get_input_embeddings")), base)
     embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     names = {id(module): name for name, module in base.named_modules()}
     place = names.get(id(embedding), "")

@@ -140,9 +140,8 @@ def _from_weights(
 def _from_config(values: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(_fitted(values, tokenizer), dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # whatever a wrong value breaks inside the architecture is the recipe's mistake
+    # Whatever a wrong value breaks inside the architecture is the recipe's mistake.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"student.config does not make a {values['model_type']} model: {reason}") from error
 

@@ -42,12 +42,10 @@ class LoadTotals:
         self.tokens = self.batches = 0
         self.counts = torch.zeros(experts, dtype=torch.int64)
         self.pairs = torch.zeros(experts, experts, dtype=torch.int64)
-        self.dropped = torch.zeros(
-            len(CAPACITY_FACTORS), dtype=torch.int64
-        )  # each pass with its own capacity
-        self.violation = self.floor = self.worst = (
-            0.0  # sums over passes of MaxVio and its floor, largest MaxVio
-        )
+        # Each pass with its own capacity.
+        self.dropped = torch.zeros(len(CAPACITY_FACTORS), dtype=torch.int64)
+        # Sums over passes of MaxVio and its floor, and the largest MaxVio.
+        self.violation = self.floor = self.worst = 0.0
 
     def add(self, indices: torch.Tensor, sizes: list[int]) -> None:
         """indices [T, k] of B consecutive forward passes with `sizes[b]` tokens each, sum(sizes) == T."""

@@ -107,9 +107,8 @@ class Playground:
         self.teacher = self.players.get(setup.teacher) if setup.teacher else None
         self.problems = {p["messages"][-1]["content"]: p for p in setup.problems}
         self._views: dict[str, TeacherView] = {}
-        self._lock = (
-            threading.Lock()
-        )  # one forward pass at a time: a change of routing is seen by all threads
+        # One forward pass at a time: a change of routing is seen by all threads.
+        self._lock = threading.Lock()
 
     @property
     def routed(self) -> list[Player]:

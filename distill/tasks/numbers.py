@@ -298,8 +298,6 @@ _BOUND = re.compile(
 )  # fmt: skip
 _LINK = (
     r"(?:(?:think|believe|say|suppose|that|to|be|been|equal|equals|it|it's|is|are|was|the|an?|final|correct"
-)
-_LINK += (
     r"|right|answer|result|sum|total|value|exactly|just|simply|only|as|much|many|actually|really|=|,)[ \t]+)*"
 )
 REFUSING = (

@@ -26,9 +26,8 @@ from distill.tasks.statements import (
     stands,
 )
 
-_NEARBY = (
-    100  # characters after `#### 72` in which it can still be taken back; what comes later is another text
-)
+# Characters after `#### 72` in which it can still be taken back; what comes later is another text.
+_NEARBY = 100
 _DIGITS = 6  # significant digits, at least, of a decimal that is taken for a fraction
 
 
@@ -135,9 +134,8 @@ def _first(content: str) -> Number | tuple | None:
     `48 + 24 = 72` begins with a calculation and states its result. After words (`Answer: for 3 days, 42`) the
     rule is that of a sentence.
     """
-    text = "= " + spelled(
-        content
-    )  # a value is due here: `- 5` is a number, and `5. It` is no entry of a list
+    # A value is due here: `- 5` is a number, and `5. It` is no entry of a list.
+    text = "= " + spelled(content)
     found = [i for i in items(text) if not i.refused]
     if not found:
         return ()

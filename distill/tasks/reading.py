@@ -396,11 +396,8 @@ def arrow_rows(
         for batch in batches:
             try:
                 found = (batch if left is None else batch.slice(0, left)).to_pylist()
-            except (
-                ValueError,
-                OverflowError,
-                pa.ArrowException,
-            ) as error:  # text that is not UTF-8, a year 10000
+            # Text that is not UTF-8, a year 10000.
+            except (ValueError, OverflowError, pa.ArrowException) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
                     f"{name} has a value without a form here ({reason}); write it as text"

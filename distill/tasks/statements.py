@@ -144,9 +144,8 @@ def phrase_marks(text: str) -> Iterator[Mark]:
         if SUPPOSED.search(text[max(0, match.start() - 80) : match.start()]):
             continue
         start, end = match.end(), text.find("\n", match.end())
-        if end >= 0 and not text[start:end].strip(
-            " \t*_$"
-        ):  # a heading: what it announces is on the next line
+        # A heading: what it announces is on the next line.
+        if end >= 0 and not text[start:end].strip(" \t*_$"):
             start = _next_line(text, end)
             end = text.find("\n", start)
         end = min(len(text) if end < 0 else end, start + _SCOPE)

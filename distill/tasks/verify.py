@@ -50,17 +50,9 @@ def extract_answer(text: str, *, opened: bool = False) -> str | None:
 # ---- exact ------------------------------------------------------------------------------------------------
 
 _FOLDED = (
-    "<wide>",
-    "<narrow>",
-    "<noBreak>",
-    "<compat>",
-    "<small>",
-    "<vertical>",
-    "<initial>",
-    "<medial>",
-    "<final>",
-)
-_FOLDED += ("<isolated>",)
+    "<wide>", "<narrow>", "<noBreak>", "<compat>", "<small>", "<vertical>",
+    "<initial>", "<medial>", "<final>", "<isolated>",
+)  # fmt: skip
 
 
 def _plain(text: str) -> str:
@@ -97,14 +89,23 @@ def numeric(answer: str, reference: str) -> bool:
     `#### 42`, `\boxed{42}`, `the answer is 42`, else the number of the last sentence. Only a fraction without end
     (1/3) equals a decimal that rounds it to 6 digits or more. Units and thousands marks are left out.
     """
-    found, wanted = numbers_stated.stated_number(answer), numbers_stated.stated_number(reference)
-    return found is not None and wanted is not None and numbers_stated.equal(found, wanted)
+    found = numbers_stated.stated_number(answer)
+    return found is not None and _same_number(found, reference)
+
+
+def _same_number(found: numbers_stated.Number, reference: str) -> bool:
+    wanted = numbers_stated.stated_number(reference)
+    return wanted is not None and numbers_stated.equal(found, wanted)
 
 
 def choice(answer: str, reference: str) -> bool:
     """The answer chooses the letter of the reference (see `letter`)."""
-    wanted = letter(reference)
-    return wanted is not None and letter(answer) == wanted
+    found = letter(answer)
+    return found is not None and _same_letter(found, reference)
+
+
+def _same_letter(found: str, reference: str) -> bool:
+    return found == letter(reference)
 
 
 def check_pattern(pattern: str) -> None:
@@ -129,9 +130,13 @@ def math_equal(answer: str, reference: str) -> bool:
     The formula is what the answer states (distill/tasks/formulas.py). The package runs in a process of its own that
     ends after a second, whatever it is computing (distill/tasks/math_worker.py). UserError where it is missing.
     """
-    require_package("math")
     found = formulas.stated_formula(answer)
-    return found is not None and formulas.equal(found, _wanted(reference))
+    return found is not None and _same_formula(found, reference)
+
+
+def _same_formula(found: str, reference: str) -> bool:
+    require_package("math")
+    return formulas.equal(found, _wanted(reference))
 
 
 def _wanted(reference: str) -> str:
@@ -146,11 +151,17 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "regex": matches,
     "math": math_equal,
 }
-# What a verifier reads in an answer; None is no_answer. `exact` and `regex` take any text as it is.
+# What a verifier reads in an answer, None being no_answer, and how it compares that with the reference: `judge` reads
+# once. `exact` and `regex` take any text as it is.
 _READ: dict[str, Callable[[str], object | None]] = {
     "numeric": numbers_stated.stated_number,
     "choice": letter,
     "math": formulas.stated_formula,
+}
+_SAME: dict[str, Callable[..., bool]] = {
+    "numeric": _same_number,
+    "choice": _same_letter,
+    "math": _same_formula,
 }
 
 
@@ -208,20 +219,3 @@ def judge(
     if found is None:
         return "no_answer"
     return "correct" if _SAME[name](found, reference) else "wrong"
-
-
-def _same_number(found: numbers_stated.Number, reference: str) -> bool:
-    wanted = numbers_stated.stated_number(reference)
-    return wanted is not None and numbers_stated.equal(found, wanted)
-
-
-def _same_formula(found: str, reference: str) -> bool:
-    require_package("math")
-    return formulas.equal(found, _wanted(reference))
-
-
-_SAME: dict[str, Callable[..., bool]] = {
-    "numeric": _same_number,
-    "choice": lambda found, reference: found == letter(reference),
-    "math": _same_formula,
-}

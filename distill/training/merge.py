@@ -193,9 +193,8 @@ def difference(reference: Reading, other: Reading) -> dict[str, Any]:
         "top1_agreement": float(same.mean()),
     }
     if reference.chosen:
-        shared = torch.stack(
-            [overlap(reference.chosen[n], other.chosen[n]) for n in reference.chosen]
-        )  # [L, T]
+        pairs = ((reference.chosen[n], other.chosen[n]) for n in reference.chosen)
+        shared = torch.stack([overlap(*pair) for pair in pairs])  # [L, T]
         found["router_flip_rate"] = float(1 - shared.mean())
         found["tokens_rerouted"] = float((shared < 1).any(0).double().mean())
     return found

@@ -60,9 +60,8 @@ from distill.training.losses.hidden import (
 )
 from distill.training.losses.routers import RouterTap, over_layers, per_kept_token, router_distillation
 
-_CROSS_ENTROPY = Term(
-    "cross_entropy", "targets", weight=0.0
-)  # measured beside the objectives, never trained on
+# Measured beside the objectives, never trained on.
+_CROSS_ENTROPY = Term("cross_entropy", "targets", weight=0.0)
 ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
 
 

@@ -17,6 +17,7 @@ class ScriptedTeacher:
     """Answers by a rule, without a model: right, wrong, cut off or failed in turn."""
 
     name = "scripted"
+    opened = ""
 
     def __init__(self, fail_every: int = 5):
         self.fail_every, self.asked = fail_every, []

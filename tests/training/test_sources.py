@@ -9,7 +9,7 @@ import torch
 from conftest import byte_tokenizer
 from launching import LAUNCH, processes_of, run
 from safetensors.torch import load_file
-from training_example import SGD, assert_same, losses_of, stored
+from training_example import SGD, assert_same, losses_of, stopped_after, stored
 
 from distill.config.recipe import load_recipe
 from distill.config.training import Objective, OnPolicy
@@ -90,22 +90,6 @@ def test_cross_entropy_is_not_taken_on_the_students_own_words(hub):
     two, _ = step(rows.collate(np.array([1, 3]), 0), {})
     assert sums["none"] == (0.0, 0.0)
     assert sums["some"][0] == pytest.approx(two.item(), rel=1e-5) and sums["some"][0] < sums["all"][0]
-
-
-def stopped_after(passes: int, monkeypatch, start) -> None:
-    """Run `start()` until the student's forward has run so many times, then kill it as Ctrl-C does."""
-    real, calls = StudentStep.forward, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) > passes:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(StudentStep, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        start()
-    monkeypatch.setattr(StudentStep, "forward", real)
 
 
 def test_accumulation_and_another_number_of_processes_change_nothing(trained, make_recipe, monkeypatch):

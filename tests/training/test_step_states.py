@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from launching import LAUNCH, processes_of, run
-from training_example import SGD, assert_same, fake_dataset, losses_of, stored
+from training_example import SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 
 from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import load_recipe
@@ -100,18 +100,7 @@ def test_a_projection_trains_resumes_and_stays_behind(trained, hub, monkeypatch,
     )
     options = ["train.objectives=[{name: hidden_mse}, {name: cross_entropy}]", "control.enabled=false"]
     whole, whole_dir = trained("whole", *options, teacher=wide)
-    real, calls = StudentStep.forward, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) > 5:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(StudentStep, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        trained("stopped", *options, teacher=wide)
-    monkeypatch.setattr(StudentStep, "forward", real)
+    stopped_after(5, monkeypatch, lambda: trained("stopped", *options, teacher=wide))
     resumed, run_dir = trained("stopped", *options, teacher=wide)
     assert losses_of(run_dir) == losses_of(whole_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

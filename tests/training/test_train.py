@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import QWEN3_MOE, ROOT, byte_tokenizer
 from safetensors.torch import load_file
-from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
+from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after
 
 from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
@@ -84,18 +84,8 @@ def test_resume_is_exact(trained, make_recipe, monkeypatch, options):
     """Stopped after 2 of 4 steps and continued: bit for bit the uninterrupted weights."""
     whole, whole_dir = trained("whole", *options, "control.enabled=false")
 
-    real, calls = StudentStep.forward, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) > 5:  # two micro-batches a step: in the middle of step 3
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(StudentStep, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        trained("stopped", *options, "control.enabled=false")
-    monkeypatch.setattr(StudentStep, "forward", real)
+    # Two micro-batches a step: in the middle of step 3.
+    stopped_after(5, monkeypatch, lambda: trained("stopped", *options, "control.enabled=false"))
     resumed, run_dir = trained("stopped", *options, "control.enabled=false")
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name

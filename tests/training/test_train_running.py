@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import PYTHON, ROOT
 from launching import ENVIRONMENT
-from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
+from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after
 
 from distill.config.recipe import load_recipe
 from distill.errors import RunError, UserError
@@ -159,17 +159,8 @@ def test_patience_ends_training_and_the_best_weights_are_kept(trained):
 
 
 def test_so_many_states_are_kept(trained, make_recipe, monkeypatch):
-    real, calls = StudentStep.forward, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) > 7:  # two micro-batches a step: in the middle of step 4
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(StudentStep, "forward", stops)
-    with pytest.raises(KeyboardInterrupt):
-        trained("kept", PLAIN, "train.keep_states=2")
+    # Two micro-batches a step: in the middle of step 4.
+    stopped_after(7, monkeypatch, lambda: trained("kept", PLAIN, "train.keep_states=2"))
     _, run_dir = make_recipe(name="kept")
     assert [p.name for p in sorted((run_dir / "student").glob("state-*"))] == [
         "state-0000002",
