@@ -13,7 +13,10 @@ from distill.training.step import StudentStep
 
 
 def fake_dataset(run_dir, rows: int = 40, seed: int = 0, longest: int = 20) -> None:
-    """A finished dataset/ folder of random ragged rows in the byte vocabulary."""
+    """A finished dataset/ folder of random ragged rows in the byte vocabulary.
+
+    The control arm's rows are their last token or two: shorter than the student's, as final answers are.
+    """
     rng = np.random.default_rng(seed)
 
     def ids(shortest: int):
@@ -33,7 +36,8 @@ def fake_dataset(run_dir, rows: int = 40, seed: int = 0, longest: int = 20) -> N
         for i in range(rows)
     ]
     PartWriter(run_dir / "dataset", DATASET_SCHEMA).write_all(data)
-    PartWriter(run_dir / "dataset" / "control", DATASET_SCHEMA).write_all(data[::-1])
+    answers = [row | {"completion_ids": row["completion_ids"][-2:]} for row in data]
+    PartWriter(run_dir / "dataset" / "control", DATASET_SCHEMA).write_all(answers)
     counts = {"rows": rows, "tokens": sum(len(r["completion_ids"]) for r in data)}
     write_json(run_dir / "dataset" / "manifest.json", {"fingerprint": fingerprint(data), "counts": counts})
 
