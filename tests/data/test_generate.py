@@ -10,6 +10,7 @@ from distill.config.recipe import load_recipe
 from distill.data import generate as module
 from distill.data.prompts import make_prompts
 from distill.data.teachers import Answer
+from distill.errors import RunError
 from distill.storage import read_json, read_rows
 
 
@@ -82,6 +83,25 @@ def test_finished_parts_are_not_asked_again(make_recipe, scripted):
     (run_dir / "generations" / "part-00002.parquet").unlink()
     module.generate(recipe)
     assert len(scripted.asked) == asked + 16, "one part of 8 prompts, two samples each"
+
+
+def test_a_limit_before_a_last_part_that_is_not_full(make_recipe, scripted):
+    """24 prompts in parts of 10: the third has four, and a run that a limit stops before it is not finished."""
+    path, run_dir = make_recipe()
+    parts_of_ten = ["generate.part_size=10"]
+    recipe = load_recipe(path, parts_of_ten)
+    make_prompts(recipe)
+    module.generate(recipe)
+    rows = list(read_rows(run_dir / "generations"))
+    spent = sum(len(row["completion_ids"]) for row in rows[:40])  # two parts of 10 prompts, two samples each
+
+    path, run_dir = make_recipe(name="stopped")
+    recipe = load_recipe(path, [*parts_of_ten, f"generate.max_tokens={spent}"])
+    make_prompts(recipe)
+    scripted.asked.clear()
+    with pytest.raises(RunError, match=f"max_tokens={spent} is reached.* 2 of 3 parts are kept"):
+        module.generate(recipe)
+    assert len(scripted.asked) == 40 and not (run_dir / "generations" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("change", ["generate.batch_size=3", "generate.part_size=5"])

@@ -1,6 +1,7 @@
 """Signals from a real pass over text, through every stage to a student: the teacher is not needed again."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,35 @@ def test_draws_follow_the_model_and_depend_on_their_key_alone(scored, temperatur
     assert [s.signal_ids for s in again] == [first[i].signal_ids for i in order]
     other = score(model, rows, form, keys=[(1, f"p{i}", 0) for i in range(9)])
     assert other[0].signal_ids != first[0].signal_ids
+
+
+class Known(torch.nn.Module):
+    """A causal LM whose next token always has the same probabilities, whatever stands before it."""
+
+    def __init__(self, probabilities: list[float]):
+        super().__init__()
+        self.head = torch.nn.Linear(1, len(probabilities), bias=False)
+        self.head.weight.data = torch.tensor(probabilities).log()[:, None]
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(logits=self.head(torch.ones(*input_ids.shape, 1)))
+
+
+@pytest.mark.parametrize("temperature, counts", [(1.0, [16, 4, 1]), (2.0, [12, 6, 3]), (0.5, [256 / 13, 16 / 13, 1 / 13])])
+def test_stored_draws_are_of_the_tempered_distribution(temperature, counts):
+    """21 draws of 16 : 4 : 1, whose square root is 4 : 2 : 1 and square 256 : 16 : 1: the counts are known."""
+    rows = TokenRows([[0], [1, 1]], [[0, 2, 1, 2], [0]])
+    form = signal_form("sampled", 21, 3, temperature)
+    scores = score_rows(Known([16 / 21, 4 / 21, 1 / 21]), rows, form, keys=[(0,), (1,)], pad_id=0, vocabulary=3)
+    drawn = torch.nn.functional.one_hot(taken(form, scores, rows).ids, 3).sum(1)
+    assert drawn.shape == (5, 3) and ((drawn - torch.tensor(counts)).abs() < 1.01).all(), drawn
+    if temperature >= 1:  # whole numbers: systematic draws come exactly so often
+        assert drawn.tolist() == [counts] * 5
+    # What stands there is scored under the model itself.
+    assert scores[0].logprobs == pytest.approx(np.log([16 / 21, 1 / 21, 4 / 21, 1 / 21]), abs=1e-5)
 
 
 # ---- through the stages ---------------------------------------------------------------------------------

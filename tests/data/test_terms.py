@@ -170,6 +170,24 @@ def test_a_yes_against_the_table_needs_an_acknowledgement():
     assert found["allowed"] and found["acknowledged"] == "J. Doe: clause 9"
 
 
+@pytest.mark.parametrize("answer", ["yes", "same_provider"])
+def test_a_yes_against_a_licence_for_one_provider_needs_an_acknowledgement(answer):
+    """The table says of Llama 3: for models of Meta only. A recipe that says more than that is not believed."""
+    terms = {"train_other_models": answer, "name": "our reading", "provider": "Meta"}
+    found = decide(teacher("meta-llama/Meta-Llama-3-8B-Instruct", **terms), STUDENT)
+    assert not found["allowed"] and found["answer"] == answer and found["source"] == "recipe"
+    if answer == "yes":
+        assert "the recipe says yes, but Meta Llama 3" in found["reason"] and "2026" in found["reason"]
+    known = decide(teacher("meta-llama/Meta-Llama-3-8B-Instruct", acknowledged="J. Doe", **terms), STUDENT)
+    assert known["allowed"] and known["acknowledged"] == "J. Doe"
+
+
+def test_a_card_for_one_provider_is_not_overruled_either(tmp_path):
+    path = folder(tmp_path, "---\nlicense: llama3\n---\n")
+    found = decide(teacher(path, train_other_models="yes", name="mine"), STUDENT)
+    assert not found["allowed"] and "the recipe says yes, but" in found["reason"]
+
+
 @pytest.mark.parametrize(
     "student, allowed",
     [

@@ -87,6 +87,38 @@ def test_the_sum_prefers_short_options_and_the_others_do_not():
     assert text["per_token"]["accuracy"] == text["per_byte"]["accuracy"] == 0.0  # equal: the first is taken
 
 
+class Skewed(Flat):
+    """The same, but for one byte, which is a little less likely than all others."""
+
+    def __init__(self, tokenizer, byte: str, by: float):
+        super().__init__(len(tokenizer))
+        self.head.weight.data[tokenizer(byte, add_special_tokens=False)["input_ids"][0]] = -by
+
+
+def text_scores(model, tokenizer, choices: list[str], answer: str) -> dict[str, float]:
+    tokenizer.pad_token = tokenizer.eos_token
+    _, text = likelihoods(model, tokenizer, [problem(0, choices, answer)])["quiz"]
+    return {name: text[name]["accuracy"] for name in ("sum", "per_token", "per_byte")}
+
+
+def test_per_byte_counts_bytes_and_not_characters():
+    """One token a byte, and b costs 0.1 nats more: an option of two-byte letters is the likelier one by the byte,
+    and the less likely one by the letter."""
+    tokenizer = byte_tokenizer(CHATML)
+    found = text_scores(Skewed(tokenizer, "b", 0.1), tokenizer, ["bb", "éé"], "B")
+    assert found == {"sum": 0.0, "per_token": 1.0, "per_byte": 1.0}
+    assert text_scores(Skewed(tokenizer, "b", 0.1), tokenizer, ["éé", "bb"], "B")["per_byte"] == 0.0
+
+
+def test_of_equal_options_the_first_is_taken():
+    tokenizer = byte_tokenizer(CHATML)
+    flat = Flat(len(tokenizer))
+    for answer, right in (("A", 1.0), ("B", 0.0), ("C", 0.0)):
+        assert set(text_scores(flat, tokenizer, ["abc", "xyz", "ijk"], answer).values()) == {right}, answer
+    letter, _ = likelihoods(flat, tokenizer, [problem(0, ["abc", "xyz"], "A")])["quiz"]
+    assert letter["sum"]["accuracy"] == letter["per_byte"]["accuracy"] == 1.0
+
+
 def test_non_finite_options_are_errors(hub):
     model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
     with torch.no_grad():
