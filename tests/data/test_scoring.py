@@ -115,12 +115,16 @@ class Known(torch.nn.Module):
         return SimpleNamespace(logits=self.head(torch.ones(*input_ids.shape, 1)))
 
 
-@pytest.mark.parametrize("temperature, counts", [(1.0, [16, 4, 1]), (2.0, [12, 6, 3]), (0.5, [256 / 13, 16 / 13, 1 / 13])])
+@pytest.mark.parametrize(
+    "temperature, counts", [(1.0, [16, 4, 1]), (2.0, [12, 6, 3]), (0.5, [256 / 13, 16 / 13, 1 / 13])]
+)
 def test_stored_draws_are_of_the_tempered_distribution(temperature, counts):
     """21 draws of 16 : 4 : 1, whose square root is 4 : 2 : 1 and square 256 : 16 : 1: the counts are known."""
     rows = TokenRows([[0], [1, 1]], [[0, 2, 1, 2], [0]])
     form = signal_form("sampled", 21, 3, temperature)
-    scores = score_rows(Known([16 / 21, 4 / 21, 1 / 21]), rows, form, keys=[(0,), (1,)], pad_id=0, vocabulary=3)
+    scores = score_rows(
+        Known([16 / 21, 4 / 21, 1 / 21]), rows, form, keys=[(0,), (1,)], pad_id=0, vocabulary=3
+    )
     drawn = torch.nn.functional.one_hot(taken(form, scores, rows).ids, 3).sum(1)
     assert drawn.shape == (5, 3) and ((drawn - torch.tensor(counts)).abs() < 1.01).all(), drawn
     if temperature >= 1:  # whole numbers: systematic draws come exactly so often

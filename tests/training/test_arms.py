@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 import distill.training.arms as module
 from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
-from distill.storage import read_json
+from distill.models.describe import describe_model
+from distill.models.student import build_student
+from distill.storage import read_json, write_json
 from distill.training.arms import train_arms, training_flops
 
 # Six rows and steps of six rows, at a rate of nearly 0: every line of metrics.jsonl is about all rows.
@@ -59,11 +61,22 @@ def test_the_control_arm_has_no_teacher(make_recipe, hub, monkeypatch):
     run_dir, _, plain = both(make_recipe, TEACHER)
     (first, second) = lines_of(run_dir, "control")
     assert set(first["objectives"]) == set(second["objectives"]) == {"cross_entropy"}
-    assert first["loss"] == first["objectives"]["cross_entropy"] == pytest.approx(mean_nll(hub["llama"], plain), abs=1e-5)
+    assert (
+        first["loss"]
+        == first["objectives"]["cross_entropy"]
+        == pytest.approx(mean_nll(hub["llama"], plain), abs=1e-5)
+    )
     assert set(lines_of(run_dir, "student")[0]["objectives"]) == {"forward_kl", "cross_entropy"}
     assert len(asked) == 1
     manifest = read_json(run_dir / "control" / "manifest.json")
     assert manifest["terms"] is None and manifest["config"]["teacher"] is None
+    dataset = run_dir / "dataset" / "manifest.json"
+    assert read_json(run_dir / "student" / "manifest.json")["terms"] is None
+    write_json(dataset, read_json(dataset) | {"terms": {"answer": "yes"}, "fingerprint": "another"})
+    monkeypatch.setattr(module, "student_card", lambda *_: "")
+    train_arms(load_recipe(f"{run_dir}.yaml", [*STILL, TEACHER]), redo=True, say=lambda _: None)
+    terms = {arm: read_json(run_dir / arm / "manifest.json")["terms"] for arm in ("student", "control")}
+    assert terms == {"student": {"answer": "yes"}, "control": None}, "its targets are nobody's output"
 
 
 def test_what_the_student_writes_or_several_teachers_say_is_not_the_control_s(make_recipe, hub):
@@ -75,7 +88,9 @@ def test_what_the_student_writes_or_several_teachers_say_is_not_the_control_s(ma
     teachers = f"train.teachers={{by: level, models: {{easy: {hub['llama']}}}}}"
     run_dir, *_ = both(make_recipe, "train.objectives=[{name: forward_kl}]", teachers, name="several")
     config = read_json(run_dir / "control" / "manifest.json")["config"]["train"]
-    assert config["teachers"]["models"] == {} and [o["name"] for o in config["objectives"]] == ["cross_entropy"]
+    assert config["teachers"]["models"] == {} and [o["name"] for o in config["objectives"]] == [
+        "cross_entropy"
+    ]
 
 
 def test_objectives_on_the_students_own_routers_stay(make_recipe):
@@ -115,6 +130,16 @@ def test_a_manifest_says_the_mean_of_the_last_losses_and_all_parameters(make_rec
     run_dir, *_ = both(make_recipe, "train.steps=25", "train.learning_rate=0.01", "control.enabled=false")
     manifest = read_json(run_dir / "student" / "manifest.json")
     losses = [line["loss"] for line in lines_of(run_dir, "student")]
-    assert manifest["final_loss"] == pytest.approx(np.mean(losses[5:]), abs=1e-5) != pytest.approx(np.mean(losses), abs=1e-3)
+    assert (
+        manifest["final_loss"]
+        == pytest.approx(np.mean(losses[5:]), abs=1e-5)
+        != pytest.approx(np.mean(losses), abs=1e-3)
+    )
     counts = manifest["counts"]
+    adapted = build_student(load_recipe(f"{run_dir}.yaml").student, "fp32", torch.device("cpu"), 0)
+    per_token = describe_model(adapted.model, counts["tokens_read"] // (2 * counts["rows"]))[
+        "flops_per_token"
+    ]
+    expected = counts["tokens_read"] * (2 * per_token + 6 * counts["parameters_trainable"])
+    assert manifest["flops"] == pytest.approx(expected, rel=1e-6), "prompts are read too"
     assert 0 < counts["parameters_trainable"] < counts["parameters_total"] / 5

@@ -17,10 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
+from distill.errors import RunError, UserError
+from distill.models.student import BuiltStudent
+from distill.moe.balance import ExpertBiasBalancer
 from distill.storage import read_json
-from distill.training.sources import OnPolicyRows
+from distill.training.arms import train_arms
+from distill.training.sources import Lot, OnPolicyRows
 from distill.training.step import StudentStep
-from distill.training.train import make_optimizer
+from distill.training.train import _check_finite, _check_lot, learning_rate, make_optimizer
 
 # Six rows and steps of six rows: every step is all of them, whatever the plan of batches is.
 ROWS = 6
@@ -80,7 +84,9 @@ def test_sgd_steps_are_those_worked_out_by_hand(trained, make_recipe, hub, most,
     assert [line["tokens"] for line in lines] == [rows.completion_lengths.sum()] * 2
     start = AutoModelForCausalLM.from_pretrained(hub["llama"]).state_dict()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor.double(), want[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor.double(), want[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
         assert (tensor - start[name]).abs().max() > 2e-5, f"{name} must move, or nothing was tried"
 
 
@@ -136,7 +142,9 @@ def test_dropout_is_drawn_anew_for_every_step_and_rank(trained, make_recipe, mon
 
 def test_dropout_is_on_while_training(trained, make_recipe, tmp_path):
     """At a rate of nearly 0 a step of all rows has the same loss every time, were it not for dropout."""
-    folder = save_model(tmp_path / "dropping", {"model_type": "llama", "attention_dropout": 0.5}, byte_tokenizer(CHATML))
+    folder = save_model(
+        tmp_path / "dropping", {"model_type": "llama", "attention_dropout": 0.5}, byte_tokenizer(CHATML)
+    )
     losses = {}
     for name, student in (("still", "llama"), ("drops", folder)):
         _, run_dir = make_recipe(student=student, name=name)
@@ -145,6 +153,95 @@ def test_dropout_is_on_while_training(trained, make_recipe, tmp_path):
         losses[name] = np.array(losses_of(run_dir))
     assert np.ptp(losses["still"]) < 1e-6
     assert min(abs(a - b) for i, a in enumerate(losses["drops"]) for b in losses["drops"][:i]) > 1e-4
+
+
+def test_a_look_at_held_out_rows_has_no_dropout_and_leaves_it_on(trained, make_recipe, tmp_path):
+    """At a rate of nearly 0 all looks agree, the first of equals is the best, and training goes on with dropout."""
+    folder = save_model(
+        tmp_path / "dropping", {"model_type": "llama", "attention_dropout": 0.5}, byte_tokenizer(CHATML)
+    )
+    _, run_dir = make_recipe(student=folder, name="looks")
+    fake_dataset(run_dir, rows=16, seed=3)
+    held = "train.validation={rows: 10, every: 2}"
+    _, run_dir = trained("looks", *PLAIN, held, "train.steps=5", "train.learning_rate=1e-12", student=folder)
+    lines = [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
+    looks = [line.get("validation") for line in lines]
+    assert [look is not None for look in looks] == [False, True, False, True, True], (
+        "every second, and the last"
+    )
+    assert looks[1] == looks[3] == looks[4]
+    assert read_json(run_dir / "student" / "manifest.json")["counts"]["validation"]["best_step"] == 2
+    losses = losses_of(run_dir)
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-4
+
+
+def test_the_bias_of_experts_counts_real_tokens_and_freezes_at_the_end(make_recipe, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer(CHATML)
+    sizes = {
+        "model_type": "deepseek_v3", "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    student = save_model(tmp_path / "mixture", sizes, tokenizer)
+    path, run_dir = make_recipe(student=student, name="bias")
+    fake_dataset(run_dir, rows=ROWS, seed=3)
+    rows = TokenRows.from_folder(run_dir / "dataset")
+    real, seen = ExpertBiasBalancer.update, []
+
+    def update(self, u, reduce):
+        seen.append((u, int(self.counts[0].sum())))
+        return real(self, u, reduce)
+
+    monkeypatch.setattr(ExpertBiasBalancer, "update", update)
+    bias = ["train.expert_bias_step=0.01", "train.expert_bias_freeze=0.25", "train.steps=4"]
+    train_arms(load_recipe(path, [*PLAIN, *bias]), say=lambda _: None)
+    inputs = int(rows.lengths.sum()) - ROWS  # the last token of a row is predicted and never read
+    assert seen == [(0.01, 2 * inputs)] * 3 + [(0.0, 2 * inputs)], (
+        "two experts a token; the last quarter is frozen"
+    )
+
+
+# ---- what stops a run --------------------------------------------------------------------------------------
+
+
+def test_losses_and_gradients_that_are_not_finite_stop_it():
+    good, bad = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
+    _check_finite(0, good, torch.tensor(1.0), scaled=False)
+    _check_finite(0, good, torch.tensor(float("inf")), scaled=True)  # the loss scaler skips such a step
+    with pytest.raises(RunError, match="step 8: the loss is"):
+        _check_finite(7, bad, torch.tensor(1.0), scaled=True)
+    with pytest.raises(RunError, match="step 8: the gradient norm is inf"):
+        _check_finite(7, good, torch.tensor(float("inf")), scaled=False)
+
+
+def test_rows_fit_to_the_token_and_a_step_has_a_row_for_each_process(make_recipe, hub):
+    path, _ = make_recipe()
+    train = load_recipe(path, ["train.max_length=16", "train.batch_size=3"]).train
+    student = BuiltStudent(AutoModelForCausalLM.from_pretrained(hub["llama"]), byte_tokenizer(CHATML))
+
+    def lot(length: int) -> Lot:
+        rows = TokenRows([[5] * (length - 2)], [[6, 1]])
+        return Lot(rows, np.arange(1), 2, length)
+
+    _check_lot(train, student, lot(16), world=3)
+    with pytest.raises(UserError, match="rows of 17 tokens and the student takes 16"):
+        _check_lot(train, student, lot(17), world=3)
+    with pytest.raises(UserError, match="batch_size=3 is below the 4 processes"):
+        _check_lot(train, student, lot(16), world=4)
+    free = train.model_copy(update={"max_length": None})
+    _check_lot(free, student, lot(512), world=1)
+    with pytest.raises(UserError, match="the student takes 512"):
+        _check_lot(free, student, lot(513), world=1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_rate_rises_evenly_and_falls_as_a_cosine(make_recipe, schedule):
+    path, _ = make_recipe()
+    options = ["train.steps=9", "train.warmup_steps=4", "train.final_fraction=0.2", "train.learning_rate=0.1"]
+    train = load_recipe(path, [*options, f"train.schedule={schedule}"]).train
+    falling = [0.1, 0.1 * (0.6 + 0.4 * 0.5**0.5), 0.06, 0.1 * (0.6 - 0.4 * 0.5**0.5), 0.02]
+    want = [0.025, 0.05, 0.075, 0.1, *(falling if schedule == "cosine" else [0.1] * 5)]
+    assert [learning_rate(train, step) for step in range(9)] == pytest.approx(want)
 
 
 # ---- what a resume brings back ---------------------------------------------------------------------------
@@ -178,7 +275,7 @@ def test_tokens_of_a_resumed_run_are_all_that_were_trained(trained, make_recipe,
 
 
 def test_a_resumed_run_remembers_its_best_look_and_its_patience(trained, make_recipe, monkeypatch):
-    """Rows of chance are learned by heart, so the first look stays the best and the fourth ends the run: killed between."""
+    """Rows of chance are learned by heart, so the first look stays the best, and the fourth ends the run."""
     few(make_recipe, "patient", rows=16)
     options = [
         *PLAIN, *FLAT, "train.micro_batch_size=6", "train.learning_rate=0.02", "train.steps=30",
@@ -190,7 +287,8 @@ def test_a_resumed_run_remembers_its_best_look_and_its_patience(trained, make_re
     values = [line["validation"] for line in lines]
     assert len(values) == 4 and values.index(min(values)) == 0, values
     counts = read_json(run_dir / "student" / "manifest.json")["counts"]
-    assert counts["validation"] == {"rows": 10, "best": values[0], "best_step": 1} and counts["steps"] == 4
+    assert counts["validation"] == {"rows": 10, "best": values[0], "best_step": 1}
+    assert (counts["steps"], counts["rows"]) == (4, 24), "those that were trained, not those asked for"
 
 
 def test_a_resumed_buffer_is_read_and_not_written_again(trained, make_recipe, monkeypatch):
