@@ -11,12 +11,14 @@ from launching import LAUNCH, processes_of, run
 from safetensors.torch import load_file
 from training_example import SGD, assert_same, losses_of, stopped_after, stored
 
+import distill.training.sources as module
 from distill.config.recipe import load_recipe
 from distill.config.training import Objective, OnPolicy
 from distill.errors import RunError, UserError
+from distill.models.decode import Completion
 from distill.models.load import load_model
 from distill.training.live_teachers import FrozenTeacher, OwnStart, RoutedTeachers
-from distill.training.sources import OnPolicyRows
+from distill.training.sources import OnPolicyRows, StoredRows
 from distill.training.step import StudentStep
 
 REVERSE = "train.objectives=[{name: reverse_kl}]"
@@ -64,6 +66,106 @@ def test_what_is_drawn_does_not_depend_on_processes_or_order(source):
     for step in range(4):
         early.lot(step)
     assert contents(late.lot(4)) == contents(early.lot(4)) == whole
+
+
+def test_a_lot_of_stored_rows_counts_the_step_and_holds_one_share_of_it():
+    rows = stored(12)
+    plain = StoredRows(rows, 5, 0)
+    shares, seen = [], []
+    for step in range(12):  # five epochs of twelve rows, five at a time
+        lots = [plain.lot(step, rank, 2) for rank in range(2)]
+        both = np.concatenate([lot.share for lot in lots])
+        assert {lot.tokens for lot in lots} == {int(rows.completion_lengths[both].sum())}
+        assert {lot.read for lot in lots} == {
+            int((rows.prompt_lengths + rows.completion_lengths)[both].sum())
+        }
+        assert [len(lot.share) for lot in lots] == [3, 2] and lots[0].rows is rows
+        shares.append(sorted(both.tolist()))
+        seen += both.tolist()
+    assert np.bincount(seen).tolist() == [5] * 12 and shares[0] != shares[5]
+    assert plain.state() is None and plain.stats == {}
+
+
+def test_what_is_asked_of_the_decoder_is_what_the_recipe_says(source, monkeypatch):
+    """Sampling, end tokens, vocabulary, and one key for each place: seed, step and place all count."""
+    calls = []
+
+    def decode(_model, prompts, sampling, **more):
+        calls.append((prompts, sampling, more))
+        return [Completion([7, 1], "stop" if i % 4 else "length", [0.0, 0.0]) for i in range(len(prompts))]
+
+    monkeypatch.setattr(module, "decode", decode)
+    made = source(fraction=1.0, temperature=0.7, top_p=0.9, max_new_tokens=5, batch_size=3)
+    lot = made.lot(3)
+    ((prompts, sampling, more),) = calls
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.7, 0.9, 5)
+    assert (more["eos_ids"], more["batch_size"]) == ({1}, 3) and more["vocab_limit"] == len(made.tokenizer)
+    # Buffers of two steps end at multiples of two, whatever step is asked for first.
+    assert more["keys"] == [(0, "rollout", 3, place) for place in range(6)] and made.filled == (3, 4)
+    assert prompts == [stored().row(i)[0].tolist() for i in made.plan.step_rows(3)]
+    assert (lot.tokens, lot.read) == (12, 12 + sum(map(len, prompts)))
+    assert [c for _, c in contents(lot)] == [(7, 1)] * 6 and lot.rows.lengths[lot.share].tolist() == sorted(
+        lot.rows.lengths
+    )
+    assert made.stats == {"sampled": 6, "truncated": round(2 / 6, 4), "mean_tokens": 2.0}
+    made.lot(4)
+    assert made.filled == (4, 6) and len(calls) == 2, "step 4 is not in the buffer that ended before it"
+    assert calls[1][2]["keys"] == [(0, "rollout", step, place) for step in (4, 5) for place in range(6)]
+    made.lot(5)
+    assert len(calls) == 2
+
+
+def test_who_writes_depends_on_seed_and_step(source):
+    made = source()
+    of = lambda seed, step: tuple(OnPolicyRows._writes(_like(made, seed), step))  # noqa: E731
+    drawn = {(seed, step): of(seed, step) for seed in (0, 1) for step in range(6)}
+    assert len(set(drawn.values())) > 8 and drawn == {key: of(*key) for key in drawn}
+    rare = source(fraction=0.1)
+    assert 0.03 < np.mean([rare._writes(step) for step in range(100)]) < 0.2
+
+
+def _like(made: OnPolicyRows, seed: int) -> OnPolicyRows:
+    other = OnPolicyRows.__new__(OnPolicyRows)
+    other.seed, other.plan, other.section = seed, made.plan, made.section
+    return other
+
+
+def test_tags_and_who_wrote_go_with_their_rows(source):
+    made = source(fraction=0.5)
+    made.rows.tags = np.array([f"row {i}" for i in range(12)], dtype=object)
+    for rank in range(2):
+        rows = made.lot(3, rank, 2).rows
+        places = np.arange(6)[rank::2]
+        assert rows.tags.tolist() == [f"row {i}" for i in made.plan.step_rows(3)[places]]
+        assert rows.sampled.tolist() == made._writes(3)[places].tolist()
+        for i, (place, sampled) in enumerate(zip(places, rows.sampled)):
+            own = made.buffer.get((3, int(place)))
+            given = made.rows.row(made.plan.step_rows(3)[place])[1].tolist()
+            assert rows.row(i)[1].tolist() == (own if sampled else given)
+
+
+def test_the_alarm_counts_buffers_running_and_comes_back_on_a_resume(source, monkeypatch):
+    cut = []
+    reasons = lambda n: ["length" if i < cut[-1] * n else "stop" for i in range(n)]  # noqa: E731
+    decode = lambda _m, prompts, *_a, **_k: [Completion([7, 1], r, []) for r in reasons(len(prompts))]  # noqa: E731
+    monkeypatch.setattr(module, "decode", decode)
+    made = source(fraction=1.0, most_truncated=0.5)
+    for step, (share, bad) in enumerate([(1.0, 1), (0.5, 0), (0.75, 1), (0.0, 0), (0.75, 1)]):
+        cut.append(share)
+        made.lot(2 * step)
+        assert made.bad_buffers == bad, "as many as allowed is not too many"
+    other = source(fraction=1.0, most_truncated=0.5)
+    other.restore(json.loads(json.dumps(made.state())))
+    assert (other.buffer, other.filled, other.bad_buffers) == (made.buffer, (8, 10), 1)
+    with pytest.raises(RunError, match="step 11: 75% of the student's answers"):
+        other.lot(10)
+
+
+def test_the_state_has_the_buffers_of_all_processes(source):
+    other = [((0, 9), [5, 5])]
+    made = source(gather=lambda v: [v, other] if isinstance(v, list) else [v])
+    made.lot(0)
+    assert [0, 9, [5, 5]] in made.state()["buffer"] and len(made.state()["buffer"]) == 1 + len(made.buffer)
 
 
 def test_tokens_are_those_of_all_processes(source):
