@@ -50,6 +50,10 @@ def test_each_arm_trains_on_its_own_rows(make_recipe, hub):
     assert tokens[0] > 2 * tokens[1], "the example gives the arms different rows, or nothing is tried"
     for arm, rows, count in zip(("student", "control"), (ours, plain), tokens):
         counts = read_json(run_dir / arm / "manifest.json")["counts"]
+        losses = [line["loss"] for line in lines_of(run_dir, arm)]
+        assert read_json(run_dir / arm / "manifest.json")["final_loss"] == pytest.approx(
+            np.mean(losses), abs=1e-5
+        )
         assert counts["tokens"] == 2 * count and counts["tokens_read"] == 2 * int(rows.lengths.sum())
         assert lines_of(run_dir, arm)[0]["loss"] == pytest.approx(mean_nll(hub["llama"], rows), abs=1e-5)
 

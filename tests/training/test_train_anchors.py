@@ -39,11 +39,11 @@ def few(make_recipe, name: str, rows: int = ROWS) -> TokenRows:
     return TokenRows.from_folder(run_dir / "dataset")
 
 
-def by_hand(folder: str, rows: TokenRows, steps: int, rate: float, decay: float, most: float):
+def by_hand(folder: str, rows: TokenRows, rates: list[float], decay: float, most: float):
     """(weights, losses, gradient norms) of plain SGD: mean cross-entropy over all completion tokens of all rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     losses, norms = [], []
-    for _ in range(steps):
+    for rate in rates:
         total, count = 0.0, 0
         for prompt, completion in map(rows.row, range(len(rows))):
             logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
@@ -75,7 +75,7 @@ def test_sgd_steps_are_those_worked_out_by_hand(trained, make_recipe, hub, most,
         f"train.max_grad_norm={most}", f"train.weight_decay={decay}",
     ]  # fmt: skip
     found, run_dir = trained("hand", *options)
-    want, losses, norms = by_hand(hub["llama"], rows, 2, 0.5, decay, most)
+    want, losses, norms = by_hand(hub["llama"], rows, [0.5, 0.5], decay, most)
     assert norms[0] > 1, "or clipping to 0.5 would do little"
     assert losses_of(run_dir) == pytest.approx(losses, abs=1e-5)
     lines = [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
@@ -88,6 +88,23 @@ def test_sgd_steps_are_those_worked_out_by_hand(trained, make_recipe, hub, most,
             tensor.double(), want[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
         assert (tensor - start[name]).abs().max() > 2e-5, f"{name} must move, or nothing was tried"
+
+
+def test_every_step_has_its_own_rate(trained, make_recipe, hub):
+    """Two steps of warm-up, then half a cosine down to a tenth: 0.25, 0.5, 0.5, 0.275, 0.05."""
+    rows = few(make_recipe, "rates")
+    options = [
+        *PLAIN, "train.optimizer=sgd", "train.learning_rate=0.5", "train.steps=5", "train.warmup_steps=2",
+        "train.final_fraction=0.1", "train.max_grad_norm=1000",
+    ]  # fmt: skip
+    found, run_dir = trained("rates", *options)
+    rates = [0.25, 0.5, 0.5, 0.275, 0.05]
+    want, losses, _ = by_hand(hub["llama"], rows, rates, 0.0, 1000.0)
+    lines = [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+    assert losses_of(run_dir) == pytest.approx(losses, abs=1e-5)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), want[name], rtol=0, atol=1e-5)
 
 
 def test_adamw_steps_are_those_of_the_paper(make_recipe):

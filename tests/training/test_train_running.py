@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
 from distill.training.step import StudentStep
+from distill.training.train import MicroBatches
 
 PLAIN = "control.enabled=false"
 
@@ -82,6 +84,41 @@ def test_micro_batches_halve_until_they_fit_and_change_nothing(trained, monkeypa
     assert_same(whole, halved, 2e-6)
     assert tried[:2] == [6, 3] and max(tried[2:]) <= 2 and tried.count(6) == 1, "found once, kept"
     assert read_json(run_dir / "student" / "manifest.json")["counts"]["micro_batch_size"] == 1
+
+
+def test_what_a_failed_pass_left_behind_is_dropped(trained, monkeypatch):
+    """The second piece of a step fails once, when the first has gradients already: they must not count twice."""
+    whole, _ = trained("whole", *SGD, MIXED, "train.micro_batch_size=3")
+    real, sizes = StudentStep.forward, []
+
+    def forward(self, batch, signals):
+        sizes.append(len(batch.row_tokens))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, batch, signals)
+
+    monkeypatch.setattr(StudentStep, "forward", forward)
+    again, _ = trained("again", *SGD, MIXED, "train.micro_batch_size=3", "train.auto_micro_batch=true")
+    assert sizes[:8] == [3, 3, 1, 1, 1, 1, 1, 1]
+    assert_same(whole, again, 2e-6)
+
+
+def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
+    tried = []
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.size, micro.saved_bytes = 4, 77
+    micro.train = SimpleNamespace(auto_micro_batch=True)
+    micro.accelerator = SimpleNamespace(num_processes=1)
+    micro._once = lambda *_: tried.append(micro.size) or micro.size if micro.size < 4 else fails()
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    called = []
+    optimizer = SimpleNamespace(zero_grad=lambda **_: called.append("gradients"))
+    balancer = SimpleNamespace(forget=lambda: called.append("counts"))
+    micro.accumulate(None, optimizer, None, None, balancer)
+    assert (micro.size, micro.saved_bytes, tried) == (2, None, [2]) and called == ["gradients", "counts"]
 
 
 @pytest.mark.parametrize(
