@@ -208,6 +208,7 @@ def main() -> int:
         description="Small wrong changes, one at a time: which are seen by a test?"
     )
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression on file and text")
+    parser.add_argument("--start", type=int, default=1, metavar="N", help="begin with the N-th of them")
     parser.add_argument("--no-baseline", action="store_true", help="the named tests are known to pass")
     options = parser.parse_args()
     mutants = read_table(TABLE.read_text(encoding="utf-8"))
@@ -216,6 +217,7 @@ def main() -> int:
         return 2
     pattern = re.compile(options.only)
     mutants = [m for m in mutants if pattern.search(f"{m.file}: {m.before} -> {m.after}")]
+    mutants = mutants[options.start - 1 :]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder)
         copy_project(root)
@@ -224,14 +226,17 @@ def main() -> int:
             if not options.no_baseline:
                 baseline(root, mutants)
             unseen = []
-            for number, mutant in enumerate(mutants, 1):
+            for number, mutant in enumerate(mutants, options.start):
                 begun = time.monotonic()
                 found = seen(root, mutant)
                 if not found:
                     unseen.append(mutant)
                 word = "seen" if found else ("explained" if mutant.why else "NOT SEEN")
                 took = time.monotonic() - begun
-                print(f"{number:4}/{len(mutants)}  {word:9} {took:5.1f} s  {mutant.name}", flush=True)
+                print(
+                    f"{number:4}/{options.start - 1 + len(mutants)}  {word:9} {took:5.1f} s  {mutant.name}",
+                    flush=True,
+                )
         except TableError as error:
             print(error, file=sys.stderr)
             return 2

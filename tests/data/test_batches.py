@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.data.batches import BatchPlan, TokenRows, micro_batches
+from distill.data.batches import BatchPlan, TokenRows, even_pieces, micro_batches
 from distill.errors import UserError
 
 token_lists = st.lists(st.integers(1, 99), min_size=1, max_size=7)
@@ -80,6 +81,75 @@ def test_shapes_differ_by_seed_and_epoch():
     assert set(one.step_rows(0)) != set(one.step_rows(4))
 
 
+def test_steps_are_cut_from_the_permutations_of_seed_and_epoch():
+    """Seven rows, three a step: the stream is numpy's own permutations end to end, each step sorted by length."""
+    lengths = np.array([5, 1, 4, 1, 3, 9, 2])
+    for seed in (0, 3):
+        stream = np.concatenate([np.random.default_rng([seed, epoch]).permutation(7) for epoch in range(4)])
+        plan = BatchPlan(lengths, 3, seed)
+        for step in range(9):
+            rows = stream[3 * step : 3 * step + 3]
+            want = sorted(rows, key=lambda i: (lengths[i], rows.tolist().index(i)))
+            assert plan.step_rows(step).tolist() == want
+            assert [plan.share(step, rank, 2).tolist() for rank in (0, 1)] == [want[::2], want[1::2]]
+    first, other = (set(BatchPlan(lengths, 3, seed).step_rows(0).tolist()) for seed in (0, 3))
+    assert first != other
+
+
+class Told:
+    """Signals of three rows: the first row's tokens say 0, 1, ..., the second's 100, 101, ..."""
+
+    form = None
+
+    def __init__(self, rows=(0, 1, 2)):
+        self.ids = self.values = list(rows)
+
+    def take(self, indices, lengths):
+        told = [100 * self.ids[i] + np.arange(n) for i, n in zip(indices, lengths)]
+        return torch.from_numpy(np.concatenate(told))
+
+
+@pytest.mark.parametrize("how", ["collate", "pack"])
+def test_what_is_known_of_a_row_stands_at_its_own_tokens(how):
+    rows = TokenRows([[5], [6, 6], [7]], [[1, 1], [2, 2, 2], [3]], Told())
+    rows.tags, rows.messages = np.array(["a", "b", "c"], dtype=object), ["first", "second", "third"]
+    rows.sampled = np.array([False, True, False])
+    order = np.array([2, 1, 0])
+    batch = rows.collate(order, 0) if how == "collate" else rows.pack(order)
+    assert batch.targets.tolist() == [3, 2, 2, 2, 1, 1]
+    assert batch.signal.tolist() == [200, 100, 101, 102, 0, 1]
+    assert batch.from_teacher.tolist() == [1, 0, 0, 0, 1, 1]
+    assert batch.tags.tolist() == ["c", "b", "a"] and batch.messages == ["third", "second", "first"]
+    assert batch.row_tokens.tolist() == [1, 3, 2]
+    if how == "pack":
+        assert batch.input_ids.tolist() == [[7, 6, 6, 2, 2, 5, 1]]
+        assert batch.position_ids.tolist() == [[0, 0, 1, 2, 3, 0, 1]]
+        assert batch.keep.int().tolist() == [[1, 0, 1, 1, 1, 1, 1]] and batch.attention_mask is None
+    rows.signals = None
+    some = rows.subset(np.array([2, 0]))
+    assert some.tags.tolist() == ["c", "a"] and some.messages == ["third", "first"]
+    assert some.sampled.tolist() == [False, False] and some.row(1)[1].tolist() == [1, 1]
+
+
+def test_pieces_are_filled_up_with_weight_nothing():
+    pieces = [np.array([4, 2]), np.array([7])]
+    found = even_pieces(pieces, 4)
+    assert [(p.tolist(), w) for p, w in found] == [([4, 2], 1.0), ([7], 1.0), ([7], 0.0), ([7], 0.0)]
+    assert [(p.tolist(), w) for p, w in even_pieces([], 1)] == [([0], 0.0)]
+    assert [w for _, w in even_pieces(pieces, 2)] == [1.0, 1.0]
+
+
+def test_a_row_without_its_signal_is_refused(tmp_path):
+    from distill.data.signals import SignalFormat
+    from distill.storage import DATASET_SCHEMA, PartWriter
+
+    row = {"prompt_id": "a", "prompt_ids": [1], "completion_ids": [1]}
+    PartWriter(tmp_path, DATASET_SCHEMA).write_all([row])
+    assert len(TokenRows.from_folder(tmp_path)) == 1
+    with pytest.raises(UserError, match="rows without a stored teacher signal"):
+        TokenRows.from_folder(tmp_path, SignalFormat("top_k", 1, 9, 1.0, 8, {}))
+
+
 def test_empty_rows_are_refused(tmp_path):
     from distill.storage import DATASET_SCHEMA, PartWriter
 
@@ -87,6 +157,7 @@ def test_empty_rows_are_refused(tmp_path):
     writer.write_all([])
     with pytest.raises(UserError, match="no rows to train on"):
         TokenRows.from_folder(tmp_path)
-    writer.write_all([{"prompt_id": "a", "prompt_ids": [1], "completion_ids": []}])
-    with pytest.raises(UserError, match="empty prompt or completion"):
-        TokenRows.from_folder(tmp_path)
+    for prompt, completion in (([1], []), ([], [1])):
+        writer.write_all([{"prompt_id": "a", "prompt_ids": prompt, "completion_ids": completion}])
+        with pytest.raises(UserError, match="empty prompt or completion"):
+            TokenRows.from_folder(tmp_path)
