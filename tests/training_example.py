@@ -62,14 +62,14 @@ def trained(make_recipe):
 
 
 def stopped_after(passes: int, monkeypatch, start) -> None:
-    """Run `start()` until the student's forward has run so many times, then kill it as Ctrl-C does."""
+    """Run `start()` until the student's forward has run so many times in training, then kill it as Ctrl-C does."""
     real, calls = StudentStep.forward, []
 
-    def stops(*args):
-        calls.append(1)
+    def stops(module, *args, **named):
+        calls.append(1) if module.training else None
         if len(calls) > passes:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(module, *args, **named)
 
     monkeypatch.setattr(StudentStep, "forward", stops)
     with pytest.raises(KeyboardInterrupt):

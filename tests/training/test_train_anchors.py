@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import CHATML, byte_tokenizer, save_model
-from training_example import fake_dataset, losses_of
+from training_example import fake_dataset, losses_of, stopped_after
 from transformers import AutoModelForCausalLM
 
 from distill.config.recipe import load_recipe
@@ -262,22 +262,6 @@ def test_the_rate_rises_evenly_and_falls_as_a_cosine(make_recipe, schedule):
 
 
 # ---- what a resume brings back ---------------------------------------------------------------------------
-
-
-def stopped_after(passes: int, monkeypatch, start) -> None:
-    """Run `start()` until the student's forward has run so many times in training, then kill it as Ctrl-C does."""
-    real, calls = StudentStep.forward, []
-
-    def stops(module, *arguments):
-        calls.append(1) if module.training else None
-        if len(calls) > passes:
-            raise KeyboardInterrupt
-        return real(module, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StudentStep, "forward", stops)
-        with pytest.raises(KeyboardInterrupt):
-            start()
 
 
 def test_tokens_of_a_resumed_run_are_all_that_were_trained(trained, make_recipe, monkeypatch):

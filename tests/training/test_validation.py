@@ -12,15 +12,17 @@ from distill.training.validation import Validator, split_rows
 
 
 class Says(torch.nn.Module):
-    """A step module whose weighted loss is so much a token, one number for each look."""
+    """A step module whose cross-entropy is so much a token in every look, and whose weighted loss is twice that."""
 
     def __init__(self, *values: float):
         super().__init__()
         self.values, self.modes = list(values), []
 
-    def forward(self, batch, signals):
+    def forward(self, batch, signals, held_out=False):
+        assert held_out
         self.modes.append(self.training)
-        return torch.tensor(self.values[0] * len(batch.targets)), None
+        plain = torch.tensor(self.values[0] * len(batch.targets))
+        return 2 * plain, None, plain
 
 
 @pytest.fixture
@@ -75,7 +77,8 @@ def test_a_look_is_in_eval_mode_and_leaves_each_module_in_its_own(looking):
     validator, _ = looking([], "train.validation={rows: 7, every: 3}", "train.micro_batch_size=4")
     module = torch.nn.ModuleDict({"says": Says(1.0), "frozen": torch.nn.Dropout(0.5)})
     module.train()["frozen"].eval()
-    validator.look(0, module["says"], module, None)
+    assert validator.look(0, module["says"], module, None) == pytest.approx(1.0)
+    assert validator.objective == pytest.approx(2.0)
     assert module["says"].modes == [False, False] and module.training and module["says"].training
     assert not module["frozen"].training
 
