@@ -10,7 +10,7 @@ from html import escape
 from distill.storage import PROJECT_ROOT, write_atomic
 
 FOLDER = PROJECT_ROOT / "docs" / "pictures"
-_COLOURS = {
+COLOURS = {
     "light": {"ink": "#1f2328", "soft": "#59636e", "line": "#818b98", "data": "#f6f8fa", "model": "#ddf4ff", "end": "#dafbe1"},
     "dark": {"ink": "#f0f6fc", "soft": "#9198a1", "line": "#6e7681", "data": "#151b23", "model": "#0c2d6b", "end": "#033a16"},
 }  # fmt: skip
@@ -32,7 +32,7 @@ _ARROWS = [
     ("student", "exam"),
     ("control", "exam"),
 ]
-_WORDS = {
+LANGUAGES = {
     "": {
         "prompts": ("prompts", "questions and answers"),
         "teacher": ("teacher", "large, writes the steps"),
@@ -56,11 +56,11 @@ _WORDS = {
 
 def picture(colours: str, language: str = "") -> str:
     """The drawing as SVG text. colours: "light" or "dark"; language: "" or "-zh"."""
-    c, words = _COLOURS[colours], _WORDS[language]
+    c, words = COLOURS[colours], LANGUAGES[language]
     width, height = _SIZE
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="system-ui, -apple-system, \'Segoe UI\', \'Noto Sans CJK SC\', sans-serif" text-anchor="middle">',
+        "font-family=\"system-ui, -apple-system, 'Segoe UI', 'Noto Sans CJK SC', sans-serif\" text-anchor=\"middle\">",
         f'<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0L10 5L0 10z" fill="{c["line"]}"/></marker></defs>',
     ]
@@ -90,8 +90,8 @@ def _arrow(start: tuple, end: tuple, colour: str) -> str:
 
 
 def main() -> None:
-    for colours in _COLOURS:
-        for language in _WORDS:
+    for colours in COLOURS:
+        for language in LANGUAGES:
             write_atomic(FOLDER / f"pipeline-{colours}{language}.svg", picture(colours, language))
 
 
