@@ -10,10 +10,11 @@ from html import escape
 from distill.storage import PROJECT_ROOT, write_atomic
 
 FOLDER = PROJECT_ROOT / "docs" / "pictures"
+_PARTS = ("ink", "soft", "line", "data", "model", "end")  # text, small text, lines, and three kinds of boxes
 COLOURS = {
-    "light": {"ink": "#1f2328", "soft": "#59636e", "line": "#818b98", "data": "#f6f8fa", "model": "#ddf4ff", "end": "#dafbe1"},
-    "dark": {"ink": "#f0f6fc", "soft": "#9198a1", "line": "#6e7681", "data": "#151b23", "model": "#0c2d6b", "end": "#033a16"},
-}  # fmt: skip
+    "light": dict(zip(_PARTS, ("#1f2328", "#59636e", "#818b98", "#f6f8fa", "#ddf4ff", "#dafbe1"))),
+    "dark": dict(zip(_PARTS, ("#f0f6fc", "#9198a1", "#6e7681", "#151b23", "#0c2d6b", "#033a16"))),
+}
 _SIZE = (1010, 250)
 # Name: (x, y, width, height, kind). The words of each stand below, in both languages: a title and one line.
 _BOXES = {
