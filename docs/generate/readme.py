@@ -174,8 +174,8 @@ _CLAIM_WORDS = {
     },
     "zh": {
         "head": "| 文章的说法（原文） | 运行之前写下的假设（原文） | 效应 [95 % 区间] | 判定 |",
-        "sentence": "共 {n} 条论断：{counts}；最多 {seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
-        "同时运行 {jobs} 个；{device}；提交 {commit}。全部论断与各组用量见 [docs/claims.md](docs/claims.md)。",
+        "sentence": "共 {n} 条说法：{counts}；最多 {seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
+        "同时运行 {jobs} 个；{device}；提交 {commit}。全部说法与各组用量见 [docs/claims.md](docs/claims.md)。",
         "smaller": "`--budget {name}`：{seeds} 个种子，{tasks} 个任务，{minutes:.0f} 分钟。",
     },
 }

@@ -26,9 +26,9 @@
 # | 你的机器 | 怎么跑 |
 # |---|---|
 # | 双核 CPU | 直接运行本笔记本；内存约 1 GB |
-# | 8 GB 显存的 GPU | 直接运行；或训练 1.7B 学生，冻结的底座用 4 比特：`student.quantize=4bit student.lora.rank=16` |
+# | 8 GB 显存的 GPU | 直接运行；或训练 1.7B 学生，冻结的底座用 4 位：`student.quantize=4bit student.lora.rank=16` |
 # | T4（16 GB，不支持 bf16） | 同上，加 `train.precision=fp16`；适配器仍为 float32 |
-# | 一张 24 GB 的卡 | 4 比特的 8B 学生（权重约 5 GB），`train.gradient_checkpointing=true train.micro_batch_size=1` |
+# | 一张 24 GB 的卡 | 4 位的 8B 学生（权重约 5 GB），`train.gradient_checkpointing=true train.micro_batch_size=1` |
 
 # %%
 import shutil
@@ -127,7 +127,7 @@ expect(
 # %% [markdown] lang="zh"
 # ## 什么被冻结了
 #
-# 不是“几乎没变”，而是逐比特相同。可以证明：
+# 不是“几乎没变”，而是逐位相同。可以证明：
 
 # %%
 from peft import PeftModel

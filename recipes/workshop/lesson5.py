@@ -26,9 +26,9 @@
 # | 你的机器 | 怎么跑 |
 # |---|---|
 # | 双核 CPU | 直接运行本笔记本；内存约 1 GB |
-# | 8 GB 显存的 GPU | 直接运行；或 4 比特的 OLMoE-1B-7B（70 亿权重，约 4 GB）：transformers 里的任何 MoE 都能用 `record_routing` 读取 |
-# | T4（16 GB，不支持 bf16） | fp16 的 OLMoE-1B-7B（14 GB）勉强够读取；8 比特则绰绰有余 |
-# | 一张 24 GB 的卡 | 4 比特的 Qwen3-30B-A3B（权重约 17 GB）：`distill evaluate ... --top-k 4,8 --route random` |
+# | 8 GB 显存的 GPU | 直接运行；或 4 位的 OLMoE-1B-7B（70 亿权重，约 4 GB）：transformers 里的任何 MoE 都能用 `record_routing` 读取 |
+# | T4（16 GB，不支持 bf16） | fp16 的 OLMoE-1B-7B（14 GB）勉强够读取；8 位则绰绰有余 |
+# | 一张 24 GB 的卡 | 4 位的 Qwen3-30B-A3B（权重约 17 GB）：`distill evaluate ... --top-k 4,8 --route random` |
 
 # %%
 import matplotlib.pyplot as plt

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pictures
 import pytest
 import readme
 import tree
@@ -149,3 +150,12 @@ def test_the_site_offers_every_name_and_no_dead_link(tmp_path):
     pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
     website.build(tmp_path / "site")
     assert "drop_experts" in (tmp_path / "site" / "api" / "moe.html").read_text()
+
+
+@pytest.mark.parametrize("language", pictures.LANGUAGES)
+@pytest.mark.parametrize("colours", pictures.COLOURS)
+def test_the_pictures_are_those_of_their_script(colours, language):
+    file = pictures.FOLDER / f"pipeline-{colours}{language}.svg"
+    assert file.read_text() == pictures.picture(colours, language), "run `python docs/generate/pictures.py`"
+    page = PAGES["zh" if language else "en"].read_text()
+    assert f"docs/pictures/{file.name}" in page
