@@ -40,7 +40,8 @@ from typing import Any
 
 from distill import __version__
 from distill.errors import UserError
-from distill.storage import MANIFEST, fingerprint, hash_file, is_leftover, read_json, write_json
+from distill.files import is_leftover, remove_dead, remove_leftovers, sync, write_atomic, writing
+from distill.storage import MANIFEST, fingerprint, hash_file, read_json, write_json
 
 IDENTITY = ".identity.json"  # what the unfinished folder is being made from
 

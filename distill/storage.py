@@ -9,7 +9,6 @@ the first missing part; a folder without `manifest.json` is unfinished, and no s
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.errors import RunError, UserError
+from distill.errors import UserError
+from distill.files import replacing, write_atomic, writing
+
+__all__ = ["write_atomic"]  # from distill.files, beside its JSON form
 
 # Where recipes/ and checkpoints/ are: beside the package in a clone, inside it in an installed wheel (setup.py).
 _PACKAGE = Path(__file__).resolve().parent
@@ -42,17 +44,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader (or a crash) sees the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -73,44 +64,22 @@ class PartWriter:
     def __init__(self, folder: Path, schema: pa.Schema):
         self.folder = folder
         self.schema = schema
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.parquet"
 
     def write(self, index: int, rows: list[dict]) -> None:
-        final = self.path(index)
-        temporary = final.with_name(f".{final.name}.tmp{os.getpid()}")
-        try:
+        table = pa.Table.from_pylist(rows, schema=self.schema)
+        with replacing(self.path(index), table.nbytes) as temporary:
             # Nothing reads statistics, and those of a binary column hold whole values.
-            table = pa.Table.from_pylist(rows, schema=self.schema)
             pq.write_table(table, temporary, write_statistics=False)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(
-                f"cannot write {final}: {error.strerror or error}; free some space and run again, "
-                "finished parts are kept"
-            ) from None
 
     def write_all(self, rows: list[dict], part_size: int = 20_000) -> None:
         """All rows in consecutive parts; an empty list still leaves one (empty) part with the schema."""
         for index, start in enumerate(range(0, max(len(rows), 1), part_size)):
             self.write(index, rows[start : start + part_size])
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether this is a temporary file that a killed process did not get to rename."""
-    return path.name.startswith(".") and ".tmp" in path.name
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of a process that was killed while writing. Call before any writer of this run starts."""
-    for path in folder.rglob(".*.tmp*"):
-        if is_leftover(path) and path.is_file():
-            path.unlink()
 
 
 def parts(folder: Path) -> list[Path]:

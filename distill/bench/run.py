@@ -35,6 +35,7 @@ from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
 from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.results import collect_results, write_results
 from distill.errors import DistillError, RunError, UserError
+from distill.files import remove_dead, replacing, sync_all, write_atomic
 from distill.storage import MANIFEST, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
@@ -312,7 +313,7 @@ def _run(task: Task, redo: bool) -> None:
     from distill.evaluation.evaluate import evaluate_named, evaluate_recipe
     from distill.training.arms import train_arms
 
-    (task.folder / "recipe.yaml").write_text(resolved(task.recipe), encoding="utf-8")
+    write_atomic(task.folder / "recipe.yaml", resolved(task.recipe))
     model = str(task.folder / "student")
     if task.checkpoint:
         model = task.checkpoint
@@ -346,13 +347,13 @@ def _start_for_others(folder: Path) -> None:
         merge_adapter(str(student), start)
         return
     kept = [p for p in student.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
-    partial = folder / ".start.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in kept:
-        if path.name != MANIFEST:
-            shutil.copy(path, partial / path.name)
-    partial.rename(start)
+    remove_dead(folder, "start")
+    with replacing(start, sum(p.stat().st_size for p in kept)) as partial:
+        partial.mkdir()
+        for path in kept:
+            if path.name != MANIFEST:
+                shutil.copy(path, partial / path.name)
+        sync_all(partial)
 
 
 def _probe(task: Task, model: str, redo: bool) -> None:

@@ -262,7 +262,9 @@ def bench_command(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out {arguments.out}: its folder does not exist; make it first")
     found, text = _grid(arguments)
     if arguments.out and not arguments.dry_run:
-        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        from distill.files import write_atomic
+
+        write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2) if arguments.json else text)
     return 0
 

@@ -8,7 +8,6 @@ The card states teacher, terms, sampling and what each filter dropped.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import yaml
 from distill.config.recipe import Recipe, load_recipe
 from distill.data.terms import terms_lines
 from distill.errors import RunError, UserError
+from distill.files import remove_dead, replacing
 from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
 
 # The hub's own size classes: https://github.com/huggingface/hub-docs/blob/main/datasetcard.md
@@ -142,15 +142,11 @@ def export(run_dir: Path, form: str, out: Path, plain: bool = False) -> int:
         raise UserError(f"{out} exists and is not overwritten; give another name, or remove it")
     folder = _finished_dataset(run_dir)
     render = _plain_renderer(run_dir) if plain else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp{os.getpid()}")
     write = _write_jsonl if out.suffix == ".jsonl" else _write_parquet
-    try:
-        rows = write(temporary, _FORMATS[form, plain], _batches(folder, form, render))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return rows
+    size = sum(path.stat().st_size for path in parts(folder))
+    remove_dead(out.parent, out.name)
+    with replacing(out, size) as temporary:
+        return write(temporary, _FORMATS[form, plain], _batches(folder, form, render))
 
 
 def _finished_dataset(run_dir: Path) -> Path:

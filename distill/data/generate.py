@@ -35,7 +35,6 @@ from distill.storage import (
     parts,
     read_json,
     read_rows,
-    remove_leftovers,
     row_count,
 )
 from distill.tasks.verify import judge
@@ -68,7 +67,6 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     teacher.open()
     if ranks.is_main_process:
         stage.begin(redo)
-        remove_leftovers(stage.folder)
     ranks.wait_for_everyone()
     prompts = read_json(folder / "manifest.json")["counts"]["rows"]
     total = prompts * recipe.generate.samples

@@ -20,6 +20,7 @@ from transformers import (
 
 from distill.config.training import StudentSection
 from distill.errors import UserError
+from distill.files import sync_all, write_atomic, writing
 from distill.models.load import load_config, load_model, load_tokenizer, resolve_model
 from distill.models.lora import add_lora, plan_lora
 from distill.models.quantize import check_quantize
@@ -170,8 +171,14 @@ def save_student(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.config.use_cache = True
-    model.save_pretrained(
-        folder, safe_serialization=True, **({"state_dict": state_dict} if state_dict else {})
-    )
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    for adapter in getattr(model, "peft_config", {}).values():
+        if isinstance(adapter.target_modules, set):  # saved in the order of hashes, another in every process
+            adapter.target_modules = sorted(adapter.target_modules)
+    tensors = state_dict or {n: p for n, p in model.named_parameters() if p.requires_grad or model is base}
+    with writing(folder, sum(t.nbytes for t in tensors.values())):
+        model.save_pretrained(
+            folder, safe_serialization=True, **({"state_dict": state_dict} if state_dict else {})
+        )
+        tokenizer.save_pretrained(folder)
+        write_atomic(folder / "README.md", card)
+        sync_all(folder)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, RunError
+from distill.files import remove, replacing, sync, sync_all, temporary_of, writing
 from distill.storage import read_json, write_json
 
 
@@ -84,13 +85,21 @@ def save_state(
     if not write:
         return
     final = folder / f"state-{step:07d}"
-    temporary = folder / f".state.tmp{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
-    save_file({n: t.clone() for n, t in tensors.items()}, temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {"step": step, **extra})
-    os.replace(temporary, final)
+    temporary = temporary_of(folder / "state")
+    size = sum(t.nbytes for t in tensors.values())
+    try:
+        with writing(folder, size):
+            remove(temporary)
+            temporary.mkdir(parents=True)
+            # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
+            save_file({n: t.clone() for n, t in tensors.items()}, temporary / "tensors.safetensors")
+            write_json(temporary / "state.json", {"step": step, **extra})
+            sync_all(temporary)
+            os.replace(temporary, final)
+            sync(folder)
+    except BaseException:
+        remove(temporary)
+        raise
     for other in sorted(folder.glob("state-*"))[:-keep]:
         shutil.rmtree(other)
 
@@ -137,9 +146,8 @@ def save_trained(path: Path, module: nn.Module, write: bool = True) -> None:
     """The trained tensors alone, without the optimizer: the best so far. Atomic."""
     tensors = {f"model.{n}": whole(t).clone() for n, t in trained_tensors(module).items()}
     if write:
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        with replacing(path, sum(t.nbytes for t in tensors.values())) as temporary:
+            save_file(tensors, temporary)
 
 
 def load_trained(path: Path, module: nn.Module) -> dict[str, Tensor]:

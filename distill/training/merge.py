@@ -14,7 +14,6 @@ base as stored. Memory: the model in fp32 and once more in the target dtype.
 Shapes: T tokens of all probe rows, V vocabulary, k experts per token.
 """
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from distill.data.cards import COMPARISONS, merged_card
 from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
+from distill.files import remove_dead, replacing, sync_all, write_atomic
 from distill.models.chat import prompt_ids
 from distill.models.load import (
     check_adapter_base,
@@ -90,10 +90,9 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
     merged, before = _merged(adapted, rows, reference)
     final = _cast_like(merged, base, dtype)
     del adapted, merged
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    remove_dead(out.parent, out.name)
+    with replacing(out, sum(p.nbytes for p in final.parameters())) as temporary:
+        temporary.mkdir()
         final.config.use_cache = True
         final.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -109,10 +108,8 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
         write_json(temporary / MANIFEST, manifest)
         given = folder / "README.md"
         card = merged_card(out.name, manifest, given.read_text(encoding="utf-8") if given.is_file() else "")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_atomic(temporary / "README.md", card)
+        sync_all(temporary)
     return manifest
 
 
