@@ -20,7 +20,7 @@ from distill.errors import RunError, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-_LEFT = re.compile(r"\..+\.tmp(\d*)$")
+_LEFT = re.compile(r"\..+\.tmp(\d+)$")
 
 
 def temporary_of(path: Path) -> Path:
@@ -207,14 +207,14 @@ def remove_leftovers(folder: Path) -> None:
             remove(path)
 
 
-def remove_dead(folder: Path, name: str | None = None) -> None:
-    """Those directly in a folder nobody locks, of processes that are gone. name: those of this file alone."""
+def remove_dead(folder: Path, name: str) -> None:
+    """Those of the file `name`, in a folder that nobody locks, whose process is gone."""
     for path in folder.iterdir() if folder.is_dir() else ():
         found = _LEFT.match(path.name)
-        if not found or (name and not path.name.startswith(f".{name}.tmp")):
-            continue
-        if not (found[1] and found[1] != str(os.getpid()) and _alive(int(found[1]))):
-            remove(path)
+        if found and path.name == f".{name}.tmp{found[1]}":
+            pid = int(found[1])
+            if pid == os.getpid() or not _alive(pid):
+                remove(path)
 
 
 def _alive(pid: int) -> bool:

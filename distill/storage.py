@@ -36,6 +36,7 @@ def find_file(path: str) -> Path:
 
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"  # a key of JSON files that are sealed: see distill/integrity.py
 
 
 def fingerprint(value: Any) -> str:
@@ -49,13 +50,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a missing or damaged file."""
+    """Raises UserError for a missing or damaged file, or content that does not fit its checksum (where it has one)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+    checksum = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+    if checksum not in (None, fingerprint(value)):
+        raise UserError(
+            f"{path} is damaged: its content does not fit its checksum; delete it and run the stage again"
+        )
+    return value
 
 
 class PartWriter:
@@ -74,7 +81,7 @@ class PartWriter:
         table = pa.Table.from_pylist(rows, schema=self.schema)
         with replacing(self.path(index), table.nbytes) as temporary:
             # Nothing reads statistics, and those of a binary column hold whole values.
-            pq.write_table(table, temporary, write_statistics=False)
+            pq.write_table(table, temporary, write_statistics=False, write_page_checksum=True)
 
     def write_all(self, rows: list[dict], part_size: int = 20_000) -> None:
         """All rows in consecutive parts; an empty list still leaves one (empty) part with the schema."""
@@ -89,7 +96,7 @@ def parts(folder: Path) -> list[Path]:
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """One part. Raises UserError naming the file if it is not whole."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); delete this file and run its stage again") from None

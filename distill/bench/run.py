@@ -35,7 +35,7 @@ from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
 from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.results import collect_results, write_results
 from distill.errors import DistillError, RunError, UserError
-from distill.files import remove_dead, replacing, sync_all, write_atomic
+from distill.files import remove_dead, replacing, sync_all
 from distill.storage import MANIFEST, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
@@ -309,11 +309,9 @@ def _rows(task: Task, redo: bool) -> None:
 
 
 def _run(task: Task, redo: bool) -> None:
-    from distill.config.recipe import resolved
     from distill.evaluation.evaluate import evaluate_named, evaluate_recipe
     from distill.training.arms import train_arms
 
-    write_atomic(task.folder / "recipe.yaml", resolved(task.recipe))
     model = str(task.folder / "student")
     if task.checkpoint:
         model = task.checkpoint

@@ -82,11 +82,8 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
         return 0
     if command != "report":
         from distill.doctor.checks import check_recipe
-        from distill.storage import write_atomic
 
         check_recipe(recipe, command)
-        if console.first_process():
-            write_atomic(recipe.path / "recipe.yaml", resolved(recipe))
         pipeline.run(recipe, command, arguments.redo, say=console.say)
     if command in ("run", "report"):
         _report(recipe.path)

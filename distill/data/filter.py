@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
 from distill.data.signals import SignalFormat
@@ -59,7 +59,7 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "control": recipe.control.enabled,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    stage = Stage(recipe.path, "dataset", config, inputs)
+    stage = Stage(recipe.path, "dataset", config, inputs, resolved(recipe))
     if stage.done(redo):
         return stage.manifest
     stage.begin(redo)

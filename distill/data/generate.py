@@ -18,7 +18,7 @@ import torch
 
 from distill import console
 from distill.config.data import TeacherSection
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
 from distill.data.provenance import teacher_source
@@ -58,9 +58,8 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "identity": teacher.identity(),
     }
     folder = recipe.path / "prompts"
-    stage = Stage(
-        recipe.path, "generations", config, {"prompts": input_fingerprint(folder, "generate RECIPE")}
-    )
+    inputs = {"prompts": input_fingerprint(folder, "generate RECIPE")}
+    stage = Stage(recipe.path, "generations", config, inputs, resolved(recipe))
     ranks = processes(device)
     if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest

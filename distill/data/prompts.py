@@ -18,7 +18,7 @@ from typing import Any
 
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.errors import UserError
 from distill.stages import Stage
 from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, parts, read_rows
@@ -36,7 +36,7 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     config = {"prompts": recipe.prompts.identity(), "seed": recipe.seed}
     if recipe.prompts.source != "tasks":
         config["source_hash"] = _hash_source(recipe.prompts.source)
-    stage = Stage(recipe.path, "prompts", config, inputs={})
+    stage = Stage(recipe.path, "prompts", config, {}, resolved(recipe))
     if stage.done(redo):
         otherwise = _read_otherwise(stage, recipe)
         if not otherwise:

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, pick_device
@@ -71,7 +71,7 @@ def _stage_of(
     if recipe.teacher:
         asked["teacher"] = recipe.teacher.chat_template_kwargs
     plan = replace(plan, template_arguments={name: given for name, given in asked.items() if given})
-    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs)
+    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs, resolved(recipe))
     return _run(stage, checkpoints, plan, teacher, redo)
 
 

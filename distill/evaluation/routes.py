@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.errors import UserError
+from distill.errors import RunError, UserError
 from distill.files import replacing
 from distill.models.routers import Router
 from distill.moe.recording import Decisions

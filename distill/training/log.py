@@ -117,7 +117,9 @@ def cut_back(path: Path, first: int) -> float:
             kept.append(line + "\n")
             last, seconds = step, spent
     if len(kept) < first:
-        console.warn(f"warning: {path} lacks {first - len(kept)} of the {first} steps that are done; curves have a gap")
+        console.warn(
+            f"warning: {path} lacks {first - len(kept)} of the {first} steps that are done; curves have a gap"
+        )
     if "".join(kept) != text:
         write_atomic(path, "".join(kept))
     return seconds
