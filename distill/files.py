@@ -111,6 +111,20 @@ def refusal(folder: Path, number: int, needed: int = 0) -> str:
     return f"{what}; choose another path, or remove what stands in the way, and run again"
 
 
+def system_problem(error: Exception) -> str | None:
+    """One line for an error of the system that nobody expected; None for one that is none."""
+    if isinstance(error, MemoryError):
+        return "out of memory; take smaller batches or a smaller model, or a larger machine, and run again"
+    number = system_error(error)
+    if number is None:
+        return None
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if number in (*_FULL, *_CLOSED, errno.EIO):
+        return refusal(Path(os.fsdecode(name)).parent if name else Path("."), number)
+    what = f"{shown(os.fsdecode(name))}: " if isinstance(name, (str, bytes)) else ""
+    return f"{what}{os.strerror(number)}; look at this path (-v shows where), and run again"
+
+
 def _free(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(existing(folder)).free:,} free"

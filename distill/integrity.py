@@ -31,6 +31,7 @@ COMMANDS = {
 # What a stage's folder holds besides rows and weights and is read again. Pages (.html) are made from these, and a
 # card (.md) is for people: evaluation writes its scores into it.
 _RECORDS = (".json", ".jsonl", ".jinja", ".txt", ".model")
+_SEAL = "# checksum of the lines above: "
 _hashed: dict[tuple[str, int, int], str] = {}  # (path, bytes, time of change): hash
 
 
@@ -63,6 +64,17 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(sealed, indent=2, ensure_ascii=False) + "\n")
 
 
+def sealed_text(text: str) -> str:
+    """A text file of lines, with a last one, a YAML comment, that holds the checksum of those above."""
+    return f"{text}{_SEAL}{fingerprint(text)}\n"
+
+
+def unsealed(text: str) -> tuple[str, bool]:
+    """(the text without its seal, whether it is as it was written); one that was never sealed is."""
+    body, seal, checksum = text.rpartition(_SEAL)
+    return (body, checksum.strip() == fingerprint(body)) if seal else (text, True)
+
+
 # ---- reading -----------------------------------------------------------------------------------------
 
 
@@ -79,9 +91,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A stage's manifest. Raises UserError where it is missing or damaged, or its fingerprint is not its own."""
     path = folder / MANIFEST
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or "fingerprint" not in manifest:
+    if not isinstance(manifest, dict):
         raise UserError(f"{path} is no manifest of a stage; delete it and {_remake(folder, None)}")
-    if not {"config", "inputs", "files"} <= set(manifest):
+    if not {"config", "inputs", "files", "fingerprint"} <= set(manifest):
         return manifest
     identity = {"config": manifest["config"], "inputs": manifest["inputs"]}
     if fingerprint({"identity": identity, "files": manifest["files"]}) != manifest["fingerprint"]:
@@ -92,15 +104,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_folder(folder: Path) -> None:
+def verify_folder(folder: Path, but: str | None = None) -> None:
     """Every file of the folder's manifest is as it was written; a missing one is for its reader to tell.
 
-    Without a manifest nothing is known. Raises UserError.
+    `but`: the ending of files that are not going to be read. Without a manifest nothing is known. Raises UserError.
     """
     if not (folder / MANIFEST).is_file():
         return
     manifest = read_manifest(folder)
-    if problems := [_problem(path, folder, manifest.get("stage")) for path in _changed(folder, manifest)]:
+    if problems := [_problem(p, folder, manifest.get("stage")) for p in _changed(folder, manifest, but)]:
         raise UserError(*problems)
 
 
@@ -111,10 +123,11 @@ def remove_changed(folder: Path) -> None:
             path.unlink()
 
 
-def _changed(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+def _changed(folder: Path, manifest: dict[str, Any], but: str | None = None) -> list[Path]:
     recorded = {**manifest.get("files", {}), **manifest.get("records", {})}
     found = {folder / name: entry for name, entry in recorded.items()}
-    return [path for path, entry in found.items() if path.is_file() and not same(path, entry)]
+    read = {path: entry for path, entry in found.items() if not (but and path.name.endswith(but))}
+    return [path for path, entry in read.items() if path.is_file() and not same(path, entry)]
 
 
 def same(path: Path, entry: dict[str, Any]) -> bool:

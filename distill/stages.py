@@ -47,6 +47,7 @@ from distill.integrity import (
     read_manifest,
     record_entries,
     remove_changed,
+    sealed_text,
     verify_folder,
     write_sealed,
 )
@@ -75,13 +76,18 @@ def input_fingerprint(folder: Path, command: str) -> str:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill {command}` first")
     verify_folder(folder)
-    return read_manifest(folder)["fingerprint"]
+    found = read_manifest(folder).get("fingerprint")
+    if not isinstance(found, str):
+        raise UserError(
+            f"{folder / MANIFEST} has no fingerprint; delete it and run `distill {command}` again"
+        )
+    return found
 
 
 def write_record(path: Path, text: str) -> None:
-    """A text file, replaced where it says something else."""
-    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
-        write_atomic(path, text)
+    """A text file with its checksum, replaced where it says something else."""
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != sealed_text(text):
+        write_atomic(path, sealed_text(text))
 
 
 def stored_date(run_dir: Path) -> datetime.date | None:

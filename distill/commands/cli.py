@@ -98,3 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception as error:
+        from distill.files import system_problem
+
+        if (problem := system_problem(error)) is None:
+            raise  # a bug of ours, which should look like one
+        if console.verbose():
+            traceback.print_exception(error)
+        console.warn(problem)
+        return 1

@@ -20,6 +20,7 @@ from distill.config.recipe import Recipe, load_recipe
 from distill.data.terms import terms_lines
 from distill.errors import RunError, UserError
 from distill.files import remove_dead, replacing
+from distill.integrity import verify_folder
 from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
 
 # The hub's own size classes: https://github.com/huggingface/hub-docs/blob/main/datasetcard.md
@@ -153,6 +154,7 @@ def _finished_dataset(run_dir: Path) -> Path:
     folder = run_dir / "dataset"
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill filter RECIPE` first")
+    verify_folder(folder)
     return folder
 
 

@@ -21,6 +21,7 @@ from distill.data.signals import STORED, SignalFormat, signal_problems
 from distill.data.terms import require_permission
 from distill.devices import describe_device
 from distill.doctor import memory as footprint
+from distill.doctor import needs
 from distill.doctor import student as student_checks
 from distill.doctor import tokens as token_checks
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, findings_of
@@ -42,6 +43,12 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     found = findings_of("device", _device, pair)
     if any(f.state == FAIL for f in found):
         return found  # nothing below can be judged for a device that is not there
+    for name, check in (
+        ("run_dir", needs.run_folder),
+        ("packages", needs.packages),
+        ("problems", needs.problems),
+    ):
+        found += findings_of(name, check, pair)
     models = [f for side in pair.sides for f in findings_of("models", _model, side, weights)]
     found += models
     if recipe.teacher and recipe.teacher.endpoint:
@@ -65,7 +72,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     ]
     if pair.does("train"):
         checks += [("trained", student_checks.trained), ("experts", student_checks.expert_findings)]
-    checks.append(("memory", footprint.memory))
+    checks += [("evaluation", needs.measured), ("control", needs.references), ("memory", footprint.memory)]
     for name, check in checks:
         found += findings_of(name, check, pair)
     return found

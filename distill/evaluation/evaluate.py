@@ -108,7 +108,16 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
     """Everything that can be wrong with what is asked, found before any model is loaded. Raises UserError."""
     if not problems:
         raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
-    if section.likelihood:
+    check_measured(problems, section)
+    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+
+
+def check_measured(problems: list[dict] | None, section: Evaluate) -> None:
+    """The parts of an evaluation besides its problems: choices, text files, the harness. Raises UserError.
+
+    `problems`: those that are known, None where they are on the hub.
+    """
+    if section.likelihood and problems is not None:
         if not choice_problems(problems):
             raise UserError(
                 "likelihood needs multiple-choice problems (prompts.verifier=choice, or the presets mmlu, gpqa, "
@@ -120,7 +129,8 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
         from distill.evaluation.harness import check_harness
 
         check_harness(section)
-    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+    for path in section.text:
+        read_documents(path)
 
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:

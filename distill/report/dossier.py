@@ -38,6 +38,8 @@ from markupsafe import Markup
 from distill.errors import UserError
 from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import METRICS_VERSION
+from distill.files import remove_dead
+from distill.integrity import verify_folder
 from distill.report import figures as draw
 from distill.report.drawing import LONGEST_TEXT, layer_labels
 from distill.report.experts import changes_view, moe_view, precision_view
@@ -246,6 +248,7 @@ def _script() -> tuple[Markup, str]:
 
 def build_dossier(out_dir: Path) -> Path:
     """Writes `out_dir/dossier.html` (whole or not at all) and returns its path. `UserError` as `read_evaluation`."""
+    verify_folder(out_dir)
     evaluation = read_evaluation(out_dir)
     models = evaluation.models
     tasks = tasks_of(evaluation)
@@ -289,6 +292,7 @@ def build_dossier(out_dir: Path) -> Path:
         )
     )
     path = evaluation.path / "dossier.html"
+    remove_dead(path.parent, path.name)
     write_atomic(path, page)
     return path
 

@@ -24,6 +24,8 @@ from markupsafe import Markup
 from distill.data.ledger import STAGES
 from distill.errors import UserError
 from distill.evaluation.schema import METRICS_VERSION
+from distill.files import remove_dead
+from distill.integrity import unsealed, verify_folder
 from distill.report import drawing
 from distill.report import figures as draw
 from distill.report.numbers import NB, absent, p_value, percent, points
@@ -91,6 +93,8 @@ def read_run(run_dir: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with {fix}")
     metrics = read_json(path)
+    for stage in (*STAGES, "eval"):
+        verify_folder(run_dir / stage, but=".safetensors")
     version = metrics.get("schema_version")
     if version != METRICS_VERSION:
         raise UserError(f"{path} has schema_version {version}, not {METRICS_VERSION}; redo it with {fix}")
@@ -99,7 +103,7 @@ def read_run(run_dir: Path) -> Run:
     recipe = run_dir / "recipe.yaml"
     return Run(
         path=run_dir,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=unsealed(recipe.read_text(encoding="utf-8"))[0] if recipe.is_file() else None,
         manifests={stage: read_json(path) for stage, path in manifests.items() if path.is_file()},
         metrics=metrics,
         curves={stage: rows for stage, rows in curves.items() if rows},
@@ -320,5 +324,6 @@ def build_report(run_dir: Path) -> Path:
         versions=version_rows(run),
     )
     path = run.path / "report.html"
+    remove_dead(path.parent, path.name)
     write_atomic(path, page)
     return path
