@@ -8,6 +8,7 @@ A temporary file or folder is named `.NAME.tmpPID`. Whoever holds the lock of a 
 elsewhere only those whose process is gone.
 """
 
+import difflib
 import errno
 import os
 import re
@@ -190,6 +191,17 @@ def check_targets(**targets: str | Path | None) -> None:
             problems.append(f"--{key.replace('_', '-')} {shown(path)} {problem}")
     if problems:
         raise UserError(*problems)
+
+
+def like_it(path: str | Path) -> str:
+    """`; did you mean 'NAME'?`, of what lies beside a path that is not there; "" for nothing like it."""
+    wanted = Path(path)
+    try:
+        beside = [p.name for p in wanted.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(wanted.name, beside, n=1, cutoff=0.7)
+    return f", did you mean '{shown(wanted.parent / close[0])}'?" if close else ""
 
 
 def shown(path: str | Path, most: int = 80) -> str:

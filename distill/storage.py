@@ -9,6 +9,7 @@ the first missing part; a folder without `manifest.json` is unfinished, and no s
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ PROJECT_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
 def find_file(path: str) -> Path:
     """A recipe or shipped checkpoint named relative to here, or else to the project folder."""
     here = Path(path)
-    if not here.exists() and not here.is_absolute() and (PROJECT_ROOT / here).exists():
+    # os.path says no, and Path raises, where a name is too long or has a NUL character.
+    if not os.path.exists(here) and not here.is_absolute() and os.path.exists(PROJECT_ROOT / here):
         return PROJECT_ROOT / here
     return here
 

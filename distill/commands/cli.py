@@ -55,6 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Arguments with options and key=value overrides in any order (argparse alone stops at the first option)."""
     parser = build_parser()
     words = sys.argv[1:] if argv is None else argv
+    if any("\0" in word for word in words):
+        parser.error("an argument has a NUL character, which no path and no text holds; take it out")
     command = next((word for word in words if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         parser.error(f"there is no command '{command}'{nearest(command, COMMANDS)}")

@@ -16,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
@@ -46,7 +47,8 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
                 f"{stage.folder} was made when numbers, dates and missing values of files were guessed, and reads "
                 f"otherwise today ({otherwise}); rebuild it with --redo, or keep it and set another run_dir"
             )
-    rows = training_prompts(recipe.prompts, recipe.seed)
+    with console.slow("reading the prompts"):
+        rows = training_prompts(recipe.prompts, recipe.seed)
     if not rows:
         raise UserError("the recipe selects no prompts; raise prompts.levels or prompts.limit")
     stage.begin(redo)
@@ -86,7 +88,8 @@ def training_prompts(section: Prompts, seed: int) -> list[dict]:
 def task_prompts(split: str, levels: dict[str, int], section: Prompts, seed: int) -> list[dict]:
     """Rows of the embedded tasks. Held-out splits never repeat a prompt, whatever `distinct` says."""
     distinct = section.distinct or split != "train"
-    problems = sample_problems(split, levels, seed, section.families, distinct)
+    with console.slow(f"drawing {sum(levels.values()):,} problems"):
+        problems = sample_problems(split, levels, seed, section.families, distinct)
     return [
         {
             "prompt_id": p.prompt_id if distinct else f"{p.prompt_id}-{i}",

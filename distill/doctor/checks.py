@@ -28,6 +28,7 @@ from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, fin
 from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
 from distill.models.load import check_model, check_weights, resolve_model, tokenizer_fingerprint
+from distill.tasks.problems import FAMILIES
 
 
 def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:
@@ -81,6 +82,8 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
 def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch.device) -> list[Finding]:
     """The same of checkpoints that are only measured, `models` by name: what each reads, its context, its memory."""
     found = []
+    if section.levels:
+        found += needs.enough("--problems", section.levels, list(FAMILIES), section.split)
     for name, path in models.items():
         side = model_side("checkpoint", path)
         loaded = findings_of("models", _model, side, True)
@@ -90,9 +93,9 @@ def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch
         found += token_checks.missing_template(side)
         short = token_checks.fits(side, "--max-new-tokens", section.max_new_tokens, "held-out", None)
         found += [short] if short else []
-        has, needs = footprint.device_memory(device), side.facts["weight_bytes"]
-        if needs > has:
-            text = f"{name}: weights of {footprint.gigabytes(needs)}, and the device has {footprint.gigabytes(has)}"
+        has, wants = footprint.device_memory(device), side.facts["weight_bytes"]
+        if wants > has:
+            text = f"{name}: weights of {footprint.gigabytes(wants)}, and the device has {footprint.gigabytes(has)}"
             found.append(Finding("memory", FAIL, text, "take a larger device or a smaller model"))
     return found
 

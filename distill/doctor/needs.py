@@ -71,11 +71,9 @@ def enough(
     asked = sum(levels.values())
     if not asked or not families:
         where = "prompts.families names none" if not families else f"{key} asks for 0"
-        return [
-            Finding(
-                "problems", FAIL, f"{where}: there are no problems", f"{key}='{{easy: 100}}', for example"
-            )
-        ]
+        example = "100" if key.startswith("-") else "'{easy: 100}'"
+        text = f"{where}: there are no problems"
+        return [Finding("problems", FAIL, text, f"set {key} to {example}, for example")]
     if asked > MOST_ROWS:
         text = f"{key} asks for {asked:,} problems, which are held in memory"
         return [Finding("problems", FAIL, text, f"at most {MOST_ROWS:,} in all")]

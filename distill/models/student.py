@@ -21,6 +21,7 @@ from transformers import (
 from distill.config.training import StudentSection
 from distill.errors import UserError
 from distill.files import sync_all, write_atomic, writing
+from distill.models.folders import check_config, refusing
 from distill.models.load import load_config, load_model, load_tokenizer, resolve_model
 from distill.models.lora import add_lora, plan_lora
 from distill.models.quantize import check_quantize
@@ -56,11 +57,9 @@ def student_config(section: StudentSection) -> PreTrainedConfig:
     if section.model is not None:
         return load_config(section.model)
     tokenizer = student_tokenizer(section)
-    try:
+    check_config(section.config, "student.config")
+    with refusing("student.config", "correct it"):  # each config class validates in its own way
         return _fitted(section.config, tokenizer)
-    except Exception as error:  # each config class validates in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"student.config: {reason}; correct it") from None
 
 
 def student_skeleton(section: StudentSection) -> PreTrainedModel:
