@@ -18,7 +18,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.files import write_atomic
-from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, read_json
+from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, hash_once, read_json
 
 COMMANDS = {
     "prompts": "generate",
@@ -32,7 +32,6 @@ COMMANDS = {
 # card (.md) is for people: evaluation writes its scores into it.
 _RECORDS = (".json", ".jsonl", ".jinja", ".txt", ".model")
 _SEAL = "# checksum of the lines above: "
-_hashed: dict[tuple[str, int, int], str] = {}  # (path, bytes, time of change): hash
 
 
 # ---- writing -----------------------------------------------------------------------------------------
@@ -76,15 +75,6 @@ def unsealed(text: str) -> tuple[str, bool]:
 
 
 # ---- reading -----------------------------------------------------------------------------------------
-
-
-def hash_once(path: Path) -> str:
-    """The hash of a file, from memory where this process has read it and it has not changed since."""
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if key not in _hashed:
-        _hashed[key] = hash_file(path)
-    return _hashed[key]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -135,12 +135,12 @@ def changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"] or _hash_once(path) != entry["hash"]:
+        elif path.stat().st_size != entry["bytes"] or hash_once(path) != entry["hash"]:
             problems.append(f"{path} was changed: its hash is not the recorded one")
     return problems
 
 
-def _hash_once(path: Path) -> str:
+def hash_once(path: Path) -> str:
     """`hash_file`, once in a process for a file that stays as it is: an adapter's base is asked for at every step."""
     state = path.stat()
     return _hash_as_it_was(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)

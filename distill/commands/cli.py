@@ -61,12 +61,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if command is not None and command not in COMMANDS:
         parser.error(f"there is no command '{command}'{nearest(command, COMMANDS)}")
     arguments, rest = parser.parse_known_args(words)
-    collected = getattr(arguments, "overrides", getattr(arguments, "targets", None))
-    unknown = [word for word in rest if word.startswith("-") or collected is None]
+    collects = next((name for name in ("overrides", "targets") if hasattr(arguments, name)), None)
+    unknown = [word for word in rest if word.startswith("-") or collects is None]
     if unknown:
         parser.error(_unrecognized(parser, arguments.command, unknown))
-    if collected is not None:
-        collected.extend(rest)
+    if collects:
+        setattr(arguments, collects, [*getattr(arguments, collects), *rest])
     arguments.parser = parser  # the whole of it, for `completion`
     return arguments
 
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exception(error)
         # Under a launcher every process finds the same mistake; one of them says so.
         for problem in error.problems:
-            console.warn(problem)
+            # What a user wrote may be of any length; the fix stands at the end.
+            console.warn(problem if len(problem) <= 1000 else f"{problem[:600]} ... {problem[-380:]}")
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndistill: interrupted; the same command continues where it stopped", file=sys.stderr)

@@ -32,7 +32,11 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override any key, as train.steps=200"
+        "overrides",
+        nargs="*",
+        default=[],  # with one, argparse does not count it among the arguments that are required
+        metavar="key=value",
+        help="override any key, as train.steps=200",
     )
     pair_arguments(parser)
 

@@ -31,7 +31,13 @@ _AMOUNTS = {
 def cost_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", nargs="?", metavar="deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE")
-    add("overrides", nargs="*", metavar="key=value", help="with a RECIPE, as prices.usd_per_device_hour=2")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="with a RECIPE, as prices.usd_per_device_hour=2",
+    )
     add("--usd-per-hour", type=amount, metavar="USD", help="price of one device-hour, before the recipe's")
     add("--break-even", action="store_true", help="distil, train directly, or keep calling the teacher")
     group = parser.add_argument_group("with --break-even", "amounts in one unit; a run tells most of them")

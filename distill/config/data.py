@@ -178,9 +178,13 @@ class Endpoint(Section):
     @model_validator(mode="after")
     def _no_secrets(self):
         # The recipe is stored with the run. Neither message may repeat what was written.
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
-            raise ValueError("`base_url` must be like http://localhost:8000/v1")
+        try:
+            url = urlsplit(self.base_url)
+            known = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # a port or an address that is none
+            known = False
+        if not known:
+            raise ValueError("`base_url` must be like http://localhost:8000/v1; correct it")
         if url.username or url.password or url.query or url.fragment:
             raise ValueError(
                 "`base_url` holds a user or a query; the key belongs in the variable `api_key_env`"

@@ -21,6 +21,7 @@ from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
 from distill.errors import UserError
+from distill.files import like_it
 from distill.stages import Stage
 from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, parts, read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
@@ -288,7 +289,7 @@ def _read_source(source: str, section: Prompts) -> Table:
         forms = ", ".join(FORMS)
         raise UserError(f"prompts.source='{source}': give 'tasks', a {forms} file or 'hub:org/name'")
     if not path.is_file():
-        raise UserError(f"prompts.source: file '{source}' not found")
+        raise UserError(f"prompts.source: file '{source}' not found{like_it(path)}; give one that is there")
     return read_table(path, section.limit)
 
 
@@ -314,5 +315,7 @@ def _hash_source(source: str) -> str | None:
         return None
     path = find_file(source)
     if not path.is_file():
-        raise UserError(f"prompts.source: '{source}' is neither 'tasks' nor a file")
+        raise UserError(
+            f"prompts.source: '{source}' is neither 'tasks' nor a file{like_it(path)}; give one of them"
+        )
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from distill.data.ledger import STAGES
 from distill.errors import UserError
 from distill.evaluation.schema import METRICS_VERSION
-from distill.files import remove_dead
+from distill.files import like_it, remove_dead
 from distill.integrity import unsealed, verify_folder
 from distill.report import drawing
 from distill.report import figures as draw
@@ -88,7 +88,9 @@ def read_run(run_dir: Path) -> Run:
     """Reads a run folder. `UserError` where it or its evaluation is missing, damaged or of another schema."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is missing; make it with `distill run RECIPE run_dir={run_dir}`")
+        raise UserError(
+            f"{run_dir} is missing{like_it(run_dir)}; make it with `distill run RECIPE run_dir={run_dir}`"
+        )
     path, fix = run_dir / "eval" / "metrics.json", f"`distill evaluate RECIPE run_dir={run_dir}`"
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with {fix}")

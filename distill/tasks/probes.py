@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.files import like_it
 from distill.storage import write_atomic
 from distill.tasks.conversations import conversation
 from distill.tasks.reading import json_lines, text_of
@@ -77,7 +78,9 @@ def load_probes(path: str | Path) -> list[Probe]:
     """Probes of a JSONL file. Raises UserError with every bad row, one line each."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"probes: file '{path}' not found; --probes embedded uses those of the embedded pair")
+        raise UserError(
+            f"probes: file '{path}' not found{like_it(file)}; --probes embedded uses those of the embedded pair"
+        )
     problems: list[str] = []
     probes: list[Probe] = []
     seen: set[str] = set()
@@ -91,7 +94,7 @@ def load_probes(path: str | Path) -> list[Probe]:
             seen.add(probe.probe_id)
             probes.append(probe)
         except (ValueError, TypeError) as error:  # odd types of values too
-            problems.append(f"{path}: line {number}: {error}")
+            problems.append(f"{path}: line {number}: {error}; correct the line")
     if not problems and not probes:
         problems.append(f"{path} has no probes; a row is like {{'probe_id': ..., 'flaw': ..., 'kind': ...}}")
     if problems:

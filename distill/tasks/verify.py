@@ -117,7 +117,7 @@ def check_pattern(pattern: str) -> None:
     except ValueError as error:
         raise ValueError(f"`pattern` {error}") from None
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"`pattern` is not a regular expression: {error}") from None
+        raise ValueError(f"`pattern` is not a regular expression: {error}; correct it") from None
 
 
 def matches(answer: str, reference: str) -> bool:

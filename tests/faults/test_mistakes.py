@@ -27,7 +27,9 @@ def attempt(capsys, *words: Any) -> tuple[int, str]:
         code = main([str(word) for word in words])
     except SystemExit as left:  # argparse's own way
         code = left.code
-    return code, capsys.readouterr().err
+    said = capsys.readouterr()
+    # A doctor's findings are what was asked for, on standard output.
+    return code, said.err + "".join(f"distill: {x}\n" for x in said.out.splitlines() if words[0] == "doctor")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -40,7 +42,7 @@ def contents(folder: Path) -> dict[str, str]:
 # What a line says when it names a way out.
 FIX = re.compile(
     r"; |did you mean|give|set |use |add |install|choose|correct|leave|valid|should be|lower|raise|at (least|most)|"
-    r"usage:|required|allowed|name |only|see "
+    r"usage:|required|allowed|name |only|see |must be|for example|expected|goes with|is not .* or |has no"
 )
 
 
@@ -114,16 +116,32 @@ def test_no_number_of_a_recipe_may_be_odd(key, place, tmp_path, capsys):
     extra = ["teacher.endpoint.base_url=http://127.0.0.1:9/v1"] if key in TEACHER_ONLY else []
     for value in NUMBERS:
         if value.startswith("[") and key in ("train.betas", "evaluate.interventions.top_k"):
-            value = "[1.0, 1.0]"
+            value = "[1.0, 1.0, 0.0]"
         refused(capsys, tmp_path, "generate", path, *extra, f"{key}={value}")
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_zero_is_refused_or_means_something(key, place, tmp_path, capsys):
-    """Where 0 is allowed the command goes on to the stage, which has no dataset here and says so."""
+    """Where 0 is allowed the command goes on, finds no evaluation to report, and says so."""
     path, _ = place
     extra = ["teacher.endpoint.base_url=http://127.0.0.1:9/v1", "teacher.endpoint.api_key_env=null"]
-    refused(capsys, tmp_path, "train", path, *(extra if key in TEACHER_ONLY else []), f"{key}=0")
+    refused(capsys, tmp_path, "report", path, *(extra if key in TEACHER_ONLY else []), f"{key}=0")
+
+
+def test_all_zeros_that_are_allowed_together(place, tmp_path, capsys):
+    from distill.config.recipe import load_recipe
+    from distill.errors import UserError
+
+    path, _ = place
+    zeros = []
+    for key in KEYS:
+        try:
+            load_recipe(path, [*zeros, f"{key}=0"])
+        except UserError:
+            continue
+        zeros.append(f"{key}=0")
+    assert len(zeros) > 15
+    refused(capsys, tmp_path, "train", path, *zeros)
 
 
 PATHS = ("run_dir", "prompts.source", "evaluate.source", "evaluate.text", "evaluate.harness_include",
@@ -143,7 +161,7 @@ VALUES = {
     "number": "7",
     "surrogate": '"\\ud800"',
 }
-SOUND = {("run_dir", "folder"), ("run_dir", "nothing"), ("student.tokenizer", "folder")}
+SOUND = {("run_dir", "folder"), ("run_dir", "nothing"), ("evaluate.source", "empty")}
 
 
 @pytest.mark.parametrize("key, kind", [p for p in itertools.product(PATHS, VALUES) if p not in SOUND])
@@ -443,7 +461,7 @@ def test_the_table(row, place, tmp_path, capsys, hub, monkeypatch):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(text)
     words = [word.format(tmp_path, path, hub["llama"]) for word in row.split()]
-    if words[0] == "init" and not words[1].startswith("/"):
+    if words[0] == "init" and not words[-1].startswith("/"):
         monkeypatch.chdir(tmp_path)
     refused(capsys, tmp_path, *words)
 
