@@ -18,7 +18,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.files import write_atomic
-from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, hash_once, read_json
+from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, read_json, same
 
 COMMANDS = {
     "prompts": "generate",
@@ -120,10 +120,6 @@ def _changed(folder: Path, manifest: dict[str, Any], but: str | None = None) -> 
     return [path for path, entry in read.items() if path.is_file() and not same(path, entry)]
 
 
-def same(path: Path, entry: dict[str, Any]) -> bool:
-    return path.stat().st_size == entry["bytes"] and hash_once(path) == entry["hash"]
-
-
 def _problem(path: Path, folder: Path, stage: str | None) -> str:
     return (
         f"{path} is damaged: it is not what the stage '{stage}' wrote (its hash is another); "
@@ -137,8 +133,8 @@ def verify_source(source: dict[str, Any] | None, folder: Path, user: str) -> Non
         path = folder / name
         if path.is_file() and not same(path, entry):
             raise UserError(
-                f"{path} is not the file that {user} was made with (its hash is another); put that one back, or "
-                "make the run anew with --redo"
+                f"{path} is not the file that {user} used (its hash is another); put that one back, or make the run "
+                "anew from that stage with --redo"
             )
 
 

@@ -135,9 +135,14 @@ def changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"] or hash_once(path) != entry["hash"]:
+        elif not same(path, entry):
             problems.append(f"{path} was changed: its hash is not the recorded one")
     return problems
+
+
+def same(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the file is the one of a recorded {"bytes", "hash"}."""
+    return path.stat().st_size == entry["bytes"] and hash_once(path) == entry["hash"]
 
 
 def hash_once(path: Path) -> str:

@@ -28,10 +28,20 @@ from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
+from distill.integrity import verify_source
 from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
-from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
+from distill.storage import (
+    ANSWER_SCHEMA,
+    MANIFEST,
+    PartWriter,
+    find_file,
+    fingerprint,
+    read_json,
+    read_table,
+    write_json,
+)
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
 
@@ -51,9 +61,20 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if recipe.evaluate.models:
         checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
     local = "teacher" in checkpoints
-    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo)
+    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo, _sources(run))
     refresh_cards(run, recipe.prices.usd_per_device_hour)
     return manifest
+
+
+def _sources(run: Path) -> list[tuple[dict[str, Any], str]]:
+    """(what was recorded of a model, who used it then), of the base and of the teacher."""
+    kept = [(run / "student", "base_source"), (run / "generations", "teacher_source")]
+    found = [
+        (read_json(folder / MANIFEST).get(key), f"the stage '{folder.name}'")
+        for folder, key in kept
+        if (folder / MANIFEST).is_file()
+    ]
+    return [(source, user) for source, user in found if source and "files" in source]
 
 
 def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = False) -> dict[str, Any]:
@@ -62,7 +83,12 @@ def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = Fal
 
 
 def _stage_of(
-    recipe: Recipe, checkpoints: dict[str, str], inputs: dict, teacher: str | None, redo: bool
+    recipe: Recipe,
+    checkpoints: dict[str, str],
+    inputs: dict,
+    teacher: str | None,
+    redo: bool,
+    sources: list[tuple[dict[str, Any], str]] = (),
 ) -> dict:
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     device = pick_device(recipe.device, recipe.threads)
@@ -72,7 +98,7 @@ def _stage_of(
         asked["teacher"] = recipe.teacher.chat_template_kwargs
     plan = replace(plan, template_arguments={name: given for name, given in asked.items() if given})
     stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs, resolved(recipe))
-    return _run(stage, checkpoints, plan, teacher, redo)
+    return _run(stage, checkpoints, plan, teacher, redo, sources)
 
 
 def evaluate_checkpoints(
@@ -155,9 +181,19 @@ def _reads_the_clock(plan: Plan, name: str, path: str) -> bool:
         return False
 
 
-def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, redo: bool) -> dict:
+def _run(
+    stage: Stage,
+    checkpoints: dict[str, str],
+    plan: Plan,
+    teacher: str | None,
+    redo: bool,
+    sources: list[tuple[dict[str, Any], str]] = (),
+) -> dict:
     if stage.done(redo):
         return stage.manifest
+    for source, user in sources:  # an adapter on another base is another model
+        if source["model"] in checkpoints.values():
+            verify_source(source, find_file(source["model"]), user)
     for path in checkpoints.values():  # all of them before any weight is loaded: mistakes surface in a second
         check_model(path)
     if plan.section.interventions.any:
