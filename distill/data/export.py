@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from distill.config.recipe import Recipe, load_recipe
-from distill.data.terms import terms_lines
+from distill.data.terms import in_card, terms_lines
 from distill.errors import RunError, UserError
 from distill.files import remove_dead, replacing
 from distill.integrity import verify_folder
@@ -57,7 +57,7 @@ def write_card(recipe: Recipe, folder: Path, counts: dict[str, Any], terms: dict
             {"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]},
         ],
     }
-    lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {front['pretty_name']}", ""]
+    lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {in_card(front['pretty_name'])}", ""]
     lines += [
         *_origin(recipe, terms),
         "",
@@ -87,7 +87,7 @@ def _origin(recipe: Recipe, terms: dict[str, Any] | None) -> list[str]:
     questions = (
         "procedurally generated problems (`distill/tasks/problems.py`)"
         if source == "tasks"
-        else f"`{source}`"
+        else f"`{in_card(source)}`"
     )
     if recipe.teacher is None:
         return [
@@ -111,7 +111,7 @@ def _origin(recipe: Recipe, terms: dict[str, Any] | None) -> list[str]:
     )
     return [
         f"- questions: {questions}",
-        f"- answers: `{recipe.teacher.model}`, {sampling.samples} per question",
+        f"- answers: `{in_card(recipe.teacher.model)}`, {sampling.samples} per question",
         f"- sampling: {drawn}, at most {sampling.max_new_tokens} tokens; seed {recipe.seed}",
         "",
         *stated,
