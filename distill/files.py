@@ -102,14 +102,19 @@ def system_error(error: BaseException) -> int | None:
 
 def refusal(folder: Path, number: int, needed: int = 0) -> str:
     """One line: which folder, why, and what to do. needed: bytes, 0 where nobody knows."""
-    what = f"cannot write {folder}: {os.strerror(number)}"
+    why = os.strerror(number)
     if number in _FULL:
-        asked = f"{needed:,} bytes needed in {folder}, " if needed else f"in {folder}, "
-        return f"{what}; free some space and run again ({asked}{_free(folder)}), finished parts are kept"
+        asked = f"{needed:,} bytes needed in {folder}" if needed else f"in {folder}"
+        return (
+            f"cannot write {folder}: {why}; free some space and run again ({asked}, {_free(folder)} free), finished "
+            "parts are kept"
+        )
     if number in _CLOSED:
         size = f" ({needed:,} bytes)" if needed else ""
-        return f"{what}; make {folder} writable{size}, or choose another folder, and run again"
-    return f"{what}; choose another path, or remove what stands in the way, and run again"
+        return f"cannot write {folder}: {why}; make {folder} writable{size}, or choose another folder, and run again"
+    return (
+        f"cannot write {folder}: {why}; choose another path, or remove what stands in the way, and run again"
+    )
 
 
 def system_problem(error: Exception) -> str | None:
@@ -128,9 +133,9 @@ def system_problem(error: Exception) -> str | None:
 
 def _free(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(existing(folder)).free:,} free"
+        return f"{shutil.disk_usage(existing(folder)).free:,}"
     except OSError:
-        return "none free"
+        return "nothing"
 
 
 # ---- before work begins ------------------------------------------------------------------------------

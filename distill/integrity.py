@@ -6,9 +6,9 @@
 
     verify_folder(folder)   # raises UserError naming the first file that changed, who wrote it and how to remake it
 
-A file is hashed once per process, as long as its size and time of change stay: BLAKE2b reads about 1 GB a second, so
-100 MB cost 0.1 s, and the bytes are in memory when they are parsed. A folder without a manifest says nothing of
-itself, and old manifests have `files` alone.
+A file is hashed once per process, as long as its size and time of change stay: BLAKE2b reads 0.8 GB a second, so
+100 MB cost 0.13 s of one core, and the bytes are in memory when they are parsed. A folder without a manifest says
+nothing of itself, and old manifests have `files` alone.
 """
 
 import json
