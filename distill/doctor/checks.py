@@ -151,7 +151,7 @@ def _terms(pair: Pair) -> list[Finding]:
 def _prompts(pair: Pair) -> list[Finding]:
     """What is wrong with the files of training prompts and of held-out problems that the command reads: all of it."""
     found = []
-    for work, which in (("generate", "training_prompts"), ("evaluate", "test_prompts")):
+    for work, which in (("generate", "training_rows"), ("evaluate", "test_rows")):
         if pair.does(work):
             try:
                 getattr(pair, which)
