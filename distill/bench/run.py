@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -273,6 +274,14 @@ def start_worker(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console.set_verbosity(-1)
     console.hush_foreign_bars()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """A worker whose bench was killed would go on for hours, and hold the folder that the next bench wants."""
+    parent.join()
+    os._exit(1)
 
 
 def prepare(section: Prepared | None) -> None:

@@ -4,12 +4,17 @@ The children are forked from one warm process, so that a kill lands in the work 
 in the ordinary suite; `pytest -m slow tests/faults/test_kills.py` does 300, DISTILL_KILLS=1000 as many.
 """
 
+import fcntl
 import json
 import os
+import re
 import subprocess
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import PYTHON, ROOT
 
 from distill.files import is_leftover
@@ -23,6 +28,24 @@ from distill.commands.cli import main
 import distill.training.arms, distill.evaluation.evaluate, distill.data.filter, distill.data.generate
 import distill.report.report, distill.report.dossier, distill.bench.run
 import peft, transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe
+from concurrent.futures import Future
+
+class Inline:  # a bench's tasks in this process: a worker of its own would import torch anew after every kill
+    def __init__(self, *_, initializer, initargs):
+        initializer(*initargs)
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        return False
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+distill.bench.run.ProcessPoolExecutor = Inline
 signals, kills, seed, longest = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 command = sys.argv[5:]
 rng = random.Random(seed)
@@ -36,11 +59,21 @@ def child():
         os._exit(main(command))
     return pid
 
+def worked(pid):  # seconds of work of a child: on a busy machine the clock says nothing of how far it is
+    try:
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.monotonic() - begun
+
 landed = 0
 while landed < kills:
-    pid = child()
-    time.sleep(rng.uniform(0.02, longest))
-    done, status = os.waitpid(pid, os.WNOHANG)
+    pid, begun, goal, done = child(), time.monotonic(), rng.uniform(0.02, longest), 0
+    while not done and worked(pid) < goal and time.monotonic() < begun + 60 * longest:
+        time.sleep(rng.uniform(0.001, 0.004))
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        done, status = os.waitpid(pid, os.WNOHANG)
     if done:
         assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
         break
@@ -67,7 +100,11 @@ def survive(signals: str, kills: int, *command, longest: float = 0.5, seed: int 
 # ---- what is compared: every file, but for times -----------------------------------------------------
 
 TIMES = {"seconds", "gflops", "mfu", "energy", "decode_tokens_per_second", "usd", "fingerprint", "checksum", "hash",
-         "peak_memory_bytes", "records", "files", "speed", "prefill_seconds", "inputs", "bytes"}  # fmt: skip
+         "peak_memory_bytes", "records", "files", "speed", "prefill_seconds", "inputs", "bytes",
+         "bench", "recipes"}  # fmt: skip
+
+
+TIMED = re.compile("second|usd|speed|gflops|kwh|mfu|peak_memory")
 
 
 def timeless(value, run: Path):
@@ -88,11 +125,14 @@ def compared(run: Path) -> dict[str, object]:
     found = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
-        if path.suffix == ".json":
+        if path.suffix == ".json" and path.name != "clock.json":
             found[name] = timeless(read_json(path), run)
         elif path.suffix == ".jsonl":
             found[name] = [timeless(json.loads(line), run) for line in path.read_text().splitlines()]
-        elif path.suffix in (".html", ".md"):
+        elif name == "results.parquet":
+            rows = pq.read_table(path).to_pylist()
+            found[name] = [row for row in rows if not TIMED.search(row["metric"])]
+        elif path.suffix in (".html", ".md") or path.name in ("clock.json", "log.txt"):
             found[name] = "there"
         elif path.suffix == ".yaml":
             found[name] = path.read_text().replace(str(run), "RUN").rpartition("# checksum")[0]
@@ -188,3 +228,76 @@ def test_hundreds_of_kills(stage, make_recipe, run_cli):
         assert_undisturbed(run, whole)
         assert round_ < 40 or landed > round_, f"{landed} kills in {round_} runs of {stage}: make it longer"
     print(f"{stage}: {landed} kills in {round_} runs")
+
+
+BENCH = {
+    "title": "Killed",
+    "set": {
+        "prompts.levels": {"easy": 30},
+        "generate.samples": 1,
+        "train.objectives": [{"name": "cross_entropy"}],
+        "evaluate.levels": {"easy": 20},
+        "evaluate.speed": False,
+        "control.enabled": False,
+    },
+    "budgets": {"small": {"seeds": 2}},
+    "arms": {"base": {}, "rows": {"set": {"filter.completions": "reference_answer"}}, "sequence": {},
+             "more": {"start": "sequence", "set": {"train.steps": 3}}},
+    "claims": [
+        {"id": "gain", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
+         "effect": {"sequence": 1, "rows": -1}, "expect": "greater"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_bench_that_is_killed_again_and_again(make_recipe, run_cli, tmp_path, hub):
+    wanted = int(os.environ.get("DISTILL_KILLS", "300")) // 8
+    path, _ = make_recipe(name="arms")
+    arms = {**BENCH["arms"], "base": {"checkpoint": hub["llama"]}}
+
+    def bench(name: str) -> tuple[Path, Path]:
+        file, grid = tmp_path / f"{name}.yaml", tmp_path / name
+        file.write_text(yaml.safe_dump({"run_dir": str(grid), "recipe": path, **BENCH, "arms": arms}))
+        return file, grid
+
+    file, whole = bench("whole")
+    assert run_cli("bench", file, "--jobs", "1")[0] == 0
+    landed = round_ = 0
+    while landed < wanted:
+        round_ += 1
+        file, grid = bench(f"killed{round_}")
+        more = survive("SIGKILL", wanted - landed, "bench", file, "--jobs", "1", longest=1.5, seed=round_)
+        landed += more
+        assert_undisturbed(grid, whole)
+        assert round_ < 10, f"{landed} kills in {round_} runs: make it longer"
+    print(f"bench: {landed} kills in {round_} runs")
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_bench_end_with_it(make_recipe, hub, tmp_path):
+    """Otherwise they hold the folders, and the same command is refused."""
+    path, _ = make_recipe(name="arms")
+    file, grid = tmp_path / "bench.yaml", tmp_path / "grid"
+    more = {
+        "arms": {"sequence": {"set": {"train.steps": 4000}}},
+        "claims": [],
+        "budgets": {"small": {"seeds": 1}},
+    }
+    file.write_text(yaml.safe_dump({"run_dir": str(grid), "recipe": path, **BENCH, **more}))
+    running = subprocess.Popen([PYTHON, "-m", "distill", "bench", str(file), "--jobs", "1"], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(grid.rglob("student/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (lock,) = grid.rglob(".student.lock")
+    running.kill()
+    running.wait()
+    with open(lock) as held:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+    pytest.fail("a worker still holds its folder")
