@@ -5,7 +5,7 @@
     remove_leftovers(folder)                                 # what killed processes did not get to rename
 
 A temporary file or folder is named `.NAME.tmpPID`. Whoever holds the lock of a stage removes those of its folder;
-elsewhere only those whose process is gone.
+elsewhere the next writer of NAME removes those whose process is gone.
 """
 
 import difflib
@@ -29,13 +29,16 @@ def temporary_of(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
+def replacing(path: Path, needed: int = 0, sweep: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`; at the end of the block it is synced and takes the place of `path`.
 
-    needed: bytes, for the line about a full disk. Raises RunError where the disk does not take it; `path` is then
-    as it was, and the temporary file is gone.
+    needed: bytes, for the line about a full disk. sweep: first remove what killed processes have left of this name;
+    off for the many parts of a stage, whose `begin` has done so. Raises RunError where the disk does not take it;
+    `path` is then as it was, and the temporary file is gone.
     """
     temporary = temporary_of(path)
+    if sweep:
+        remove_dead(path.parent, path.name)
     try:
         with writing(path.parent, needed):
             path.parent.mkdir(parents=True, exist_ok=True)

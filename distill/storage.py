@@ -81,7 +81,7 @@ class PartWriter:
 
     def write(self, index: int, rows: list[dict]) -> None:
         table = pa.Table.from_pylist(rows, schema=self.schema)
-        with replacing(self.path(index), table.nbytes) as temporary:
+        with replacing(self.path(index), table.nbytes, sweep=False) as temporary:
             # Nothing reads statistics, and those of a binary column hold whole values.
             pq.write_table(table, temporary, write_statistics=False, write_page_checksum=True)
 

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from distill.bench.metrics import metric
-from distill.files import remove_dead
 from distill.report import drawing, numbers
 from distill.report.pages import page_environment
 from distill.storage import write_atomic
@@ -103,7 +102,6 @@ def build_bench_page(results: dict[str, Any], path: Path) -> None:
             counts={v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS},
         )
     )
-    remove_dead(path.parent, path.name)
     write_atomic(path, page)
 
 

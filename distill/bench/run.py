@@ -36,7 +36,7 @@ from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
 from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.results import collect_results, write_results
 from distill.errors import DistillError, RunError, UserError
-from distill.files import remove_dead, replacing, sync_all
+from distill.files import replacing, sync_all
 from distill.storage import MANIFEST, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
@@ -354,7 +354,6 @@ def _start_for_others(folder: Path) -> None:
         merge_adapter(str(student), start)
         return
     kept = [p for p in student.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
-    remove_dead(folder, "start")
     with replacing(start, sum(p.stat().st_size for p in kept)) as partial:
         partial.mkdir()
         for path in kept:

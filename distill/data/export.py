@@ -19,7 +19,7 @@ import yaml
 from distill.config.recipe import Recipe, load_recipe
 from distill.data.terms import in_card, terms_lines
 from distill.errors import RunError, UserError
-from distill.files import remove_dead, replacing
+from distill.files import replacing
 from distill.integrity import verify_folder
 from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
 
@@ -145,7 +145,6 @@ def export(run_dir: Path, form: str, out: Path, plain: bool = False) -> int:
     render = _plain_renderer(run_dir) if plain else None
     write = _write_jsonl if out.suffix == ".jsonl" else _write_parquet
     size = sum(path.stat().st_size for path in parts(folder))
-    remove_dead(out.parent, out.name)
     with replacing(out, size) as temporary:
         return write(temporary, _FORMATS[form, plain], _batches(folder, form, render))
 

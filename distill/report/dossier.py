@@ -38,7 +38,6 @@ from markupsafe import Markup
 from distill.errors import UserError
 from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import METRICS_VERSION
-from distill.files import remove_dead
 from distill.integrity import verify_folder
 from distill.report import figures as draw
 from distill.report.drawing import LONGEST_TEXT, layer_labels
@@ -292,7 +291,6 @@ def build_dossier(out_dir: Path) -> Path:
         )
     )
     path = evaluation.path / "dossier.html"
-    remove_dead(path.parent, path.name)
     write_atomic(path, page)
     return path
 

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from distill.data.ledger import STAGES
 from distill.errors import UserError
 from distill.evaluation.schema import METRICS_VERSION
-from distill.files import like_it, remove_dead
+from distill.files import like_it
 from distill.integrity import unsealed, verify_folder
 from distill.report import drawing
 from distill.report import figures as draw
@@ -326,6 +326,5 @@ def build_report(run_dir: Path) -> Path:
         versions=version_rows(run),
     )
     path = run.path / "report.html"
-    remove_dead(path.parent, path.name)
     write_atomic(path, page)
     return path

@@ -27,7 +27,7 @@ from distill.data.cards import COMPARISONS, merged_card
 from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
-from distill.files import remove_dead, replacing, sync_all, write_atomic
+from distill.files import replacing, sync_all, write_atomic
 from distill.integrity import record_entries, write_sealed
 from distill.models.chat import prompt_ids
 from distill.models.load import (
@@ -91,7 +91,6 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
     merged, before = _merged(adapted, rows, reference)
     final = _cast_like(merged, base, dtype)
     del adapted, merged
-    remove_dead(out.parent, out.name)
     with replacing(out, sum(p.nbytes for p in final.parameters())) as temporary:
         temporary.mkdir()
         final.config.use_cache = True
