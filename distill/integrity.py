@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.errors import UserError
 from distill.files import write_atomic
 from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, read_json, same
@@ -102,7 +103,9 @@ def verify_folder(folder: Path, but: str | None = None) -> None:
     if not (folder / MANIFEST).is_file():
         return
     manifest = read_manifest(folder)
-    if problems := [_problem(p, folder, manifest.get("stage")) for p in _changed(folder, manifest, but)]:
+    with console.slow(f"comparing {folder} with its hashes"):
+        changed = _changed(folder, manifest, but)
+    if problems := [_problem(path, folder, manifest.get("stage")) for path in changed]:
         raise UserError(*problems)
 
 

@@ -14,7 +14,7 @@ from distill.data.cards import unmeasured
 from distill.data.provenance import UPSTREAM, upstream_manifests
 from distill.data.terms import name_problem
 from distill.errors import DistillError, UserError
-from distill.integrity import entries, read_manifest, record_entries, write_sealed
+from distill.integrity import entries, read_manifest, record_entries, verify_folder, write_sealed
 from distill.storage import read_json
 
 # Everything plain transformers needs, and the account of how it was made; not the step log.
@@ -25,6 +25,8 @@ def publish(run_dir: Path, target: Path) -> None:
     """Copy `run_dir/student` to `target` and put the evaluation's numbers into its card."""
     if target.exists():
         raise UserError(f"{target} exists; move it away first, other runs may be built on it")
+    for stage in ("student", "eval"):
+        verify_folder(run_dir / stage)
     manifest = read_json(run_dir / "student" / "manifest.json")
     scores = read_json(run_dir / "eval" / "metrics.json")["models"]["student"]
     if problem := name_problem(manifest.get("terms"), target.name):

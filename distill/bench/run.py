@@ -37,6 +37,7 @@ from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.results import collect_results, write_results
 from distill.errors import DistillError, RunError, UserError
 from distill.files import replacing, sync_all
+from distill.integrity import entries, record_entries, write_sealed
 from distill.storage import MANIFEST, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
@@ -359,6 +360,9 @@ def _start_for_others(folder: Path) -> None:
         for path in kept:
             if path.name != MANIFEST:
                 shutil.copy(path, partial / path.name)
+        weights = entries(partial, partial.glob("*.safetensors"))
+        hashes = {"stage": "start", "files": weights, "records": record_entries(partial)}
+        write_sealed(partial / MANIFEST, hashes)
         sync_all(partial)
 
 

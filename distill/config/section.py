@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 # Every number of a recipe is finite and bounded. Where nothing smaller is said, whole numbers end here.
 LARGEST = 2**31 - 1
@@ -14,7 +14,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 # Names that a template can set, and values that it can write.
-TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any]
+TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], JsonValue]
 
 
 class Section(BaseModel):

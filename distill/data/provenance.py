@@ -118,7 +118,7 @@ def _stage_link(name: str, folder: Path | None, manifest: dict[str, Any]) -> dic
     if fingerprint({"identity": identity, "files": manifest["files"]}) != manifest["fingerprint"]:
         problems.append(f"{MANIFEST} was changed: its fingerprint is not that of its content")
     if folder is not None:
-        problems += changed_files(folder, manifest["files"])
+        problems += changed_files(folder, {**manifest["files"], **manifest.get("records", {})})
     detail = f"{_files(manifest)}, fingerprint {manifest['fingerprint'][:8]}"
     return _link(name, folder, "ok" if folder else "not here", detail, problems)
 

@@ -13,7 +13,7 @@ import torch
 
 from distill.commands.cli import main
 from distill.errors import DistillError
-from distill.integrity import hash_once, verify_folder
+from distill.integrity import verify_folder
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import hash_file
 
@@ -170,19 +170,6 @@ def test_a_flipped_bit_in_a_state_is_told(tmp_path):
             else:  # a bit of the word "checksum" itself: all that it covers is as it was
                 assert name == "state.json" and found["step"] == 3 and found["tokens"] == 5, place
             path.write_bytes(sound)
-
-
-def test_a_file_is_hashed_once_per_process(tmp_path, monkeypatch):
-    from distill import integrity
-
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"x" * 1000)
-    hash_once(path)
-    monkeypatch.setattr(integrity, "hash_file", lambda _path: pytest.fail("hashed again"))
-    hash_once(path)
-    monkeypatch.undo()
-    path.write_bytes(b"y" * 1000)
-    assert hash_once(path) == hash_file(path), "changed, and hashed again"
 
 
 def test_licences_of_cards_that_are_a_bit_apart_say_the_same():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
+from spread import spread
 
 from distill.commands.cli import main
 from distill.config.recipe import Recipe
@@ -110,7 +111,7 @@ def test_there_are_as_many_numbers_as_the_recipe_has():
     } <= set(KEYS)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", spread(KEYS, 16))
 def test_no_number_of_a_recipe_may_be_odd(key, place, tmp_path, capsys):
     path, _ = place
     extra = ["teacher.endpoint.base_url=http://127.0.0.1:9/v1"] if key in TEACHER_ONLY else []
@@ -120,7 +121,7 @@ def test_no_number_of_a_recipe_may_be_odd(key, place, tmp_path, capsys):
         refused(capsys, tmp_path, "generate", path, *extra, f"{key}={value}")
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", spread(KEYS, 16))
 def test_zero_is_refused_or_means_something(key, place, tmp_path, capsys):
     """Where 0 is allowed the command goes on, finds no evaluation to report, and says so."""
     path, _ = place
@@ -164,7 +165,9 @@ VALUES = {
 SOUND = {("run_dir", "folder"), ("run_dir", "nothing"), ("evaluate.source", "empty")}
 
 
-@pytest.mark.parametrize("key, kind", [p for p in itertools.product(PATHS, VALUES) if p not in SOUND])
+@pytest.mark.parametrize(
+    "key, kind", spread([p for p in itertools.product(PATHS, VALUES) if p not in SOUND], 11)
+)
 def test_no_path_of_a_recipe_may_be_odd(key, kind, place, tmp_path, capsys):
     path, _ = place
     value = VALUES[kind].format(tmp_path)
@@ -201,7 +204,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", spread(CONFIGS, 5))
 def test_no_config_of_a_student_may_be_odd(name, place, tmp_path, capsys):
     path, _ = place
     refused(capsys, tmp_path, "run", path, f"student={{config: {CONFIGS[name]}, adapter: full}}")
@@ -233,6 +236,18 @@ run {1} --student {0}/nothing
 run {1} --student {0}/list.json
 run {1} --student hub:name
 run {1} device=tpu
+run {1} date=yesterday
+run {1} date=2020-13-45
+run {1} date=99999999999999999999
+run {1} date=.inf
+run {1} teacher.chat_template_kwargs=5
+run {1} teacher.chat_template_kwargs={{"a-b":1}}
+run {1} teacher.chat_template_kwargs={{"day":2020-01-01}}
+run {1} teacher.chat_template_kwargs={{"if":1}}
+run {1} teacher.chat_template_kwargs={{"messages":5}}
+run {1} student.chat_template_kwargs={{"a":.nan}}
+run {1} student.chat_template_kwargs=[1]
+run {1} prompts.last_turn=maybe
 run {1} train.precision=fp4
 run {1} train.objectives=[]
 run {1} train.objectives=[5]
@@ -453,7 +468,7 @@ demo run_dir={0}/file
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", spread(ROWS, 13))
 def test_the_table(row, place, tmp_path, capsys, hub, monkeypatch):
     path, _ = place
     if "listed" in row or "broken" in row or "deep" in row:
@@ -466,10 +481,12 @@ def test_the_table(row, place, tmp_path, capsys, hub, monkeypatch):
     refused(capsys, tmp_path, *words)
 
 
+WORDS = ("run", "evaluate", "describe", "cost", "export", "merge", "inherit", "provenance", "init")
+
+
 @pytest.mark.parametrize(
-    "word", ["run", "evaluate", "describe", "cost", "export", "merge", "inherit", "provenance", "init"]
+    "word, text", spread(itertools.product(WORDS, ["a\0b", "n" * 300, "d/" * 2500, ""]), 7)
 )
-@pytest.mark.parametrize("text", ["a\0b", "n" * 300, "d/" * 2500, ""])
 def test_odd_words(word, text, place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = {"export": ["--out", "x.jsonl"], "merge": ["--out", "x"]}.get(word, [])
@@ -503,7 +520,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize(
-    "command, change", [(c, change) for c, changes in OTHER.items() for change in changes]
+    "command, change", spread([(c, change) for c, changes in OTHER.items() for change in changes], 4)
 )
 def test_a_refused_command_leaves_a_finished_run_untouched(finished, capsys, command, change):
     path = finished / "run.yaml"

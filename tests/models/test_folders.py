@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from spread import spread
 
 from distill.errors import UserError
 from distill.models.describe import describe
@@ -256,7 +257,7 @@ def test_there_are_a_hundred():
     assert len(MODELS) + len(ADAPTERS) >= 100
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", spread(MODELS, 9))
 def test_a_damaged_model_is_refused(name, hub, tmp_path):
     folder = Path(shutil.copytree(hub["llama"], tmp_path / "model"))
     MODELS[name](folder)
@@ -265,7 +266,7 @@ def test_a_damaged_model_is_refused(name, hub, tmp_path):
         assert "bin" in line or "pth" in line or "mine" in line or "no file named" in line, line
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", spread(ADAPTERS, 6))
 def test_a_damaged_adapter_is_refused(name, adapter, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     ADAPTERS[name](folder)
