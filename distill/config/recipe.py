@@ -246,6 +246,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{file}: {where}: {message}"
+    if error["type"] == "string_pattern_mismatch":
+        message = f"give a name of the form {error['ctx']['pattern']}"
     return f"{file}: '{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 

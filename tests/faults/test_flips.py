@@ -55,7 +55,7 @@ def test_every_kind_of_file_is_tried(finished):
             "adapter_config.json", "tokenizer.json", "chat_template.jinja", "part-00000.parquet"} <= kinds  # fmt: skip
 
 
-@pytest.mark.parametrize("flips", [1, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_flipped_bit_in_any_file_of_a_run_is_told(finished, capsys, flips):
     """By the same command: it would say `done before` of a run that is as it was."""
     rng = random.Random(flips)
