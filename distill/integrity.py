@@ -19,7 +19,7 @@ from typing import Any
 from distill import console
 from distill.errors import UserError
 from distill.files import write_atomic
-from distill.storage import CHECKSUM, MANIFEST, fingerprint, hash_file, read_json, same
+from distill.storage import CHECKSUM, MANIFEST, adapter_content, fingerprint, hash_file, read_json, same
 
 COMMANDS = {
     "prompts": "generate",
@@ -32,6 +32,7 @@ COMMANDS = {
 # What a stage's folder holds besides rows and weights and is read again. Pages (.html) are made from these, and a
 # card (.md) is for people: evaluation writes its scores into it.
 _RECORDS = (".json", ".jsonl", ".jinja", ".txt", ".model")
+_ADAPTER = "adapter_config.json"
 _SEAL = "# checksum of the lines above: "
 
 
@@ -46,8 +47,11 @@ def entries(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def record_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """`entries` of what goes into `records`: directly in the folder, but not the manifest."""
-    return entries(
+    """`entries` of what goes into `records`: directly in the folder, but not the manifest.
+
+    Of an adapter's settings it is {"content"}: the path of its base may be edited.
+    """
+    found = entries(
         folder,
         (
             p
@@ -55,6 +59,9 @@ def record_entries(folder: Path) -> dict[str, dict[str, Any]]:
             if p.is_file() and p.suffix in _RECORDS and p.name != MANIFEST and not p.name.startswith(".")
         ),
     )
+    if _ADAPTER in found:
+        found[_ADAPTER] = {"content": adapter_content(folder / _ADAPTER)}
+    return found
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:

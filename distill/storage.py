@@ -141,8 +141,23 @@ def changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def same(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether the file is the one of a recorded {"bytes", "hash"}."""
+    """Whether the file is the one of a recorded {"bytes", "hash"}, or says what a recorded {"content"} says."""
+    if "content" in entry:
+        return entry["content"] == adapter_content(path)
     return path.stat().st_size == entry["bytes"] and hash_once(path) == entry["hash"]
+
+
+def adapter_content(path: Path) -> str | None:
+    """Hash of what an adapter_config.json says, but for where its base lies; None where it is no JSON object.
+
+    A base may be moved and the path edited; whether it is the same base is told by the hashes of its own files.
+    """
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        said.pop("base_model_name_or_path", None)
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return fingerprint(said)
 
 
 def hash_once(path: Path) -> str:

@@ -69,7 +69,7 @@ class Signal(Section):
     kind: Literal["none", "top_k", "sampled"] = Field(
         "none", description="top_k: for sparse_forward_kl; sampled: for sampled_cross_entropy, unbiased"
     )
-    k: Annotated[int, Field(ge=1, le=65_536)] = Field(
+    k: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         32, description="tokens kept, or drawn, per completion token"
     )
     bits: Literal[8, 16, 32] = Field(8, description="top_k: bits of a log-probability; 32 is exact")
