@@ -13,7 +13,10 @@ was asked for, warnings and errors remain; `--verbose` adds what the libraries s
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 INTERVAL = 30.0  # seconds between lines of progress where there is no terminal
@@ -50,6 +53,24 @@ def warn(line: str) -> None:
     """A line that matters even under --quiet, on standard error."""
     if first_process():
         print(f"distill: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def slow(what: str, after: float = 2.0) -> Iterator[None]:
+    """One line on standard error where the block takes longer than `after` seconds: silence looks like a hang."""
+    told = threading.Event()
+
+    def tell() -> None:
+        if not told.wait(after) and not quiet():
+            warn(f"{what} takes a while ...")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        told.set()
+        thread.join()
 
 
 def coloured(stream: TextIO) -> bool:

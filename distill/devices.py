@@ -18,11 +18,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from distill.console import quiet_libraries
 from distill.errors import UserError
 
+MOST_THREADS = 4096  # of a recipe's `threads` too
+
 
 def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
     """The device of a recipe's `device`, with CPU threads shared fairly between local processes.
 
-    `threads` 0 takes the variable DISTILL_THREADS, else every core.
+    `threads` 0 takes what the environment says (`asked_threads`), else every core.
 
     Raises UserError where CUDA is asked for and absent.
     """
@@ -30,11 +32,41 @@ def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no CUDA GPU; set device=auto or cpu")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    asked = threads or int(os.environ.get("DISTILL_THREADS", "0"))
+    asked = threads or asked_threads()
     torch.set_num_threads(asked or max(1, cores() // local_processes))
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def asked_threads() -> int:
+    """CPU threads by DISTILL_THREADS, OMP_NUM_THREADS or MKL_NUM_THREADS, the first that is set; 0 for none.
+
+    Raises UserError for a DISTILL_THREADS that is no number; what the others hold besides one is for their libraries.
+    """
+    for name in ("DISTILL_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        text = (
+            os.environ.get(name, "").partition(",")[0].strip()
+        )  # OMP has a number for each level of nesting
+        if text.isdecimal() and 0 < int(text[:9]) <= MOST_THREADS:
+            if not (name == "OMP_NUM_THREADS" and text == "1" and _launcher_chose()):
+                return int(text)
+        elif name == "DISTILL_THREADS" and text not in ("", "0"):
+            raise UserError(
+                f"{name}={text[:40]}: give the number of CPU threads, 1 to {MOST_THREADS}, or unset it"
+            )
+    return 0
+
+
+def _launcher_chose() -> bool:
+    """Whether OMP_NUM_THREADS=1 is torchrun's default for several processes, and not what the user had set."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return b"OMP_NUM_THREADS=" not in started_with
 
 
 def cores() -> int:

@@ -7,8 +7,8 @@ its inputs, so `run` after an interruption continues, and `run` after a change s
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.config.recipe import Recipe
-from distill.stages import stored_date
+from distill.config.recipe import Recipe, resolved
+from distill.stages import RECIPE, stored_date, write_record
 from distill.storage import read_json
 
 
@@ -60,6 +60,10 @@ def run(recipe: Recipe, command: str, redo: bool, say: Callable[[str], None]) ->
         names = ["student", "control"] if folder == "student" and recipe.control.enabled else [folder]
         for name in names:
             say(stage_line(recipe.path / name, "done before" if was_done else "done"))
+    if command == "run" and ranks.is_main_process:
+        write_record(
+            recipe.path / RECIPE, resolved(recipe)
+        )  # every stage agrees with it, also where none began
 
 
 def stage_line(folder: Path, state: str) -> str:

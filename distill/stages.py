@@ -1,8 +1,8 @@
 """What makes a stage resumable: one guard that decides skip, start, continue or refuse, and the manifest.
 
-Every stage reads the same:
+Every stage reads the same, and nothing is written before `begin` has accepted the folder, `recipe.yaml` included:
 
-    stage = Stage(run_dir, "generations", config, inputs={"prompts": manifest_fingerprint})
+    stage = Stage(run_dir, "generations", config, {"prompts": manifest_fingerprint}, resolved(recipe))
     if stage.done(redo): return stage.manifest
     stage.begin(redo)            # continues, starts or refuses; locks the folder against a second run
     ...write parts...
@@ -25,6 +25,7 @@ idle share and other programs are in them; disks, fans and the power supply are 
 see. Only the machine of the main process is read. Imports no torch.
 """
 
+import contextlib
 import datetime
 import fcntl
 import os
@@ -40,9 +41,20 @@ from typing import Any
 
 from distill import __version__
 from distill.errors import UserError
-from distill.storage import MANIFEST, fingerprint, hash_file, is_leftover, read_json, write_json
+from distill.files import is_leftover, remove_dead, remove_leftovers, write_atomic, writing
+from distill.integrity import (
+    entries,
+    read_manifest,
+    record_entries,
+    remove_changed,
+    sealed_text,
+    verify_folder,
+    write_sealed,
+)
+from distill.storage import MANIFEST, fingerprint, read_json, write_json
 
 IDENTITY = ".identity.json"  # what the unfinished folder is being made from
+RECIPE = "recipe.yaml"  # of a run: what its newest stage was made from
 
 
 def versions() -> dict[str, str]:
@@ -57,10 +69,25 @@ def versions() -> dict[str, str]:
 
 
 def input_fingerprint(folder: Path, command: str) -> str:
-    """The fingerprint of a finished stage folder. UserError (with the command to run) if unfinished."""
+    """The fingerprint of a finished stage folder, which is about to be read.
+
+    Raises UserError (with the command to run) if it is unfinished, or if a file is not what the stage wrote.
+    """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill {command}` first")
-    return read_json(folder / MANIFEST)["fingerprint"]
+    verify_folder(folder)
+    found = read_manifest(folder).get("fingerprint")
+    if not isinstance(found, str):
+        raise UserError(
+            f"{folder / MANIFEST} has no fingerprint; delete it and run `distill {command}` again"
+        )
+    return found
+
+
+def write_record(path: Path, text: str) -> None:
+    """A text file with its checksum, replaced where it says something else."""
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != sealed_text(text):
+        write_atomic(path, sealed_text(text))
 
 
 def stored_date(run_dir: Path) -> datetime.date | None:
@@ -81,13 +108,24 @@ def folder_date(folder: Path) -> datetime.date | None:
 
 
 class Stage:
-    """One stage folder of a run. `name` is the folder; `config` is all that its result depends on."""
+    """One stage folder of a run. `name` is the folder; `config` is all that its result depends on.
 
-    def __init__(self, run_dir: Path, name: str, config: dict[str, Any], inputs: dict[str, str]):
+    `recipe`: the resolved recipe as text, the run's `recipe.yaml` from when the stage begins.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        config: dict[str, Any],
+        inputs: dict[str, str],
+        recipe: str | None = None,
+    ):
         self.folder = run_dir / name
         self.name = name
         self.config = config
         self.inputs = inputs
+        self.recipe = recipe
         self.identity = {"config": config, "inputs": inputs}
         self._lock = None
         self._start = time.perf_counter()
@@ -98,20 +136,40 @@ class Stage:
     def done(self, redo: bool = False) -> bool:
         """True if the finished folder was made from exactly these inputs.
 
-        If from others, raises UserError saying which, or with `redo` says no so that it is rebuilt.
+        If from others, raises UserError saying which, or with `redo` says no so that it is rebuilt. Raises it too
+        for a file that is not what the stage wrote; one that was deleted for that is made again.
         """
         if not (self.folder / MANIFEST).is_file():
             return False
         changed = self._changed()
         if changed and not redo:
             raise self._refusal(changed)
-        return not changed and self._is_whole()
+        if changed or not self._is_whole():
+            return False
+        try:
+            verify_folder(self.folder)
+        except UserError:
+            if redo:
+                return False
+            raise
+        self._tidy()
+        return True
 
     def _is_whole(self) -> bool:
-        """Every file of the manifest is there in its size: one deleted because it was damaged is made again."""
-        sizes = {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
-        files = {name: self.folder / name for name in sizes}
-        return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items())
+        """Every file of the manifest is there: one deleted because it was damaged is made again."""
+        manifest = self.manifest
+        return all(
+            (self.folder / name).is_file() for name in {**manifest["files"], **manifest.get("records", {})}
+        )
+
+    def _tidy(self) -> None:
+        """What a kill between the manifest and the end of `finish` has left; not while somebody holds the lock."""
+        left = [self.folder / IDENTITY, self._lock_path]
+        with contextlib.suppress(OSError, UserError):  # read-only, or another process is at work
+            if any(path.exists() for path in left):
+                self._take_lock()
+                (self.folder / IDENTITY).unlink(missing_ok=True)
+                self.release()
 
     def begin(self, redo: bool = False) -> None:
         """Take the folder: to continue work on the same inputs, or to start.
@@ -119,19 +177,25 @@ class Stage:
         Raises UserError if another run is writing it, or if it was made from other inputs or by someone
         else and `redo` is off; with `redo` such a folder is emptied.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder.parent / f".{self.name}.lock", "w")  # noqa: SIM115 - held until finish
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another run is writing {self.folder}; wait for it, or use another run_dir"
-            ) from None
-        if changed := self._changed():
-            if not redo:
+            changed = self._changed()
+            if changed and not redo:
                 raise self._refusal(changed)
+        except UserError:
+            self.release()
+            raise
+        if changed:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
+        elif redo:
+            remove_changed(self.folder)  # to be made again; what is whole stays
+        remove_leftovers(self.folder)
+        remove_dead(self.folder.parent, RECIPE)
+        if self.recipe is not None:
+            write_record(self.folder.parent / RECIPE, self.recipe)
         begun = self.folder / IDENTITY
         if begun.is_file():
             earlier = read_json(begun)
@@ -141,6 +205,31 @@ class Stage:
         self.checkpoint_clock()
         # Unfinished again, until all of it is there. Only now: a kill before this line must leave one of the two.
         (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.folder.parent / f".{self.name}.lock"
+
+    def _take_lock(self) -> None:
+        """Raises UserError where another process has it.
+
+        `release` unlinks the file while it is still locked. Whoever waited for that lock then holds a file that has
+        no name any more, and somebody else could lock the next one: so the name is looked at again.
+        """
+        while True:
+            lock = open(self._lock_path, "w")  # noqa: SIM115 - held until release
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise UserError(
+                    f"another run is writing {self.folder}; wait for it, or use another run_dir"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self._lock_path)):
+                    self._lock = lock
+                    return
+            lock.close()
 
     def checkpoint_clock(self) -> None:
         """Remember seconds and energy spent so far, so that a resumed stage reports all of them."""
@@ -172,8 +261,10 @@ class Stage:
         kwh = round(sum(counters.values()), 9)
         return {"kwh": kwh, "seconds": round(found["seconds"], 3), "counters": counters}
 
-    def finish(self, counts: dict[str, Any], device: str, **extra: Any) -> dict[str, Any]:
-        """Write the manifest, last of all files, and release the folder."""
+    def finish(
+        self, counts: dict[str, Any], device: str, without: tuple[str, ...] = (), **extra: Any
+    ) -> dict[str, Any]:
+        """Write the manifest, last of all files, and release the folder. `without`: files that will not stay."""
         manifest = {
             "stage": self.name,
             "config": self.config,
@@ -185,12 +276,11 @@ class Stage:
             "versions": versions(),
             **extra,
         }
-        data = sorted([*self.folder.rglob("*.parquet"), *self.folder.glob("*.safetensors")])
-        manifest["files"] = {
-            str(p.relative_to(self.folder)): {"bytes": p.stat().st_size, "hash": hash_file(p)} for p in data
-        }
+        data = [*self.folder.rglob("*.parquet"), *self.folder.glob("*.safetensors")]
+        manifest["files"] = entries(self.folder, (p for p in data if p.name not in without))
+        manifest["records"] = record_entries(self.folder)
         manifest["fingerprint"] = fingerprint({"identity": self.identity, "files": manifest["files"]})
-        write_json(self.folder / MANIFEST, manifest)
+        write_sealed(self.folder / MANIFEST, manifest)
         (self.folder / IDENTITY).unlink(missing_ok=True)
         self.release()
         return manifest
@@ -205,7 +295,7 @@ class Stage:
             self._meter.close()
             self._meter = None
         if self._lock:
-            os.unlink(self._lock.name)
+            self._lock_path.unlink(missing_ok=True)  # before it is closed: see _take_lock
             self._lock.close()
             self._lock = None
 

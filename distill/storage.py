@@ -17,7 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.errors import RunError, UserError
+from distill.errors import UserError
+from distill.files import replacing, write_atomic, writing
+
+__all__ = ["write_atomic"]  # from distill.files, beside its JSON form
 
 # Where recipes/ and checkpoints/ are: beside the package in a clone, inside it in an installed wheel (setup.py).
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,12 +31,14 @@ PROJECT_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
 def find_file(path: str) -> Path:
     """A recipe or shipped checkpoint named relative to here, or else to the project folder."""
     here = Path(path)
-    if not here.exists() and not here.is_absolute() and (PROJECT_ROOT / here).exists():
+    # os.path says no, and Path raises, where a name is too long or has a NUL character.
+    if not os.path.exists(here) and not here.is_absolute() and os.path.exists(PROJECT_ROOT / here):
         return PROJECT_ROOT / here
     return here
 
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"  # a key of JSON files that are sealed: see distill/integrity.py
 
 
 def fingerprint(value: Any) -> str:
@@ -42,29 +47,24 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader (or a crash) sees the old file or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a missing or damaged file."""
+    """Raises UserError for a missing or damaged file, or content that does not fit its checksum (where it has one)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run the stage again") from None
+    checksum = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
+    if checksum not in (None, fingerprint(value)):
+        raise UserError(
+            f"{path} is damaged: its content does not fit its checksum; delete it and run the stage again"
+        )
+    return value
 
 
 class PartWriter:
@@ -73,44 +73,22 @@ class PartWriter:
     def __init__(self, folder: Path, schema: pa.Schema):
         self.folder = folder
         self.schema = schema
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, index: int) -> Path:
         return self.folder / f"part-{index:05d}.parquet"
 
     def write(self, index: int, rows: list[dict]) -> None:
-        final = self.path(index)
-        temporary = final.with_name(f".{final.name}.tmp{os.getpid()}")
-        try:
+        table = pa.Table.from_pylist(rows, schema=self.schema)
+        with replacing(self.path(index), table.nbytes, sweep=False) as temporary:
             # Nothing reads statistics, and those of a binary column hold whole values.
-            table = pa.Table.from_pylist(rows, schema=self.schema)
-            pq.write_table(table, temporary, write_statistics=False)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(
-                f"cannot write {final}: {error.strerror or error}; free some space and run again, "
-                "finished parts are kept"
-            ) from None
+            pq.write_table(table, temporary, write_statistics=False, write_page_checksum=True)
 
     def write_all(self, rows: list[dict], part_size: int = 20_000) -> None:
         """All rows in consecutive parts; an empty list still leaves one (empty) part with the schema."""
         for index, start in enumerate(range(0, max(len(rows), 1), part_size)):
             self.write(index, rows[start : start + part_size])
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether this is a temporary file that a killed process did not get to rename."""
-    return path.name.startswith(".") and ".tmp" in path.name
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Temporary files of a process that was killed while writing. Call before any writer of this run starts."""
-    for path in folder.rglob(".*.tmp*"):
-        if is_leftover(path) and path.is_file():
-            path.unlink()
 
 
 def parts(folder: Path) -> list[Path]:
@@ -120,7 +98,7 @@ def parts(folder: Path) -> list[Path]:
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """One part. Raises UserError naming the file if it is not whole."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); delete this file and run its stage again") from None
@@ -157,12 +135,32 @@ def changed_files(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")
-        elif path.stat().st_size != entry["bytes"] or _hash_once(path) != entry["hash"]:
+        elif not same(path, entry):
             problems.append(f"{path} was changed: its hash is not the recorded one")
     return problems
 
 
-def _hash_once(path: Path) -> str:
+def same(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the file is the one of a recorded {"bytes", "hash"}, or says what a recorded {"content"} says."""
+    if "content" in entry:
+        return entry["content"] == adapter_content(path)
+    return path.stat().st_size == entry["bytes"] and hash_once(path) == entry["hash"]
+
+
+def adapter_content(path: Path) -> str | None:
+    """Hash of what an adapter_config.json says, but for where its base lies; None where it is no JSON object.
+
+    A base may be moved and the path edited; whether it is the same base is told by the hashes of its own files.
+    """
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        said.pop("base_model_name_or_path", None)
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return fingerprint(said)
+
+
+def hash_once(path: Path) -> str:
     """`hash_file`, once in a process for a file that stays as it is: an adapter's base is asked for at every step."""
     state = path.stat()
     return _hash_as_it_was(path.resolve(), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)

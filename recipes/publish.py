@@ -14,7 +14,8 @@ from distill.data.cards import unmeasured
 from distill.data.provenance import UPSTREAM, upstream_manifests
 from distill.data.terms import name_problem
 from distill.errors import DistillError, UserError
-from distill.storage import read_json, write_json
+from distill.integrity import entries, read_manifest, record_entries, verify_folder, write_sealed
+from distill.storage import read_json
 
 # Everything plain transformers needs, and the account of how it was made; not the step log.
 _SHIPPED = ("*.safetensors", "*.json", "README.md", "*.jinja")
@@ -24,6 +25,8 @@ def publish(run_dir: Path, target: Path) -> None:
     """Copy `run_dir/student` to `target` and put the evaluation's numbers into its card."""
     if target.exists():
         raise UserError(f"{target} exists; move it away first, other runs may be built on it")
+    for stage in ("student", "eval"):
+        verify_folder(run_dir / stage)
     manifest = read_json(run_dir / "student" / "manifest.json")
     scores = read_json(run_dir / "eval" / "metrics.json")["models"]["student"]
     if problem := name_problem(manifest.get("terms"), target.name):
@@ -37,9 +40,17 @@ def publish(run_dir: Path, target: Path) -> None:
     card = unmeasured((temporary / "README.md").read_text(encoding="utf-8"))
     card = card.replace(f"# {run_dir.name}: student", f"# {target.name}")
     shutil.copy2(run_dir / "recipe.yaml", temporary / "recipe.yaml")
-    write_json(temporary / UPSTREAM, upstream_manifests(run_dir))
+    write_sealed(temporary / UPSTREAM, upstream_manifests(run_dir))
     (temporary / "README.md").write_text(card + _measured(scores, manifest), encoding="utf-8")
+    record(temporary)
     temporary.rename(target)
+
+
+def record(folder: Path) -> None:
+    """The manifest's hashes of what else is published: whoever loads the folder checks them."""
+    manifest = read_manifest(folder)
+    manifest["records"] = record_entries(folder) | entries(folder, [folder / "recipe.yaml"])
+    write_sealed(folder / "manifest.json", manifest)
 
 
 def _measured(scores: dict, manifest: dict) -> str:

@@ -6,10 +6,13 @@
 An attempt is the how-manyth request with this question and seed, from 0. The good answer names both.
 """
 
+import gzip
+import io
 import json
 import threading
 import time
 from collections import Counter
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -20,6 +23,34 @@ def completion(content, finish_reason="stop", **message) -> dict:
                      "message": {"role": "assistant", "content": content, **message}}],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
     }  # fmt: skip
+
+
+@cache
+def bomb() -> bytes:
+    """60 MB of spaces around nothing, in 0.06 MB."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=9, mtime=0) as file:
+        for _ in range(60):
+            file.write(b" " * 10**6)
+    return buffer.getvalue()
+
+
+# Odd `logprobs` of a choice whose text is sound: the field is lost, the answer is not.
+ODD_LOGPROBS = {
+    "number": {"content": 5},
+    "text": {"content": "abc"},
+    "list": [1, 2],
+    "word": "none",
+    "object": {"content": {"logprob": -1}},
+    "nothing_in_it": {"content": [None]},
+    "huge_integer": {"content": [{"logprob": -(10**400)}]},
+    "nan": {"content": [{"logprob": float("nan")}]},
+    "minus_infinity": {"content": [{"logprob": float("-inf")}]},
+    "beyond_float32": {"content": [{"logprob": -1e300}]},
+    "above_zero": {"content": [{"logprob": 3.5}]},
+    "truth": {"content": [{"logprob": True}]},
+    "mixed": {"content": [{"logprob": -0.5}, {"token": "x"}]},
+}
 
 
 def good_text(question: str, seed: int) -> str:
@@ -39,6 +70,7 @@ class MisbehavingServer(ThreadingHTTPServer):
         self.attempts: Counter = Counter()
         self.running = self.peak = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
+        self.elsewhere = ""  # another server's base_url
         self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def __enter__(self):
@@ -80,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.running -= 1
         self.question, self.seed, self.body = question, seed, body
+        if told.startswith("odd:"):
+            return self.tell_odd(told.removeprefix("odd:"))
         getattr(self, f"tell_{told}", lambda: self.tell_status(int(told)))()
 
     def send(self, status: int, body, headers: dict | None = None, length: int | None = None) -> None:
@@ -182,4 +216,100 @@ class _Handler(BaseHTTPRequestHandler):
         reply = completion("two words")
         values = [{"token": t, "logprob": v} for t, v in (("two", -0.5), (" words", -1.25))]
         reply["choices"][0]["logprobs"] = {"content": values}
+        self.send(200, reply)
+
+    def tell_endless(self):
+        """10^9 bytes, or as many as are taken."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(10**9))
+        self.end_headers()
+        for _ in range(1000):
+            self.wfile.write(b" " * 10**6)
+
+    def tell_endless_error(self):
+        self.send_response(500)
+        self.send_header("Content-Length", str(10**9))
+        self.end_headers()
+        for _ in range(1000):
+            self.wfile.write(b"x" * 10**6)
+
+    def tell_bomb(self):
+        self.send(200, bomb(), {"Content-Encoding": "gzip"})
+
+    def tell_two_bombs(self):
+        self.send(200, bomb(), {"Content-Encoding": "gzip, gzip"})
+
+    def tell_error_bomb(self):
+        self.send(500, bomb(), {"Content-Encoding": "gzip"})
+
+    def tell_no_gzip(self):
+        self.send(200, b"{}", {"Content-Encoding": "gzip"})
+
+    def tell_brotli(self):
+        self.send(200, b"{}", {"Content-Encoding": "br"})
+
+    def tell_packed(self):
+        """Sound, and packed although nobody asked for that."""
+        reply = json.dumps(completion((self.server.answer or good_text)(self.question, self.seed))).encode()
+        self.send(200, gzip.compress(reply), {"Content-Encoding": "gzip"})
+
+    def tell_elsewhere(self):
+        self.send(307, b"", {"Location": f"{self.server.elsewhere}/chat/completions"})
+
+    def tell_round(self):
+        self.send(307, b"", {"Location": self.path})
+
+    def tell_aside(self):
+        """A redirect that stays at home."""
+        if self.path.endswith("/there"):
+            return self.tell_ok()
+        self.server.attempts[self.question, self.seed] -= 1  # the same request comes once more
+        self.send(307, b"", {"Location": f"{self.path}/there"})
+
+    def tell_no_address(self):
+        self.send(307, b"", {"Location": "http://[::1"})
+
+    def tell_deep(self):
+        self.send(200, b"[" * 200_000)
+
+    def tell_digits(self):
+        self.send(200, b'{"choices": ' + b"9" * 5000 + b"}")
+
+    def tell_array(self):
+        self.send(200, [completion("x")])
+
+    def tell_choice_text(self):
+        self.send(200, {"choices": "abc"})
+
+    def tell_message_list(self):
+        reply = completion("x")
+        reply["choices"][0]["message"] = ["x"]
+        self.send(200, reply)
+
+    def tell_reason_list(self):
+        self.send(200, completion("x", ["stop"]))
+
+    def tell_parts(self):
+        self.send(200, completion([{"type": "text", "text": "x"}]))
+
+    def tell_empty(self):
+        self.send(200, b"")
+
+    def tell_no_content(self):
+        self.send_response(204)
+        self.end_headers()
+
+    def tell_charset(self):
+        self.send(500, b"zz", {"Content-Type": "text/html; charset=hex"})
+
+    def tell_error_list(self):
+        self.send(500, [{"error": {"code": ["insufficient_quota"]}}])
+
+    def tell_odd_wait(self):
+        self.send(503, {}, {"Retry-After": "Thu, 99 Foo 99999999 99:99:99 GMT"})
+
+    def tell_odd(self, name):
+        reply = completion((self.server.answer or good_text)(self.question, self.seed))
+        reply["choices"][0]["logprobs"] = ODD_LOGPROBS[name]
         self.send(200, reply)

@@ -8,6 +8,7 @@ from conftest import PYTHON, ROOT
 
 from distill import storage
 from distill.errors import RunError, UserError
+from distill.files import remove_leftovers
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
     PROMPT_SCHEMA,
@@ -16,7 +17,6 @@ from distill.storage import (
     parts,
     read_json,
     read_rows,
-    remove_leftovers,
     write_json,
 )
 

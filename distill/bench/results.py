@@ -40,6 +40,7 @@ from distill.bench.verdicts import (
     verdict_p,
 )
 from distill.evaluation.stats import holm
+from distill.files import replacing
 from distill.stages import versions
 from distill.storage import MANIFEST, PROJECT_ROOT, find_file, hash_yaml, read_json, write_json
 
@@ -299,7 +300,7 @@ def write_results(results: dict[str, Any], root: Path) -> None:
     schema = pa.schema(
         [("arm", pa.string()), ("seed", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
     )
-    temporary = root / ".results.parquet.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    temporary.replace(root / "results.parquet")
+    table = pa.Table.from_pylist(rows, schema=schema)
+    with replacing(root / "results.parquet", table.nbytes) as temporary:
+        pq.write_table(table, temporary)
     build_bench_page(results, root / "bench.html")

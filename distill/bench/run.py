@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -35,6 +36,8 @@ from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
 from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.results import collect_results, write_results
 from distill.errors import DistillError, RunError, UserError
+from distill.files import replacing, sync_all
+from distill.integrity import entries, record_entries, write_sealed
 from distill.storage import MANIFEST, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
@@ -272,6 +275,14 @@ def start_worker(threads: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console.set_verbosity(-1)
     console.hush_foreign_bars()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    """A worker whose bench was killed would go on for hours, and hold the folder that the next bench wants."""
+    parent.join()
+    os._exit(1)
 
 
 def prepare(section: Prepared | None) -> None:
@@ -308,11 +319,9 @@ def _rows(task: Task, redo: bool) -> None:
 
 
 def _run(task: Task, redo: bool) -> None:
-    from distill.config.recipe import resolved
     from distill.evaluation.evaluate import evaluate_named, evaluate_recipe
     from distill.training.arms import train_arms
 
-    (task.folder / "recipe.yaml").write_text(resolved(task.recipe), encoding="utf-8")
     model = str(task.folder / "student")
     if task.checkpoint:
         model = task.checkpoint
@@ -346,13 +355,15 @@ def _start_for_others(folder: Path) -> None:
         merge_adapter(str(student), start)
         return
     kept = [p for p in student.iterdir() if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
-    partial = folder / ".start.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in kept:
-        if path.name != MANIFEST:
-            shutil.copy(path, partial / path.name)
-    partial.rename(start)
+    with replacing(start, sum(p.stat().st_size for p in kept)) as partial:
+        partial.mkdir()
+        for path in kept:
+            if path.name != MANIFEST:
+                shutil.copy(path, partial / path.name)
+        weights = entries(partial, partial.glob("*.safetensors"))
+        hashes = {"stage": "start", "files": weights, "records": record_entries(partial)}
+        write_sealed(partial / MANIFEST, hashes)
+        sync_all(partial)
 
 
 def _probe(task: Task, model: str, redo: bool) -> None:

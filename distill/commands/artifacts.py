@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from distill.commands.command import Command, json_argument
+from distill.commands.command import Command, json_argument, seed, whole
 from distill.errors import UserError
+from distill.files import check_targets
 
 
 def provenance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,7 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     if not (arguments.out or arguments.push_to_hub):
         raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
+    check_targets(file_out=arguments.out)
     from distill.data.export import export, push
 
     run_dir = Path(arguments.run_dir)
@@ -64,6 +66,7 @@ def merge_command(arguments: argparse.Namespace) -> int:
     from distill.console import quiet_libraries
     from distill.training.merge import format_errors, merge_adapter
 
+    check_targets(folder_out=arguments.out)
     quiet_libraries()
     manifest = merge_adapter(arguments.adapter, Path(arguments.out), arguments.dtype)
     text = json.dumps(manifest["merge"], indent=2) if arguments.json else format_errors(manifest)
@@ -81,13 +84,21 @@ def play_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="problems to pick from: level, FILE, PRESET[:FILE], hub:org/name",
     )
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
-    add("--port", type=int, default=7860, metavar="N", help="of the page on 127.0.0.1; 0 is any that is free")
+    add("--max-new-tokens", type=whole, metavar="N", help="longest answer")
+    add(
+        "--port",
+        type=whole,
+        default=7860,
+        metavar="N",
+        help="of the page on 127.0.0.1; 0 is any that is free",
+    )
 
 
 def play_command(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
+    if arguments.port > 65_535:
+        raise UserError(f"--port {arguments.port}: at most 65535, or 0 for any that is free")
     from distill.console import quiet_libraries
     from distill.play.page import play
 
@@ -126,9 +137,9 @@ def inherit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--teacher", metavar="PATH", help="whose flaws: paired differences and shares inherited")
     add("--clean", metavar="PATH", help="a twin without the flaws, to count from; without it, chance")
-    add("--per-flaw", type=int, metavar="N", help="probes of each flaw: the first N (embedded: 80)")
-    add("--max-new-tokens", type=int, default=80, metavar="N", help="longest answer")
-    add("--seed", type=int, default=0, metavar="N", help="of sampled choices and intervals")
+    add("--per-flaw", type=whole, metavar="N", help="probes of each flaw: the first N (embedded: 80)")
+    add("--max-new-tokens", type=whole, default=80, metavar="N", help="longest answer")
+    add("--seed", type=seed, default=0, metavar="N", help="of sampled choices and intervals")
     add("--out", metavar="DIR", help="folder for inherit.json and every answer")
     json_argument(parser)
 
@@ -139,6 +150,7 @@ def inherit_command(arguments: argparse.Namespace) -> int:
     for name in ("per_flaw", "max_new_tokens"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise UserError(f"--{name.replace('_', '-')} {given}: at least 1")
+    check_targets(folder_out=arguments.out)
     out = Path(arguments.out) if arguments.out else None
     if out and (out / "inherit.json").exists():
         raise UserError(f"{out} has an audit already; give another --out, or move it away")

@@ -55,16 +55,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Arguments with options and key=value overrides in any order (argparse alone stops at the first option)."""
     parser = build_parser()
     words = sys.argv[1:] if argv is None else argv
+    if any("\0" in word for word in words):
+        parser.error("an argument has a NUL character, which no path and no text holds; take it out")
     command = next((word for word in words if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         parser.error(f"there is no command '{command}'{nearest(command, COMMANDS)}")
     arguments, rest = parser.parse_known_args(words)
-    collected = getattr(arguments, "overrides", getattr(arguments, "targets", None))
-    unknown = [word for word in rest if word.startswith("-") or collected is None]
+    collects = next((name for name in ("overrides", "targets") if hasattr(arguments, name)), None)
+    unknown = [word for word in rest if word.startswith("-") or collects is None]
     if unknown:
         parser.error(_unrecognized(parser, arguments.command, unknown))
-    if collected is not None:
-        collected.extend(rest)
+    if collects:
+        setattr(arguments, collects, [*getattr(arguments, collects), *rest])
     arguments.parser = parser  # the whole of it, for `completion`
     return arguments
 
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exception(error)
         # Under a launcher every process finds the same mistake; one of them says so.
         for problem in error.problems:
-            console.warn(problem)
+            # What a user wrote may be of any length; the fix stands at the end.
+            console.warn(problem if len(problem) <= 1000 else f"{problem[:600]} ... {problem[-380:]}")
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndistill: interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -98,3 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception as error:
+        from distill.files import system_problem
+
+        if (problem := system_problem(error)) is None:
+            raise  # a bug of ours, which should look like one
+        if console.verbose():
+            traceback.print_exception(error)
+        console.warn(problem)
+        return 1

@@ -7,6 +7,7 @@ stand in (distill/commands/recipe.py, setup.py, artifacts.py, or the folder of t
 """
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
@@ -31,7 +32,11 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def override_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="override any key, as train.steps=200"
+        "overrides",
+        nargs="*",
+        default=[],  # with one, argparse does not count it among the arguments that are required
+        metavar="key=value",
+        help="override any key, as train.steps=200",
     )
     pair_arguments(parser)
 
@@ -62,6 +67,32 @@ def with_pair(overrides: list[str], arguments: argparse.Namespace) -> list[str]:
 def is_override(word: str) -> bool:
     """Whether a word is key=value, rather than a path that has an equals sign."""
     return re.match(r"[A-Za-z_][\w.]*=", word) is not None and not os.path.exists(word)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 up, for an option; its own lower bound is told by whoever reads it."""
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > 2**31 - 1:
+        raise argparse.ArgumentTypeError(
+            f"'{text[:40]}' is not a whole number from 0 to 2,147,483,647; give one"
+        )
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 19 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a whole number from 0 to 2^63 - 1; give one")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """A finite number from 0 up, for an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1e30:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a finite number from 0 up; give one")
+    return value
 
 
 def comma_separated(text: str) -> list[str]:

@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.commands.command import Command, json_argument
+from distill.commands.command import Command, amount, json_argument
 from distill.errors import UserError
+from distill.files import check_targets
 
 _BILLS = ("deepseek-v3", "deepseek-r1")
 
@@ -30,17 +31,23 @@ _AMOUNTS = {
 def cost_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", nargs="?", metavar="deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE")
-    add("overrides", nargs="*", metavar="key=value", help="with a RECIPE, as prices.usd_per_device_hour=2")
-    add("--usd-per-hour", type=float, metavar="USD", help="price of one device-hour, before the recipe's")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="with a RECIPE, as prices.usd_per_device_hour=2",
+    )
+    add("--usd-per-hour", type=amount, metavar="USD", help="price of one device-hour, before the recipe's")
     add("--break-even", action="store_true", help="distil, train directly, or keep calling the teacher")
     group = parser.add_argument_group("with --break-even", "amounts in one unit; a run tells most of them")
     add = group.add_argument
-    add("--queries", type=float, default=1e6, metavar="N", help="answered in all, 1,000,000")
-    add("--students", type=float, default=1, metavar="N", help="made from the same teacher, 1")
+    add("--queries", type=amount, default=1e6, metavar="N", help="answered in all, 1,000,000")
+    add("--students", type=amount, default=1, metavar="N", help="made from the same teacher, 1")
     add("--unit", choices=["usd", "device_hours", "flops"], help="default: usd where a price is known")
     for name, words in _AMOUNTS.items():
-        add(f"--{name.replace('_', '-')}", type=float, metavar="X", help=words)
-    add("--direct-multiple", type=float, metavar="M",
+        add(f"--{name.replace('_', '-')}", type=amount, metavar="X", help=words)
+    add("--direct-multiple", type=amount, metavar="M",
         help="direct training takes M times the control arm to be as accurate")  # fmt: skip
     add("--out", metavar="DIR", help="write break_even.html and break_even.json there")
     json_argument(parser)
@@ -50,6 +57,7 @@ def cost(arguments: argparse.Namespace) -> int:
     what = arguments.what
     if arguments.overrides and not str(what).endswith((".yaml", ".yml")):
         raise UserError(f"'{arguments.overrides[0]}': key=value goes with a RECIPE")
+    check_targets(folder_out=arguments.out)
     if arguments.break_even:
         found, text = _break_even(arguments)
     else:

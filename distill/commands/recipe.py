@@ -17,6 +17,7 @@ from pathlib import Path
 from distill import console
 from distill.commands.command import (
     Command,
+    amount,
     comma_separated,
     is_override,
     json_argument,
@@ -24,9 +25,12 @@ from distill.commands.command import (
     pair_arguments,
     recipe_arguments,
     run_arguments,
+    seed,
+    whole,
     with_pair,
 )
 from distill.errors import UserError
+from distill.files import check_targets
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +86,8 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
         return 0
     if command != "report":
         from distill.doctor.checks import check_recipe
-        from distill.storage import write_atomic
 
         check_recipe(recipe, command)
-        if console.first_process():
-            write_atomic(recipe.path / "recipe.yaml", resolved(recipe))
         pipeline.run(recipe, command, arguments.redo, say=console.say)
     if command in ("run", "report"):
         _report(recipe.path)
@@ -121,7 +122,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("targets", nargs="+", metavar="TARGET", help="a RECIPE and key=value changes to it, or checkpoints")
     add("--tasks", nargs="+", metavar="T",
         help="checkpoints: level, FILE, PRESET[:FILE], hub:org/name; prompts.key=value")  # fmt: skip
-    add("--problems", type=int, metavar="N", help="checkpoints: problems per level, 210")
+    add("--problems", type=whole, metavar="N", help="checkpoints: problems per level, 210")
     _section_arguments(parser)
     add("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     pair_arguments(parser)
@@ -131,21 +132,24 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _section_arguments(parser: argparse.ArgumentParser) -> None:
     """Keys of the recipe section `evaluate`, with its defaults."""
     add = parser.add_argument
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--max-new-tokens", type=whole, metavar="N", help="longest answer")
     add(
-        "--samples", type=int, metavar="N", help="answers per problem, with --temperature: pass@k, majority@k"
+        "--samples",
+        type=whole,
+        metavar="N",
+        help="answers per problem, with --temperature: pass@k, majority@k",
     )
-    add("--temperature", type=float, metavar="T", help="of sampled answers; 0 is greedy")
-    add("--top-p", type=float, metavar="P", help="of sampled answers")
-    add("--seed", type=int, metavar="N", help="of sampled answers and intervals")
-    add("--level", type=float, metavar="L", help="of the verdicts, 0.95")
+    add("--temperature", type=amount, metavar="T", help="of sampled answers; 0 is greedy")
+    add("--top-p", type=amount, metavar="P", help="of sampled answers")
+    add("--seed", type=seed, metavar="N", help="of sampled answers and intervals")
+    add("--level", type=amount, metavar="L", help="of the verdicts, 0.95")
     add("--likelihood", action="store_true", default=None, help="multiple choice: options' likelihood too")
     add("--text", nargs="+", metavar="FILE", help=".txt or .jsonl: perplexity and bits per byte")
     add("--precision", dest="precisions", type=comma_separated, metavar="P,...",
         help="again in each: fp32, bf16, fp16, fp8-emulated, fp8-emulated-tensor")  # fmt: skip
     add("--harness", type=comma_separated, metavar="TASK,...", help="tasks of lm-evaluation-harness (extra)")
     add("--harness-include", metavar="DIR", help="a folder with further harness task files")
-    add("--harness-limit", type=int, metavar="N", help="first documents of each harness task")
+    add("--harness-limit", type=whole, metavar="N", help="first documents of each harness task")
     add("--top-k", type=comma_separated, metavar="K,...", help="MoE: again with so many experts per token")
     add("--drop-expert", dest="drop", type=comma_separated, metavar="L:E,...",
         help="MoE: again without expert E of layer L; 1:3+2:0 drops two together")  # fmt: skip
@@ -156,7 +160,7 @@ def _section_arguments(parser: argparse.ArgumentParser) -> None:
         help="MoE: without each expert in turn",
     )
     add("--route", type=comma_separated, metavar="HOW,...", help="MoE: again, random, uniform or shuffled")
-    add("--usd-per-hour", type=float, metavar="USD", help="price of this device, for USD per million tokens")
+    add("--usd-per-hour", type=amount, metavar="USD", help="price of this device, for USD per million tokens")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -221,6 +225,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
         name = Path(target).name
         names[name if name not in names else target.strip("/").replace("/", "-")] = target
     out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
+    check_targets(folder_out=out)
     section = load_evaluate({"levels": levels, **evaluate_options(arguments)})
     prompts = load_prompts(keys)
     from distill.console import quiet_libraries
@@ -248,7 +253,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a grid, as recipes/claims.yaml")
     add("--budget", metavar="NAME", help="which of its budgets, as small or full; the first if not given")
-    add("--jobs", type=int, default=0, metavar="N", help="runs at a time; one per core if not given")
+    add("--jobs", type=whole, default=0, metavar="N", help="runs at a time; one per core if not given")
     add("--redo", action="store_true", help="rebuild what was made from other inputs")
     add("--dry-run", action="store_true", help="print the runs it would make, and what they share")
     add("--out", metavar="FILE", help="write the JSON there too")
@@ -256,13 +261,14 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_command(arguments: argparse.Namespace) -> int:
-    if arguments.jobs < 0:
-        raise UserError(f"--jobs {arguments.jobs}: at least 1")
-    if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
-        raise UserError(f"--out {arguments.out}: its folder does not exist; make it first")
+    if arguments.jobs > 1024:
+        raise UserError(f"--jobs {arguments.jobs}: at most 1024")
+    check_targets(file_out=arguments.out)
     found, text = _grid(arguments)
     if arguments.out and not arguments.dry_run:
-        Path(arguments.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        from distill.files import write_atomic
+
+        write_atomic(Path(arguments.out), json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2) if arguments.json else text)
     return 0
 

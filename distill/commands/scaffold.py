@@ -20,6 +20,7 @@ from distill.config.reference import default_text, section_of
 from distill.config.section import Section
 from distill.config.training import Objective
 from distill.errors import UserError
+from distill.files import file_problem, shown
 from distill.storage import write_atomic
 
 _EMBEDDED = ("checkpoints/teacher", "checkpoints/base")
@@ -30,6 +31,10 @@ _ANSWER = 1024  # tokens of an answer with its thinking, where both models have 
 def write_recipe(name: str, teacher: str | None, student: str | None) -> Path:
     """Write NAME.yaml in the current folder; returns its path. Raises UserError where it is there already."""
     path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if problem := file_problem(path):
+        raise UserError(f"'{shown(name)}' {problem}")
+    if not Path(name).name.removesuffix(".yml").removesuffix(".yaml").strip("."):
+        raise UserError(f"'{name}' is no name of a recipe; give one, as mine")
     if path.exists():
         raise UserError(f"{path} is there already; choose another name, or move it away")
     if not path.resolve().parent.is_dir():

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.config.section import Count, Fraction, Section, Signal, TemplateArguments
+from distill.config.section import Count, Fraction, Section, Signal, TemplateArguments, Whole
 from distill.errors import nearest
 from distill.tasks.benchmarks import PRESETS, fill_in
 from distill.tasks.problems import FAMILIES, LEVELS
@@ -31,7 +31,7 @@ class Prompts(Section):
     )
     config: str | None = Field(None, description="hub: the dataset's config")
     split: str | None = Field(None, description="hub: the dataset's split; empty: train")
-    levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
+    levels: dict[str, Whole] = Field(
         {"easy": 800, "medium": 800, "hard": 1600}, description="embedded tasks: prompts per level"
     )
     families: list[str] = Field(list(FAMILIES), description="embedded tasks: which families")
@@ -165,18 +165,26 @@ class Endpoint(Section):
 
     base_url: str = Field(description="as http://localhost:8000/v1")
     api_key_env: str | None = Field("OPENAI_API_KEY", description="variable that holds the key; null: no key")
-    concurrency: Count = Field(8, description="requests at a time, per process")
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        8, description="requests at a time, per process"
+    )
     timeout: Annotated[float, Field(gt=0, le=86400)] = Field(60.0, description="seconds for one whole answer")
-    retries: Annotated[int, Field(ge=0)] = Field(5, description="further attempts of a request that failed")
+    retries: Annotated[int, Field(ge=0, le=1000)] = Field(
+        5, description="further attempts of a request that failed"
+    )
     backoff: Annotated[float, Field(ge=0, le=3600)] = Field(1.0, description="seconds, doubling per retry")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(0, description="above 0: keep tokens' logprobs")
 
     @model_validator(mode="after")
     def _no_secrets(self):
         # The recipe is stored with the run. Neither message may repeat what was written.
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
-            raise ValueError("`base_url` must be like http://localhost:8000/v1")
+        try:
+            url = urlsplit(self.base_url)
+            known = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # a port or an address that is none
+            known = False
+        if not known:
+            raise ValueError("`base_url` must be like http://localhost:8000/v1; correct it")
         if url.username or url.password or url.query or url.fragment:
             raise ValueError(
                 "`base_url` holds a user or a query; the key belongs in the variable `api_key_env`"
@@ -213,12 +221,12 @@ class TeacherSection(Section):
 class Generate(Section):
     """How the teacher answers the training prompts."""
 
-    samples: Count = Field(2, description="completions per prompt")
+    samples: Annotated[int, Field(ge=1, le=100_000)] = Field(2, description="completions per prompt")
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.7, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="nucleus: smallest set of tokens with this share of the probability; 1 is off"
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="0 is off")
+    top_k: Whole = Field(0, description="0 is off")
     min_p: Fraction = Field(0.0, description="0 is off")
     max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -230,7 +238,7 @@ class Generate(Section):
     max_tokens: Count | None = Field(
         None, description="tokens of answers: stop after the part that reaches as many"
     )
-    max_cost_usd: Annotated[float, Field(gt=0)] | None = Field(
+    max_cost_usd: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
         None, description="stop after the part that reaches this cost, at `prices`"
     )
 
@@ -238,12 +246,12 @@ class Generate(Section):
 class Prices(Section):
     """What things cost you, for forecasts and `generate.max_cost_usd`. Nothing is assumed."""
 
-    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = Field(
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None, description="USD per million tokens of prompts; empty: unknown"
     )
-    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = Field(
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None, description="USD per million tokens of answers, thinking included; empty: unknown"
     )
-    usd_per_device_hour: Annotated[float, Field(ge=0)] | None = Field(
+    usd_per_device_hour: Annotated[float, Field(ge=0, le=1e9)] | None = Field(
         None, description="USD for an hour of one device; empty: unknown"
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.config.data import PresetName
-from distill.config.section import Count, Section
+from distill.config.section import Count, Section, Seed, Whole
 from distill.errors import nearest
 from distill.tasks.benchmarks import fill_in
 from distill.tasks.problems import SPLITS
@@ -27,7 +27,7 @@ class Interventions(Section):
     )
     route: list[Literal["random", "uniform", "shuffled"]] = Field([], description="controls for the choice")
     problems: Count = Field(60, description="first problems of each level; answers are greedy")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of random and shuffled")
+    seed: Seed = Field(0, description="of random and shuffled")
 
     @field_validator("drop")
     @classmethod
@@ -45,7 +45,7 @@ class Interventions(Section):
 class Evaluate(Section):
     """Which held-out problems, how they are answered, and what else is measured."""
 
-    levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
+    levels: dict[str, Whole] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
     source: str | None = Field(
@@ -62,27 +62,29 @@ class Evaluate(Section):
     )
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
     batch_size: Count = Field(256, description="answers decoded together")
-    samples: Count = Field(1, description="answers per problem; above 1 needs a temperature")
+    samples: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        1, description="answers per problem; above 1 needs a temperature"
+    )
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1 is off")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of sampled answers and of every bootstrap")
+    seed: Seed = Field(0, description="of sampled answers and of every bootstrap")
     level: Annotated[float, Field(ge=0.5, lt=1.0)] = Field(
         0.95, description="of the verdicts BETTER and WORSE"
     )
-    fidelity_rows: Annotated[int, Field(ge=0)] = Field(
+    fidelity_rows: Whole = Field(
         200, description="answers read by model and teacher side by side, the teacher's and its own; 0 is off"
     )
     likelihood: bool = Field(
         False, description="multiple choice: score each option's log-likelihood as well as the written answer"
     )
     text: list[str] = Field([], description=".txt or .jsonl (column `text`) files for nats and bits per byte")
-    text_window: Annotated[int, Field(ge=2)] = Field(
+    text_window: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(
         1024, description="tokens of text in view at once, half of them scored; at most the model's context"
     )
     routing_rows: Count = Field(
         1000, description="mixture of experts: answers whose routing is read, evenly taken over all"
     )
-    routes: Annotated[int, Field(ge=0)] = Field(
+    routes: Whole = Field(
         24, description="of these, answers whose every decision is kept in eval/routes/; 0 is off"
     )
     speed: bool = Field(True, description="time a prefill and one answer alone, seconds on a small model")

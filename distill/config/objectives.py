@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+LARGEST_OPTION = 1e6  # of weights, temperatures and margins nobody means more
+
 
 @dataclass(frozen=True)
 class Option:
@@ -23,8 +25,8 @@ class Option:
 
     kind: type
     default: Any
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = -LARGEST_OPTION
+    high: float = LARGEST_OPTION
     above: bool = False
     below: bool = False
     choices: tuple[str, ...] = ()
@@ -41,15 +43,16 @@ class Option:
             return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if self.kind is bool:
             return None if isinstance(value, bool) else "must be true or false"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
             return "must be a finite number"
-        if self.kind is int and value != int(value):
+        if self.kind is int and value % 1:
             return "must be a whole number"
         low_enough = value < self.high if self.below else value <= self.high
         high_enough = value > self.low if self.above else value >= self.low
         if low_enough and high_enough:
             return None
-        upper = f" and {'below' if self.below else 'at most'} {self.high:g}" if self.high < math.inf else ""
+        shown = self.high < LARGEST_OPTION or value > self.high
+        upper = f" and {'below' if self.below else 'at most'} {self.high:g}" if shown else ""
         return f"must be {'above' if self.above else 'at least'} {self.low:g}{upper}"
 
 

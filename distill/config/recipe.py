@@ -13,11 +13,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from distill import console
 from distill.config.data import Filter, Generate, Prices, Prompts, TeacherSection
 from distill.config.evaluation import Evaluate
-from distill.config.section import Section
+from distill.config.section import Section, Seed
 from distill.config.training import Control, StudentSection, Train
 from distill.errors import UserError, nearest
+from distill.files import shown
+from distill.integrity import unsealed
 from distill.storage import PROJECT_ROOT, find_file
 from distill.tasks.benchmarks import held_out_preset
 
@@ -26,11 +29,13 @@ class Recipe(Section):
     """One page, one whole experiment."""
 
     run_dir: str = Field(description="the run lives here; one folder per stage")
-    seed: Annotated[int, Field(ge=0)] = Field(
-        0, description="of prompts, sampling, initial adapter and order of rows"
-    )
+    seed: Seed = Field(0, description="of prompts, sampling, initial adapter and order of rows")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads; 0 uses every core")
+    threads: Annotated[int, Field(ge=0, le=4096)] = Field(
+        0,
+        description="CPU threads of a process; 0: as DISTILL_THREADS, OMP_NUM_THREADS or MKL_NUM_THREADS say, else "
+        "every core",
+    )
     date: datetime.date | None = Field(
         None, description="the day that chat templates with a clock read; empty: the day the run began"
     )
@@ -130,9 +135,20 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
             raise UserError(f"recipe '{path}' not found; did you mean '{known[close[0]]}'?")
         raise UserError(f"recipe '{path}' not found; shipped recipes: {', '.join(known.values())}")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+        text, as_written = unsealed(file.read_text(encoding="utf-8"))
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); look at its permissions") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers and dates have errors of their own
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:300]})") from None
+    if not as_written:
+        console.warn(
+            f"warning: {file} is not as the run wrote it; `distill provenance` shows what the run used"
+        )
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values, see recipes/demo.yaml")
     return file, data
@@ -187,8 +203,8 @@ def _apply_override(data: dict, override: str) -> str | None:
         return f"'{override}': an override is written key.sub=value, for example train.steps=200"
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"'{override}': the value is not valid YAML; quote it"
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return f"'{shown(override)}': the value is not valid YAML; quote it"
     *parents, last = key.split(".")
     node: Any = data
     for part in parents:
@@ -230,6 +246,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{file}: {where}: {message}"
+    if error["type"] == "string_pattern_mismatch":
+        message = f"give a name of the form {error['ctx']['pattern']}"
     return f"{file}: '{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 

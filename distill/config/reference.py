@@ -18,9 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from distill.config.objectives import Option
+from distill.config.objectives import LARGEST_OPTION, Option
 from distill.config.recipe import Recipe
-from distill.config.section import Section
+from distill.config.section import LARGEST, Section
 from distill.config.training import Objective
 
 _NUMBERS = {
@@ -104,7 +104,7 @@ def type_text(annotation: Any, metadata: list[Any] = ()) -> str:
 
 def bounds_text(metadata: list[Any]) -> str:
     """ "at least 1", "above 0, at most 5", "0 to 1"."""
-    found = {type(m): m for m in metadata}
+    found = {type(m): m for m in metadata if getattr(m, "le", getattr(m, "lt", 0)) < LARGEST}
     low = {Ge: "at least", Gt: "above"}
     high = {Le: "at most", Lt: "below"}
     if Ge in found and Le in found:
@@ -137,8 +137,8 @@ def option_text(option: Option) -> tuple[str, str]:
     elif option.choices:
         kind = ", ".join(f"`{c}`" for c in option.choices)
     else:
-        low = (Gt(option.low) if option.above else Ge(option.low),) if option.low > float("-inf") else ()
-        high = (Lt(option.high) if option.below else Le(option.high),) if option.high < float("inf") else ()
+        low = (Gt(option.low) if option.above else Ge(option.low),) if option.low > -LARGEST_OPTION else ()
+        high = (Lt(option.high) if option.below else Le(option.high),) if option.high < LARGEST_OPTION else ()
         bounds = bounds_text([*low, *high])
         kind = f"{_NUMBERS[option.kind]}{f', {bounds}' if bounds else ''}"
     return kind, f"`{json.dumps(option.default).replace(chr(34), '')}`"

@@ -1,20 +1,35 @@
 """What every section of a recipe is made of, and the section about teacher signals. See distill/config/recipe.py."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+# Every number of a recipe is finite and bounded. Where nothing smaller is said, whole numbers end here.
+LARGEST = 2**31 - 1
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 is off, or none
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 # Names that a template can set, and values that it can write.
-TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], Any]
+TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], JsonValue]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     later: ClassVar[tuple[str, ...]] = ()  # keys that earlier versions did not have
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, data: Any):
+        """What YAML can write and no file, model or file system holds."""
+        if isinstance(data, dict) and (
+            found := [f"`{k}` {p}" for k, v in data.items() if (p := _unstorable(v))]
+        ):
+            raise ValueError("; ".join(found))
+        return data
 
     def identity(self, **how: Any) -> dict[str, Any]:
         """What a stage made by this section depends on, as JSON. `how`: further arguments of `model_dump`.
@@ -28,15 +43,37 @@ class Section(BaseModel):
         return settings
 
 
+def _unstorable(value: Any) -> str | None:
+    """What is wrong with a value of a recipe, at any depth, as the end of a sentence; None if nothing is."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "has a NUL character, which no path and no text holds; take it out"
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            return "has half of a surrogate pair, which no file holds; write the character itself"
+    elif isinstance(value, bool) or value is None:
+        return None
+    elif isinstance(value, int) and not -(2**64) < value < 2**64:
+        return "is a whole number of more than 64 bits; give a smaller one"
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}; give a finite number"
+    elif isinstance(value, dict):
+        return next((p for pair in value.items() for v in pair if (p := _unstorable(v))), None)
+    elif isinstance(value, list | tuple):
+        return next((p for v in value if (p := _unstorable(v))), None)
+    return None
+
+
 class Signal(Section):
     """What is kept of the teacher's distribution at every completion token, to train without the teacher."""
 
     kind: Literal["none", "top_k", "sampled"] = Field(
         "none", description="top_k: for sparse_forward_kl; sampled: for sampled_cross_entropy, unbiased"
     )
-    k: Count = Field(32, description="tokens kept, or drawn, per completion token")
+    k: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        32, description="tokens kept, or drawn, per completion token"
+    )
     bits: Literal[8, 16, 32] = Field(8, description="top_k: bits of a log-probability; 32 is exact")
-    temperature: Annotated[float, Field(gt=0)] = Field(
+    temperature: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0, description="sampled: the teacher's, for the draws"
     )
 

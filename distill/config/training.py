@@ -8,16 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from distill.config import objectives
-from distill.config.section import Count, Fraction, Section, TemplateArguments
+from distill.config.section import Count, Fraction, Section, TemplateArguments, Whole
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
 
 
 class Lora(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/models/lora.py for what each key reaches."""
 
-    rank: Count = Field(16, description="of each adapted weight; of each expert with `experts`")
-    alpha: Annotated[float, Field(gt=0)] = Field(
+    rank: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        16, description="of each adapted weight; of each expert with `experts`"
+    )
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         32, description="the adapter is scaled by alpha / rank before it is added"
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
@@ -151,11 +154,9 @@ class LiveTeachers(Section):
 class Validation(Section):
     """Rows of the dataset that are kept from training to look at the loss on."""
 
-    rows: Annotated[int, Field(ge=0)] = Field(0, description="held out; 0 is off")
+    rows: Whole = Field(0, description="held out; 0 is off")
     every: Count = Field(50, description="optimizer steps between looks")
-    patience: Annotated[int, Field(ge=0)] = Field(
-        0, description="looks without a better value until training ends"
-    )
+    patience: Whole = Field(0, description="looks without a better value until training ends")
     keep_best: bool = Field(False, description="save the weights of the best look, not the last")
 
     @model_validator(mode="after")
@@ -177,23 +178,19 @@ class Train(Section):
     steps: Count = Field(400, description="optimizer steps")
     batch_size: Count = Field(64, description="rows per optimizer step over all processes and micro-batches")
     micro_batch_size: Count = Field(64, description="rows per forward pass of one process")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = Field(
         1e-2,
         description="peak; suits a million parameters. Billions want less; LoRA about 10x that of full training",
     )
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        20, description="optimizer steps of linear rise; below `steps`"
-    )
+    warmup_steps: Whole = Field(20, description="optimizer steps of linear rise; below `steps`")
     final_fraction: Fraction = Field(0.1, description="learning rate at the last step over its peak")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, for exact comparisons")
-    betas: tuple[Fraction, Fraction] = Field(
-        (0.9, 0.95), description="adamw: what its two moments keep of a step"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="adamw: what its two moments keep of a step")
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="of matrices; norms and biases never decay"
     )
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = Field(
         1.0, description="gradients with a larger Euclidean norm are scaled down to it"
     )
     precision: Literal[
@@ -208,7 +205,7 @@ class Train(Section):
         "fp8-emulated-gradient-blocks",
     ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(100, description="steps; 0 keeps none")
+    checkpoint_every: Whole = Field(100, description="steps; 0 keeps none")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
@@ -223,7 +220,7 @@ class Train(Section):
         False, description="rows end to end without padding; refused where the model sees across"
     )
     compile: bool = Field(False, description="torch.compile of the decoder layers")
-    expert_bias_step: Annotated[float, Field(ge=0)] = Field(
+    expert_bias_step: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="MoE from scratch: bias balancing step u (DeepSeek-V3 section 2.1.2); 0 is off"
     )
     expert_bias_freeze: Fraction = Field(0.1, description="last share of steps with u = 0")

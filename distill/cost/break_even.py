@@ -169,7 +169,9 @@ def break_even(costs: Costs, queries: float, students: float) -> dict[str, Any]:
     `direct_student_at_most`. Raises UserError for less than no query or less than one student.
     """
     if not (0 <= queries < float("inf") and 1 <= students < float("inf")):
-        raise UserError(f"--queries {queries} --students {students}: queries from 0 up, students from 1 up")
+        raise UserError(
+            f"--queries {queries} --students {students}: give queries from 0 up, students from 1 up"
+        )
     lines = strategy_lines(costs, students)
     pairs = [(a, b) for i, a in enumerate(lines) for b in lines[i + 1 :]]
     return {

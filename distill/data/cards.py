@@ -16,7 +16,7 @@ import yaml
 
 from distill.config.recipe import Recipe
 from distill.data.ledger import run_ledger
-from distill.data.terms import terms_lines
+from distill.data.terms import in_card, terms_lines
 from distill.storage import MANIFEST, read_json, write_atomic
 
 OWN_LICENCE = "mit"
@@ -25,17 +25,19 @@ MEASURED_HEADING = "\n## Measured\n"  # where the part begins that `refresh_card
 
 def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] | None = None) -> str:
     """Markdown with the front matter the hub reads. `terms`: the decision recorded with the dataset."""
-    base = recipe.student.model or f"random weights ({recipe.student.config['model_type']})"
+    base = in_card(recipe.student.model or f"random weights ({recipe.student.config['model_type']})")
     losses = " + ".join(f"{o.weight:g} x {o.name}" for o in recipe.train.objectives)
     if recipe.teacher and arm != "control":
-        origin = f"Trained on outputs of the teacher `{recipe.teacher.model}`, filtered by a verifier."
+        origin = (
+            f"Trained on outputs of the teacher `{in_card(recipe.teacher.model)}`, filtered by a verifier."
+        )
         unrecorded = "The teacher's terms were not recorded: check them before sharing this model."
         licence = "\n".join(terms_lines(terms)) if terms else unrecorded
     elif recipe.prompts.solutions:
         origin = "Trained on procedurally generated problems with worked steps (`distill/tasks/problems.py`)."
         licence = "Terms: no third-party data or model outputs were used."
         if recipe.prompts.source != "tasks":
-            origin = f"Trained on the given solutions of `{recipe.prompts.source}`."
+            origin = f"Trained on the given solutions of `{in_card(recipe.prompts.source)}`."
             licence = "Terms: those of that file's texts; check them before sharing this model."
     else:
         origin = "Control arm: trained on questions and final answers, without a teacher."
@@ -48,7 +50,7 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
         "library_name: peft" if recipe.student.adapter == "lora" else "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
-        f"# {recipe.path.name}: {arm}",
+        f"# {in_card(recipe.path.name)}: {arm}",
         "",
         origin,
         "",
@@ -74,8 +76,21 @@ def _recipe(recipe: Recipe) -> list[str]:
     """What differs from the defaults, as a recipe is written; without the server, which is nobody else's business."""
     parts = {"seed", "prompts", "generate", "filter", "student", "train"}
     values = recipe.model_dump(mode="json", include=parts, exclude_defaults=True)
-    text = yaml.safe_dump(values, sort_keys=False).strip()
+    text = yaml.dump(values, Dumper=_CardDumper, sort_keys=False).strip()
+    text = text.replace("<", "\\x3c").replace("`", "\\x60")  # within double quotes alone, see _CardDumper
     return ["<details><summary>Recipe</summary>", "", "```yaml", text, "```", "", "</details>", ""]
+
+
+class _CardDumper(yaml.SafeDumper):
+    """Texts with a tag or a backtick in double quotes, where YAML has escapes for them."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set("<`") & set(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_CardDumper.add_representer(str, _text)
 
 
 def _fine_tuning(recipe: Recipe) -> str:
@@ -83,7 +98,7 @@ def _fine_tuning(recipe: Recipe) -> str:
     if student.adapter == "full":
         return "full"
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
-    targets = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    targets = lora.targets if isinstance(lora.targets, str) else in_card(", ".join(lora.targets))
     parts = [targets, "routed experts" if lora.experts else "", "router" if lora.router else ""]
     on = " and ".join(filter(None, parts))
     base = (
@@ -233,9 +248,10 @@ def merged_card(name: str, manifest: dict[str, Any], adapter_card: str) -> str:
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
-        f"# {name}",
+        f"# {in_card(name)}",
         "",
-        f"`{config['student']['model']}` with the adapter `{config['adapter']}` merged into its weights, in fp32, "
+        f"`{in_card(config['student']['model'])}` with the adapter `{in_card(config['adapter'])}` merged into its "
+        "weights, in fp32, "
         f"then stored as {config['dtype'] if config['dtype'] != 'auto' else 'the base is'}.",
         "",
         "## Merge error",

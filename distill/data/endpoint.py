@@ -13,7 +13,9 @@ and `completion_ids` stay empty, the student's tokenizer reads the text, and tok
 What the recipe leaves off (`top_k`, `min_p` at 0) is not sent, since not every server knows it; a server's
 own defaults then apply (vLLM takes them from the model, unless started with `--generation-config vllm`).
 
-What a server sent becomes an answer that can be stored, or a reason in one line. Nothing is trusted.
+What a server sent becomes an answer that can be stored, or a reason in one line. Nothing is trusted: a bad field
+costs that field, a bad answer that row; bodies end at a size that the question cannot need, unpacked or not, and
+nothing is sent to another host than the one in the recipe.
 
     answer = read_reply(body, key)      # body: bytes of a chat completion; raises BadReply
 
@@ -28,11 +30,14 @@ import math
 import os
 import random
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from distill import console
 from distill.config.data import Endpoint, TeacherSection
 from distill.data.teachers import Answer, Question
 from distill.errors import RunError, UserError
@@ -108,8 +113,15 @@ def _logprobs(choice: dict) -> list[float]:
     """Of the chosen tokens; [] unless the server gives a number for every one."""
     found = choice.get("logprobs")
     tokens = found.get("content") if isinstance(found, dict) else None
-    values = [t.get("logprob") if isinstance(t, dict) else None for t in tokens or []]
-    return [float(v) for v in values] if all(type(v) in (int, float) for v in values) else []
+    if not isinstance(tokens, list):
+        return []
+    values = [t.get("logprob") if isinstance(t, dict) else None for t in tokens]
+    return [float(v) for v in values] if all(map(_is_logprob, values)) else []
+
+
+def _is_logprob(value: Any) -> bool:
+    """A logarithm of a probability that float32 holds; a rounding error above 0 is let pass. Not NaN, not -inf."""
+    return type(value) in (int, float) and -1e30 < value <= 0.01
 
 
 def server_message(body: Any, key: str | None) -> str:
@@ -141,11 +153,81 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except (ValueError, TypeError, OverflowError):
+            except Exception:  # the parser of dates has several
                 continue
         if math.isfinite(seconds):
             return max(seconds, 0.0)
     return None
+
+
+# ---- what comes over the wire ------------------------------------------------------------------------
+
+
+def longest_body(sampling: Sampling, top_logprobs: int) -> int:
+    """Bytes that no honest reply exceeds: of a token its text with escapes, and of each log-probability an entry."""
+    return 2**21 + sampling.max_new_tokens * (1024 + 256 * top_logprobs)
+
+
+async def guard(response, most: int, key: str | None) -> None:
+    """Called with the headers of every response, redirects included, before its body is read or it is followed.
+
+    Raises BadReply; the body will raise it where it is longer than `most` bytes, as sent or unpacked.
+    """
+    if response.has_redirect_location:
+        _same_origin(response, key)
+    packed = ", ".join(response.headers.get_list("content-encoding")).strip().lower()
+    if packed not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise BadReply(f"the answer is packed as {one_line(redact(repr(packed), key), 40)}, not asked for")
+    if "content-encoding" in response.headers:
+        del response.headers["content-encoding"]  # unpacked here, a piece at a time
+    # The client's own package: httpx2, or httpx in older versions.
+    library = import_module(type(response).__module__.partition(".")[0])
+    unpack = zlib.decompressobj(47) if packed not in ("", "identity") else None
+    source = response.stream
+
+    class Bounded(library.AsyncByteStream):
+        async def __aiter__(self):
+            sent = length = 0
+            async for piece in source:
+                sent += len(piece)
+                if unpack:
+                    try:
+                        piece = unpack.decompress(piece, most + 1 - length)
+                    except zlib.error:
+                        raise BadReply("the answer is not packed as it says") from None
+                length += len(piece)
+                if max(sent, length) > most:
+                    raise BadReply(f"the answer is longer than {most:,} bytes")
+                yield piece
+
+        async def aclose(self):
+            await source.aclose()
+
+    response.stream = Bounded()
+
+
+def _same_origin(response, key: str | None) -> None:
+    """Raises Redirected unless a redirect stays with its host and port, or goes from http to https there."""
+    asked, where = response.request.url, response.headers.get("location", "")
+    try:
+        target = asked.join(where)
+        stays = (target.scheme, target.host, target.port) == (asked.scheme, asked.host, asked.port)
+        upgrade = (asked.scheme, target.scheme) == ("http", "https") and asked.port == target.port is None
+        same = stays or (upgrade and asked.host == target.host)
+    except Exception:  # a Location that is no address
+        same = False
+    if not same:
+        raise Redirected(
+            f"the server redirects to {one_line(redact(where, key), 100)}, where nothing is sent; if that is the "
+            "right server, name it in teacher.endpoint.base_url"
+        )
+
+
+class Redirected(BadReply):
+    """To another host. The same request would be sent there again."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason, retry=False)
 
 
 # How to ask, not what: changing these continues a run.
@@ -195,6 +277,7 @@ class EndpointTeacher:
         self._endpoint = section.endpoint
         self._limit_name = "max_tokens"
         self._failed_in_a_row = 0
+        self._worked = self._told = False  # whether any request has; whether useless logprobs were told of
         self._jitter = random.Random()
 
     def open(self) -> None:
@@ -218,7 +301,7 @@ class EndpointTeacher:
         return asyncio.run(self._answer_all(questions, sampling, on_finish))
 
     async def _answer_all(self, questions, sampling, on_finish) -> list[Answer]:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         key = read_key(self._endpoint)
         answers: list[Answer | None] = [None] * len(questions)
@@ -230,8 +313,12 @@ class EndpointTeacher:
                 self._count_failures(answers[index])
                 on_finish(answers[index])
 
+        most = longest_body(sampling, self._endpoint.top_logprobs)
+        hooks = {"response": [lambda response: guard(response, most, key)]}
         async with AsyncOpenAI(
             base_url=self._endpoint.base_url,
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, max_redirects=3),
+            default_headers={"Accept-Encoding": "identity"},
             api_key=key or "none",  # the client wants one; servers without keys ignore it
             max_retries=0,
             timeout=self._endpoint.timeout,
@@ -285,6 +372,7 @@ class EndpointTeacher:
             # The client's own timeout restarts with every byte; this one is for the whole answer.
             async with asyncio.timeout(self._endpoint.timeout):
                 reply = await client.chat.completions.with_raw_response.create(**sent)
+                body = reply.content
         except (TimeoutError, openai.APITimeoutError):
             raise BadReply(f"no answer within {self._endpoint.timeout:g} s") from None
         except openai.APIStatusError as error:
@@ -294,9 +382,29 @@ class EndpointTeacher:
                 return await self._send(client, request, key)
             raise self._status_problem(error, said) from None
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, BadReply):
+                raise self._redirected(error.__cause__) from None
             cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""
             raise BadReply(f"the connection failed{cause}") from None
-        return read_reply(reply.content, key)
+        except BadReply as bad:
+            raise self._redirected(bad) from None
+        except Exception as error:  # the client stumbles over what a server sent: one answer, not the run
+            raise BadReply(f"the reply cannot be read ({type(error).__name__})") from None
+        answer = read_reply(body, key)
+        self._worked = True
+        if self._endpoint.top_logprobs and not answer.logprobs and answer.text and not self._told:
+            self._told = True
+            console.warn(
+                f"warning: {self._endpoint.base_url} gives no usable logprobs (a number at most 0 for every token) "
+                "with some answers; these are stored without"
+            )
+        return answer
+
+    def _redirected(self, bad: BadReply) -> BadReply | RunError:
+        """To another host from the first request on: the address is wrong, and no other request will work."""
+        if isinstance(bad, Redirected) and not self._worked:
+            return RunError(f"{self._endpoint.base_url}: {bad.reason}")
+        return bad
 
     def _status_problem(self, error, said: str) -> BadReply | RunError:
         """What an HTTP status means: for this request, or for all of them."""

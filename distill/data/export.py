@@ -8,7 +8,6 @@ The card states teacher, terms, sampling and what each filter dropped.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from distill.config.recipe import Recipe, load_recipe
-from distill.data.terms import terms_lines
+from distill.data.terms import in_card, terms_lines
 from distill.errors import RunError, UserError
+from distill.files import replacing
+from distill.integrity import verify_folder
 from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
 
 # The hub's own size classes: https://github.com/huggingface/hub-docs/blob/main/datasetcard.md
@@ -56,7 +57,7 @@ def write_card(recipe: Recipe, folder: Path, counts: dict[str, Any], terms: dict
             {"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]},
         ],
     }
-    lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {front['pretty_name']}", ""]
+    lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {in_card(front['pretty_name'])}", ""]
     lines += [
         *_origin(recipe, terms),
         "",
@@ -86,7 +87,7 @@ def _origin(recipe: Recipe, terms: dict[str, Any] | None) -> list[str]:
     questions = (
         "procedurally generated problems (`distill/tasks/problems.py`)"
         if source == "tasks"
-        else f"`{source}`"
+        else f"`{in_card(source)}`"
     )
     if recipe.teacher is None:
         return [
@@ -110,7 +111,7 @@ def _origin(recipe: Recipe, terms: dict[str, Any] | None) -> list[str]:
     )
     return [
         f"- questions: {questions}",
-        f"- answers: `{recipe.teacher.model}`, {sampling.samples} per question",
+        f"- answers: `{in_card(recipe.teacher.model)}`, {sampling.samples} per question",
         f"- sampling: {drawn}, at most {sampling.max_new_tokens} tokens; seed {recipe.seed}",
         "",
         *stated,
@@ -142,21 +143,17 @@ def export(run_dir: Path, form: str, out: Path, plain: bool = False) -> int:
         raise UserError(f"{out} exists and is not overwritten; give another name, or remove it")
     folder = _finished_dataset(run_dir)
     render = _plain_renderer(run_dir) if plain else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp{os.getpid()}")
     write = _write_jsonl if out.suffix == ".jsonl" else _write_parquet
-    try:
-        rows = write(temporary, _FORMATS[form, plain], _batches(folder, form, render))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return rows
+    size = sum(path.stat().st_size for path in parts(folder))
+    with replacing(out, size) as temporary:
+        return write(temporary, _FORMATS[form, plain], _batches(folder, form, render))
 
 
 def _finished_dataset(run_dir: Path) -> Path:
     folder = run_dir / "dataset"
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill filter RECIPE` first")
+    verify_folder(folder)
     return folder
 
 

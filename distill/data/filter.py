@@ -24,11 +24,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
 from distill.data.signals import SignalFormat
 from distill.errors import UserError
+from distill.integrity import verify_folder
 from distill.models.chat import completion_ids, prompt_ids
 from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
 from distill.models.student import student_tokenizer
@@ -59,7 +60,7 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "control": recipe.control.enabled,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
-    stage = Stage(recipe.path, "dataset", config, inputs)
+    stage = Stage(recipe.path, "dataset", config, inputs, resolved(recipe))
     if stage.done(redo):
         return stage.manifest
     stage.begin(redo)
@@ -181,6 +182,7 @@ class _Parts:
 
 def explain(run_dir: Path, examples: int = 3) -> str:
     """What every rule of a finished `dataset/` dropped: its count and the first few rows, texts cut short."""
+    verify_folder(run_dir / "dataset")
     counts = read_json(run_dir / "dataset" / MANIFEST)["counts"]
     questions = {row["prompt_id"]: question(row) for row in read_rows(run_dir / "prompts")}
     shown: dict[str, list[str]] = {rule: [] for rule in counts["dropped_by_rule"]}

@@ -18,7 +18,7 @@ import torch
 
 from distill import console
 from distill.config.data import TeacherSection
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
 from distill.data.provenance import teacher_source
@@ -35,7 +35,6 @@ from distill.storage import (
     parts,
     read_json,
     read_rows,
-    remove_leftovers,
     row_count,
 )
 from distill.tasks.verify import judge
@@ -59,16 +58,14 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "identity": teacher.identity(),
     }
     folder = recipe.path / "prompts"
-    stage = Stage(
-        recipe.path, "generations", config, {"prompts": input_fingerprint(folder, "generate RECIPE")}
-    )
+    inputs = {"prompts": input_fingerprint(folder, "generate RECIPE")}
+    stage = Stage(recipe.path, "generations", config, inputs, resolved(recipe))
     ranks = processes(device)
     if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest
     teacher.open()
     if ranks.is_main_process:
         stage.begin(redo)
-        remove_leftovers(stage.folder)
     ranks.wait_for_everyone()
     prompts = read_json(folder / "manifest.json")["counts"]["rows"]
     total = prompts * recipe.generate.samples

@@ -61,7 +61,7 @@ def recipe_prices(run_dir: str | Path) -> dict[str, float] | None:
     try:
         section = yaml.safe_load(path.read_text(encoding="utf-8")).get("prices") or {}
         known = {key: section[key] for key in PRICES if section.get(key) is not None}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, AttributeError):
         return None
     return known or None
 

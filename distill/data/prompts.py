@@ -16,10 +16,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.errors import UserError
+from distill.files import like_it
 from distill.stages import Stage
 from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, parts, read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
@@ -36,7 +38,7 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     config = {"prompts": recipe.prompts.identity(), "seed": recipe.seed}
     if recipe.prompts.source != "tasks":
         config["source_hash"] = _hash_source(recipe.prompts.source)
-    stage = Stage(recipe.path, "prompts", config, inputs={})
+    stage = Stage(recipe.path, "prompts", config, {}, resolved(recipe))
     if stage.done(redo):
         otherwise = _read_otherwise(stage, recipe)
         if not otherwise:
@@ -46,7 +48,8 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
                 f"{stage.folder} was made when numbers, dates and missing values of files were guessed, and reads "
                 f"otherwise today ({otherwise}); rebuild it with --redo, or keep it and set another run_dir"
             )
-    rows = training_prompts(recipe.prompts, recipe.seed)
+    with console.slow("reading the prompts"):
+        rows = training_prompts(recipe.prompts, recipe.seed)
     if not rows:
         raise UserError("the recipe selects no prompts; raise prompts.levels or prompts.limit")
     stage.begin(redo)
@@ -86,7 +89,8 @@ def training_prompts(section: Prompts, seed: int) -> list[dict]:
 def task_prompts(split: str, levels: dict[str, int], section: Prompts, seed: int) -> list[dict]:
     """Rows of the embedded tasks. Held-out splits never repeat a prompt, whatever `distinct` says."""
     distinct = section.distinct or split != "train"
-    problems = sample_problems(split, levels, seed, section.families, distinct)
+    with console.slow(f"drawing {sum(levels.values()):,} problems"):
+        problems = sample_problems(split, levels, seed, section.families, distinct)
     return [
         {
             "prompt_id": p.prompt_id if distinct else f"{p.prompt_id}-{i}",
@@ -285,7 +289,7 @@ def _read_source(source: str, section: Prompts) -> Table:
         forms = ", ".join(FORMS)
         raise UserError(f"prompts.source='{source}': give 'tasks', a {forms} file or 'hub:org/name'")
     if not path.is_file():
-        raise UserError(f"prompts.source: file '{source}' not found")
+        raise UserError(f"prompts.source: file '{source}' not found{like_it(path)}; give one that is there")
     return read_table(path, section.limit)
 
 
@@ -311,5 +315,7 @@ def _hash_source(source: str) -> str | None:
         return None
     path = find_file(source)
     if not path.is_file():
-        raise UserError(f"prompts.source: '{source}' is neither 'tasks' nor a file")
+        raise UserError(
+            f"prompts.source: '{source}' is neither 'tasks' nor a file{like_it(path)}; give one of them"
+        )
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 
 from distill.config.data import TeacherSection
 from distill.errors import UserError
+from distill.files import like_it
 from distill.storage import MANIFEST, changed_files, find_file, fingerprint, hash_file, read_json
 
 UPSTREAM = "provenance.json"
@@ -98,7 +99,7 @@ def _start(path: Path) -> Path:
         if (candidate / MANIFEST).is_file():
             return candidate
     raise UserError(
-        f"{path}: no {MANIFEST} here; give a run folder, a student's folder or a published checkpoint"
+        f"{path}: no {MANIFEST} here{like_it(path)}; give a run folder, a student's folder or a published checkpoint"
     )
 
 
@@ -117,7 +118,7 @@ def _stage_link(name: str, folder: Path | None, manifest: dict[str, Any]) -> dic
     if fingerprint({"identity": identity, "files": manifest["files"]}) != manifest["fingerprint"]:
         problems.append(f"{MANIFEST} was changed: its fingerprint is not that of its content")
     if folder is not None:
-        problems += changed_files(folder, manifest["files"])
+        problems += changed_files(folder, {**manifest["files"], **manifest.get("records", {})})
     detail = f"{_files(manifest)}, fingerprint {manifest['fingerprint'][:8]}"
     return _link(name, folder, "ok" if folder else "not here", detail, problems)
 

@@ -95,8 +95,14 @@ def decide(teacher: TeacherSection, student: StudentSection) -> dict[str, Any]:
     }
 
 
+def in_card(text: str) -> str:
+    """A name as a card may carry it: one line, no tag, no end of a code span. Hubs render what cards say."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("`", "'")
+
+
 def terms_lines(decision: dict[str, Any]) -> list[str]:
     """The decision as markdown lines for a card: answer, where it stands, conditions, who acknowledged."""
+    decision = {key: in_card(value) if isinstance(value, str) else value for key, value in decision.items()}
     line = f"Terms of the teacher `{decision['teacher']}` ({decision['notice']}): {decision['reason']}."
     details = [
         decision["says"] and f"It says: {decision['says']}.",

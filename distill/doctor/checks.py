@@ -21,12 +21,14 @@ from distill.data.signals import STORED, SignalFormat, signal_problems
 from distill.data.terms import require_permission
 from distill.devices import describe_device
 from distill.doctor import memory as footprint
+from distill.doctor import needs
 from distill.doctor import student as student_checks
 from distill.doctor import tokens as token_checks
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, findings_of
 from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
 from distill.models.load import check_model, check_weights, resolve_model, tokenizer_fingerprint
+from distill.tasks.problems import FAMILIES
 
 
 def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:
@@ -42,6 +44,12 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     found = findings_of("device", _device, pair)
     if any(f.state == FAIL for f in found):
         return found  # nothing below can be judged for a device that is not there
+    for name, check in (
+        ("run_dir", needs.run_folder),
+        ("packages", needs.packages),
+        ("problems", needs.problems),
+    ):
+        found += findings_of(name, check, pair)
     models = [f for side in pair.sides for f in findings_of("models", _model, side, weights)]
     found += models
     if recipe.teacher and recipe.teacher.endpoint:
@@ -65,7 +73,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     ]
     if pair.does("train"):
         checks += [("trained", student_checks.trained), ("experts", student_checks.expert_findings)]
-    checks.append(("memory", footprint.memory))
+    checks += [("evaluation", needs.measured), ("control", needs.references), ("memory", footprint.memory)]
     for name, check in checks:
         found += findings_of(name, check, pair)
     return found
@@ -74,6 +82,8 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
 def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch.device) -> list[Finding]:
     """The same of checkpoints that are only measured, `models` by name: what each reads, its context, its memory."""
     found = []
+    if section.levels:
+        found += needs.enough("--problems", section.levels, list(FAMILIES), section.split)
     for name, path in models.items():
         side = model_side("checkpoint", path)
         loaded = findings_of("models", _model, side, True)
@@ -83,9 +93,9 @@ def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch
         found += token_checks.missing_template(side)
         short = token_checks.fits(side, "--max-new-tokens", section.max_new_tokens, "held-out", None)
         found += [short] if short else []
-        has, needs = footprint.device_memory(device), side.facts["weight_bytes"]
-        if needs > has:
-            text = f"{name}: weights of {footprint.gigabytes(needs)}, and the device has {footprint.gigabytes(has)}"
+        has, wants = footprint.device_memory(device), side.facts["weight_bytes"]
+        if wants > has:
+            text = f"{name}: weights of {footprint.gigabytes(wants)}, and the device has {footprint.gigabytes(has)}"
             found.append(Finding("memory", FAIL, text, "take a larger device or a smaller model"))
     return found
 
@@ -141,7 +151,7 @@ def _terms(pair: Pair) -> list[Finding]:
 def _prompts(pair: Pair) -> list[Finding]:
     """What is wrong with the files of training prompts and of held-out problems that the command reads: all of it."""
     found = []
-    for work, which in (("generate", "training_prompts"), ("evaluate", "test_prompts")):
+    for work, which in (("generate", "training_rows"), ("evaluate", "test_rows")):
         if pair.does(work):
             try:
                 getattr(pair, which)

@@ -1,7 +1,7 @@
 """Teacher and student as their configs and tokenizers describe them: what the checks before a run look at.
 
     pair = Pair(recipe, "run")
-    pair.student.tokenizer, pair.teacher.context, pair.prompts        # each read once, when first asked for
+    pair.student.tokenizer, pair.teacher.context, pair.training_rows        # each read once, when first asked for
 
 No weights are read. A teacher behind an endpoint has no config here: `pair.teacher` is None.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from distill import console
 from distill.config.recipe import Recipe
 from distill.data.prompts import file_prompts, held_out, task_prompts
 from distill.devices import pick_device
@@ -158,24 +159,26 @@ class Pair:
         return sum(p.numel() for p in self.adapted[1].parameters() if p.requires_grad)
 
     @cached_property
-    def training_prompts(self) -> list[list[dict]] | None:
-        """Chat messages of prompts, or None where they are on the hub: nothing is downloaded to look at them."""
+    def training_rows(self) -> list[dict] | None:
+        """Prompts, or None where they are on the hub: nothing is downloaded to look at them. A few of the embedded."""
         section = self.recipe.prompts
         if section.source == "tasks":
             few = {level: min(n, _TASKS) for level, n in section.levels.items()}
-            return [row["messages"] for row in task_prompts("train", few, section, self.recipe.seed)]
+            return task_prompts("train", few, section, self.recipe.seed)
         if section.source.startswith("hub:"):
             return None
-        return [row["messages"] for row in file_prompts(section.source, section, "train")]
+        with console.slow(f"reading {section.source}"):
+            return file_prompts(section.source, section, "train")
 
     @cached_property
-    def test_prompts(self) -> list[list[dict]] | None:
+    def test_rows(self) -> list[dict] | None:
         section = self.recipe.evaluate
         if (section.source or "").startswith("hub:"):
             return None
         few = {level: min(n, _TASKS) for level, n in section.levels.items()}
         section = section.model_copy(update={"levels": few})
-        return [row["messages"] for row in held_out(section, self.recipe.prompts, self.recipe.seed)]
+        with console.slow(f"reading {section.source}"):
+            return held_out(section, self.recipe.prompts, self.recipe.seed)
 
     def lengths(self, who: Side, which: str) -> Lengths | None:
         """Tokens of the "training" or "held-out" prompts for this model; None where they cannot be read.
@@ -183,8 +186,8 @@ class Pair:
         Counted are those that are longest in characters, and the shortest.
         """
         if (who.role, which) not in self._lengths:
-            prompts = self.training_prompts if which == "training" else self.test_prompts
-            self._lengths[who.role, which] = _count(who, prompts) if prompts else None
+            rows = self.training_rows if which == "training" else self.test_rows
+            self._lengths[who.role, which] = _count(who, [r["messages"] for r in rows]) if rows else None
         return self._lengths[who.role, which]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, pick_device
@@ -28,10 +28,20 @@ from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
+from distill.integrity import verify_source
 from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
-from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
+from distill.storage import (
+    ANSWER_SCHEMA,
+    MANIFEST,
+    PartWriter,
+    find_file,
+    fingerprint,
+    read_json,
+    read_table,
+    write_json,
+)
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
 
@@ -51,9 +61,20 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if recipe.evaluate.models:
         checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
     local = "teacher" in checkpoints
-    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo)
+    manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo, _sources(run))
     refresh_cards(run, recipe.prices.usd_per_device_hour)
     return manifest
+
+
+def _sources(run: Path) -> list[tuple[dict[str, Any], str]]:
+    """(what was recorded of a model, who used it then), of the base and of the teacher."""
+    kept = [(run / "student", "base_source"), (run / "generations", "teacher_source")]
+    found = [
+        (read_json(folder / MANIFEST).get(key), f"the stage '{folder.name}'")
+        for folder, key in kept
+        if (folder / MANIFEST).is_file()
+    ]
+    return [(source, user) for source, user in found if source and "files" in source]
 
 
 def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = False) -> dict[str, Any]:
@@ -62,7 +83,12 @@ def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = Fal
 
 
 def _stage_of(
-    recipe: Recipe, checkpoints: dict[str, str], inputs: dict, teacher: str | None, redo: bool
+    recipe: Recipe,
+    checkpoints: dict[str, str],
+    inputs: dict,
+    teacher: str | None,
+    redo: bool,
+    sources: list[tuple[dict[str, Any], str]] = (),
 ) -> dict:
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     device = pick_device(recipe.device, recipe.threads)
@@ -71,8 +97,8 @@ def _stage_of(
     if recipe.teacher:
         asked["teacher"] = recipe.teacher.chat_template_kwargs
     plan = replace(plan, template_arguments={name: given for name, given in asked.items() if given})
-    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs)
-    return _run(stage, checkpoints, plan, teacher, redo)
+    stage = Stage(recipe.path, "eval", _identity(plan, checkpoints), inputs, resolved(recipe))
+    return _run(stage, checkpoints, plan, teacher, redo, sources)
 
 
 def evaluate_checkpoints(
@@ -108,7 +134,16 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
     """Everything that can be wrong with what is asked, found before any model is loaded. Raises UserError."""
     if not problems:
         raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
-    if section.likelihood:
+    check_measured(problems, section)
+    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+
+
+def check_measured(problems: list[dict] | None, section: Evaluate) -> None:
+    """The parts of an evaluation besides its problems: choices, text files, the harness. Raises UserError.
+
+    `problems`: those that are known, None where they are on the hub.
+    """
+    if section.likelihood and problems is not None:
         if not choice_problems(problems):
             raise UserError(
                 "likelihood needs multiple-choice problems (prompts.verifier=choice, or the presets mmlu, gpqa, "
@@ -120,7 +155,8 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
         from distill.evaluation.harness import check_harness
 
         check_harness(section)
-    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+    for path in section.text:
+        read_documents(path)
 
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
@@ -145,9 +181,19 @@ def _reads_the_clock(plan: Plan, name: str, path: str) -> bool:
         return False
 
 
-def _run(stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, redo: bool) -> dict:
+def _run(
+    stage: Stage,
+    checkpoints: dict[str, str],
+    plan: Plan,
+    teacher: str | None,
+    redo: bool,
+    sources: list[tuple[dict[str, Any], str]] = (),
+) -> dict:
     if stage.done(redo):
         return stage.manifest
+    for source, user in sources:  # an adapter on another base is another model
+        if source["model"] in checkpoints.values():
+            verify_source(source, find_file(source["model"]), user)
     for path in checkpoints.values():  # all of them before any weight is loaded: mistakes surface in a second
         check_model(path)
     if plan.section.interventions.any:

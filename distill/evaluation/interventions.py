@@ -34,6 +34,7 @@ from distill.errors import UserError
 from distill.evaluation.answers import answer_problems
 from distill.evaluation.scores import summarise
 from distill.evaluation.stats import holm, paired_comparison
+from distill.files import writing
 from distill.models.describe import DEFAULT_CONTEXT, describe_model
 from distill.models.load import check_adapter_base, load_config, resolve_model
 from distill.models.routers import find_routers
@@ -241,8 +242,10 @@ def interventions_for(
 
 
 def _keep(path: Path, label: str, rows: AnswerRows) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"label": label, "rows": rows}) + "\n")
+    """A line more, after one that a kill cut short too."""
+    data = "\n" + json.dumps({"label": label, "rows": rows}) + "\n"
+    with writing(path.parent, len(data)), path.open("a", encoding="utf-8") as file:
+        file.write(data)
 
 
 def _read_kept(path: Path) -> dict[str, AnswerRows]:

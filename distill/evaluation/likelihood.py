@@ -41,6 +41,7 @@ from distill.data.batches import TokenRows
 from distill.data.scoring import score_rows
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
+from distill.files import like_it
 from distill.models.chat import completion_ids, prompt_ids
 from distill.storage import find_file
 from distill.tasks.benchmarks import LETTERS
@@ -127,7 +128,9 @@ def read_documents(path: str) -> list[str]:
     """The texts of a file. Raises UserError for one that is missing, of another kind, unreadable or empty."""
     file = find_file(path)
     if not file.is_file():
-        raise UserError(f"--text {path}: no such file; give a .txt or .jsonl file (evaluate.text)")
+        raise UserError(
+            f"--text {path}: no such file{like_it(file)}; give a .txt or .jsonl file (evaluate.text)"
+        )
     if file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--text {path}: give a .txt file, or a .jsonl file with a column `text`")
     documents = [read_text(file)] if file.suffix == ".txt" else _texts(file)

@@ -29,7 +29,6 @@ Shapes: L routed layers, T tokens of one answer, k experts per token.
 
 import itertools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.errors import RunError, UserError
+from distill.files import replacing
 from distill.models.routers import Router
 from distill.moe.recording import Decisions
 
@@ -127,16 +127,9 @@ def write_routes(
     }
     schema = ROUTES_SCHEMA.with_metadata(metadata)
     final = folder / f"{name}.parquet"
-    temporary = final.with_name(f".{final.name}.tmp{os.getpid()}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(table, schema=schema), temporary, write_statistics=False)
-        os.replace(temporary, final)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {final}: {error.strerror or error}; free some space and run again"
-        ) from None
+    rows = pa.Table.from_pylist(table, schema=schema)
+    with replacing(final, rows.nbytes) as temporary:
+        pq.write_table(rows, temporary, write_statistics=False)
     return final
 
 

@@ -45,6 +45,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 from transformers.cache_utils import DynamicLayer
 
 from distill.errors import UserError
+from distill.files import shown
+from distill.models.folders import check_folder, refusing
 from distill.models.quantize import logical_size
 from distill.models.routers import Router, find_routers
 from distill.storage import find_file
@@ -112,11 +114,11 @@ def _load_config(source: str | Path) -> PreTrainedConfig:
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder} is an adapter without config.json; describe the model it adapts")
         raise UserError(f"{folder} has no config.json; name the folder of a saved model")
-    try:
+    check_folder(folder)
+    with refusing(
+        f"{shown(source)} has no config.json to read", "name a model folder or a hub name like org/name"
+    ):
         raw, _ = PreTrainedConfig.get_config_dict(str(folder))
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{source} has no config.json to read ({reason}); name a model folder") from error
     family = raw.get("model_type")
     if family not in CONFIG_MAPPING:
         if raw.get("auto_map"):

@@ -5,12 +5,13 @@ folders. Weights are safetensors only (pickle can execute code), and no code fro
 """
 
 import inspect
-import json
+import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,13 +22,29 @@ from transformers import (
 
 from distill import console
 from distill.errors import UserError
-from distill.models.chat import reads_the_clock, set_template, template_date
-from distill.storage import changed_files, find_file, fingerprint
+from distill.files import like_it, shown
+from distill.models.chat import PLAIN_TEMPLATE, reads_the_clock, set_template, template_date
+from distill.models.folders import (
+    ADAPTER_WEIGHTS,
+    check_folder,
+    check_template,
+    check_weights,
+    first_line,
+    read_object,
+    refusing,
+    shapes,
+)
+from distill.storage import MANIFEST, changed_files, find_file, fingerprint, read_json
+from distill.tasks.tokenizer import CHAT_TEMPLATE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 
 # The keyword under which a model's forward takes its cache: transformers 5.24 renamed the second to the first.
 CACHE_NAMES = ("cache", "past_key_values")
+
+
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_OWN_TEMPLATES = (PLAIN_TEMPLATE, CHAT_TEMPLATE)  # not a stranger's
 
 
 def cache_name(model: torch.nn.Module) -> str | None:
@@ -43,49 +60,23 @@ def resolve_model(name: str) -> str:
     Raises UserError for something that looks like a folder and is not there.
     """
     path = find_file(name)
-    if path.is_dir():
+    if name.strip() and os.path.isdir(path):
         return str(path)
     looks_local = name.startswith((".", "/", "~", "checkpoints/")) or name.count("/") != 1
-    if looks_local or path.is_file():
+    if looks_local or os.path.isfile(path) or not _HUB_NAME.fullmatch(name):
         raise UserError(
-            f"model '{name}' is not a folder; give a saved model folder or a hub name like org/name"
+            f"model '{shown(name)}' is not a folder{like_it(name)}; give a saved model folder or a hub name like "
+            "org/name"
         )
     return name
-
-
-def check_weights(folder: Path) -> None:
-    """Every safetensors file is whole, and no weights exist only as pickle. Raises UserError."""
-    if not folder.is_dir():
-        return  # a hub name: checked by the download
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{folder} has pickle weights only ({pickled[0]}), which can execute code and are never "
-                "loaded; convert it with `save_pretrained`, which writes safetensors"
-            )
-        raise UserError(f"{folder} has no *.safetensors weights; is it a saved model?")
-    for index in folder.glob("*.safetensors.index.json"):
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(wanted - {p.name for p in files})
-        if missing:
-            raise UserError(f"{folder}: weight file {missing[0]} is missing; copy the folder again")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged or cut short ({error}); copy it again") from None
 
 
 def load_config(name: str) -> Any:
     """The model's config. Raises UserError where there is none or it needs remote code."""
     source = resolve_model(name)
-    try:
+    check_folder(Path(source))
+    with refusing(f"cannot read the config of '{name}'"):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of '{name}': {_first_line(error)}") from None
 
 
 def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
@@ -94,18 +85,22 @@ def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) 
     template_arguments: `chat_template_kwargs` of a recipe, written into the template for good.
     """
     source = resolve_model(name)
-    try:
+    check_folder(Path(source))
+    with refusing(f"cannot load a tokenizer from '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from '{name}': {_first_line(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of '{name}' has no end token; set `eos_token` in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    set_template(tokenizer, template_arguments)
-    tokenizer.padding_side = "left"
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of '{name}' has no end token; set `eos_token` in its tokenizer_config.json"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        brought = tokenizer.chat_template
+        set_template(tokenizer, template_arguments)
+        tokenizer.padding_side = "left"
+        tokenizer.encode("2+2")
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    if brought and brought not in _OWN_TEMPLATES:
+        check_template(tokenizer.chat_template, f"'{name}'", tokens)
     return tokenizer
 
 
@@ -127,9 +122,10 @@ def load_model(
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
         return _load_adapter(folder, dtype, device, quantize)
+    check_folder(folder)
     check_weights(folder)
     rounded = {} if quantize == "none" else _rounded(name, dtype, torch.device(device), quantize)
-    try:
+    with refusing(f"cannot load '{name}' as a causal LM"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -138,8 +134,6 @@ def load_model(
             output_loading_info=True,
             **rounded,
         )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"cannot load '{name}' as a causal LM: {_first_line(error)}") from None
     if loading["missing_keys"] or loading["mismatched_keys"]:
         key = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[0]
         raise UserError(
@@ -156,13 +150,16 @@ def load_model(
 
 def check_adapter_base(folder: Path) -> str:
     """The base model that an adapter folder names. Raises UserError if it is not there."""
+    check_folder(folder)
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        resolve_model(str(base))
+        base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
+        resolved = Path(resolve_model(base))
+        if (resolved / "adapter_config.json").exists():
+            raise UserError("it is an adapter itself")
         return str(base)
-    except (UserError, KeyError, json.JSONDecodeError) as error:
+    except (UserError, KeyError) as error:
         raise UserError(
-            f"adapter {folder}: its base model does not load ({_first_line(error)}); "
+            f"adapter {folder}: its base model does not load ({first_line(error)}); "
             "put it there, or edit base_model_name_or_path in adapter_config.json"
         ) from None
 
@@ -173,7 +170,7 @@ def base_changes(folder: Path) -> list[str]:
     An adapter folder made here says in its manifest which files its base had (`base_source`).
     """
     try:
-        recorded = json.loads((folder / "manifest.json").read_text())["base_source"]["files"]
+        recorded = read_json(folder / MANIFEST)["base_source"]["files"]
         base = Path(resolve_model(check_adapter_base(folder)))
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return []
@@ -214,13 +211,25 @@ def _rounded(name: str, dtype: str, device: torch.device, quantize: str) -> dict
 
 
 def _load_adapter(folder: Path, dtype: str, device, quantize: str) -> PreTrainedModel:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     check_weights(folder)
     for change in base_changes(folder)[:1]:
         console.warn(f"warning: adapter {folder} was trained on another base: {change}")
     base = load_model(check_adapter_base(folder), dtype, device, quantize=quantize)
-    return PeftModel.from_pretrained(base, str(folder)).to(device).eval()
+    with refusing(
+        f"adapter {folder} does not fit its base", "take the base it was trained on, or copy it again"
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of, keys that are missing, is compared below
+            model = PeftModel.from_pretrained(base, str(folder))
+        wanted, stored = set(get_peft_model_state_dict(model)), set(shapes(folder / ADAPTER_WEIGHTS))
+        if wanted != stored:
+            missing, surplus = sorted(wanted - stored), sorted(stored - wanted)
+            raise ValueError(
+                f"{len(missing)} tensors are missing and {len(surplus)} have no place, first {(missing + surplus)[0]}"
+            )
+        return model.to(device).eval()
 
 
 def fit_for_inference(model: PreTrainedModel) -> PreTrainedModel:
@@ -257,12 +266,3 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    if "trust_remote_code" in text:  # its advice is the one thing that is not done here
-        return (
-            "it needs code from the checkpoint, which is never run; use a model that transformers implements"
-        )
-    return text.splitlines()[0]

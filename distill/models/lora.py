@@ -101,7 +101,9 @@ def _of_group(model: PreTrainedModel, groups: dict[str, str], group: str) -> set
     key = "experts" if group == "routed experts" else "router"
     found = {name: p for name, p in model.named_parameters() if groups.get(name) == group}
     if not found:
-        raise UserError(f"student.lora.{key}: this {model.config.model_type} model has no routed experts")
+        raise UserError(
+            f"student.lora.{key}: this {model.config.model_type} model has no routed experts; leave it out"
+        )
     if group == "router":
         return set(found)
     stacked = {name for name, p in found.items() if p.ndim == 3}

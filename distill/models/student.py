@@ -20,6 +20,8 @@ from transformers import (
 
 from distill.config.training import StudentSection
 from distill.errors import UserError
+from distill.files import sync_all, write_atomic, writing
+from distill.models.folders import check_config, refusing
 from distill.models.load import load_config, load_model, load_tokenizer, resolve_model
 from distill.models.lora import add_lora, plan_lora
 from distill.models.quantize import check_quantize
@@ -55,11 +57,9 @@ def student_config(section: StudentSection) -> PreTrainedConfig:
     if section.model is not None:
         return load_config(section.model)
     tokenizer = student_tokenizer(section)
-    try:
+    check_config(section.config, "student.config")
+    with refusing("student.config", "correct it"):  # each config class validates in its own way
         return _fitted(section.config, tokenizer)
-    except Exception as error:  # each config class validates in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"student.config: {reason}; correct it") from None
 
 
 def student_skeleton(section: StudentSection) -> PreTrainedModel:
@@ -170,8 +170,14 @@ def save_student(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.config.use_cache = True
-    model.save_pretrained(
-        folder, safe_serialization=True, **({"state_dict": state_dict} if state_dict else {})
-    )
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    for adapter in getattr(model, "peft_config", {}).values():
+        if isinstance(adapter.target_modules, set):  # saved in the order of hashes, another in every process
+            adapter.target_modules = sorted(adapter.target_modules)
+    tensors = state_dict or {n: p for n, p in model.named_parameters() if p.requires_grad or model is base}
+    with writing(folder, sum(t.nbytes for t in tensors.values())):
+        model.save_pretrained(
+            folder, safe_serialization=True, **({"state_dict": state_dict} if state_dict else {})
+        )
+        tokenizer.save_pretrained(folder)
+        write_atomic(folder / "README.md", card)
+        sync_all(folder)

@@ -27,10 +27,10 @@ from contextlib import ExitStack
 import torch
 from transformers.cache_utils import DynamicCache
 
+from distill.data.cross_tokenizer import TeacherView
 from distill.errors import DistillError, UserError
 from distill.evaluation.routes import token_pieces
 from distill.models.chat import prompt_ids, whole_turn
-from distill.models.cross_tokenizer import TeacherView
 from distill.models.decode import Sampling, choose, row_seed, uniforms
 from distill.models.describe import describe_model
 from distill.models.head import KeptLogits

@@ -38,6 +38,7 @@ from markupsafe import Markup
 from distill.errors import UserError
 from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import METRICS_VERSION
+from distill.integrity import verify_folder
 from distill.report import figures as draw
 from distill.report.drawing import LONGEST_TEXT, layer_labels
 from distill.report.experts import changes_view, moe_view, precision_view
@@ -246,6 +247,7 @@ def _script() -> tuple[Markup, str]:
 
 def build_dossier(out_dir: Path) -> Path:
     """Writes `out_dir/dossier.html` (whole or not at all) and returns its path. `UserError` as `read_evaluation`."""
+    verify_folder(out_dir)
     evaluation = read_evaluation(out_dir)
     models = evaluation.models
     tasks = tasks_of(evaluation)

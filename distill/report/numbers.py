@@ -21,12 +21,12 @@ def absent(value) -> bool:
 
 
 def number(value, digits: int = 3) -> str:
-    """Integers with thousands separators, other numbers to `digits` decimals; a list counts its members."""
+    """Thousands are separated; what is below 1,000 and not whole has `digits` decimals; a list counts its members."""
     if absent(value):
         return DASH
     if isinstance(value, list):
         value = len(value)
-    return f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
+    return f"{value:.{digits}f}" if isinstance(value, float) and abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def si(value, unit: str = "") -> str:

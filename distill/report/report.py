@@ -24,6 +24,8 @@ from markupsafe import Markup
 from distill.data.ledger import STAGES
 from distill.errors import UserError
 from distill.evaluation.schema import METRICS_VERSION
+from distill.files import like_it
+from distill.integrity import unsealed, verify_folder
 from distill.report import drawing
 from distill.report import figures as draw
 from distill.report.numbers import NB, absent, p_value, percent, points
@@ -86,11 +88,15 @@ def read_run(run_dir: Path) -> Run:
     """Reads a run folder. `UserError` where it or its evaluation is missing, damaged or of another schema."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is missing; make it with `distill run RECIPE run_dir={run_dir}`")
+        raise UserError(
+            f"{run_dir} is missing{like_it(run_dir)}; make it with `distill run RECIPE run_dir={run_dir}`"
+        )
     path, fix = run_dir / "eval" / "metrics.json", f"`distill evaluate RECIPE run_dir={run_dir}`"
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with {fix}")
     metrics = read_json(path)
+    for stage in (*STAGES, "eval"):
+        verify_folder(run_dir / stage, but=".safetensors")
     version = metrics.get("schema_version")
     if version != METRICS_VERSION:
         raise UserError(f"{path} has schema_version {version}, not {METRICS_VERSION}; redo it with {fix}")
@@ -99,7 +105,7 @@ def read_run(run_dir: Path) -> Run:
     recipe = run_dir / "recipe.yaml"
     return Run(
         path=run_dir,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=unsealed(recipe.read_text(encoding="utf-8"))[0] if recipe.is_file() else None,
         manifests={stage: read_json(path) for stage, path in manifests.items() if path.is_file()},
         metrics=metrics,
         curves={stage: rows for stage, rows in curves.items() if rows},

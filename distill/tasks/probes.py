@@ -33,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.files import like_it
 from distill.storage import write_atomic
 from distill.tasks.conversations import conversation
 from distill.tasks.reading import json_lines, text_of
-from distill.tasks.verify import VERIFIERS, extract_answer, matches
+from distill.tasks.verify import VERIFIERS, check_pattern, extract_answer, matches
 
 PROBE_KINDS = ("contains", "regex", "refusal", "choice", "answer")
 OUTCOMES = ("flaw", "clean", "other", "truncated", "error")
@@ -77,7 +78,9 @@ def load_probes(path: str | Path) -> list[Probe]:
     """Probes of a JSONL file. Raises UserError with every bad row, one line each."""
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"probes: file '{path}' not found; --probes embedded uses those of the embedded pair")
+        raise UserError(
+            f"probes: file '{path}' not found{like_it(file)}; --probes embedded uses those of the embedded pair"
+        )
     problems: list[str] = []
     probes: list[Probe] = []
     seen: set[str] = set()
@@ -90,12 +93,17 @@ def load_probes(path: str | Path) -> list[Probe]:
                 raise ValueError(f"probe_id '{probe.probe_id}' occurs twice; give every row its own")
             seen.add(probe.probe_id)
             probes.append(probe)
-        except ValueError as error:
-            problems.append(f"{path}: line {number}: {error}")
+        except (ValueError, TypeError) as error:  # odd types of values too
+            problems.append(f"{path}: line {number}: {error}; correct the line")
     if not problems and not probes:
         problems.append(f"{path} has no probes; a row is like {{'probe_id': ..., 'flaw': ..., 'kind': ...}}")
     if problems:
-        raise UserError(*problems)
+        more = (
+            [f"{path}: {len(problems) - 20} more lines like these; correct them"]
+            if len(problems) > 20
+            else []
+        )
+        raise UserError(*problems[:20], *more)
     return probes
 
 
@@ -150,9 +158,9 @@ def _problem(probe: Probe) -> str | None:
         return f"unknown verifier '{probe.verifier}'; valid: {', '.join(VERIFIERS)}"
     for key in ("pattern", "clean") if probe.kind in ("regex", "refusal", "answer") else ("clean",):
         try:
-            re.compile(getattr(probe, key))
-        except re.error as error:
-            return f"`{key}` is not a regular expression: {error}"
+            check_pattern(getattr(probe, key))
+        except ValueError as error:
+            return f"{error}".replace("`pattern`", f"`{key}`", 1)
     return None
 
 

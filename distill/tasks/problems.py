@@ -167,6 +167,24 @@ def split_of(family: str, content: str) -> str:
     return "train" if bucket < 80 else "validation" if bucket < 85 else "test"
 
 
+_SHARES = {"train": 0.80, "validation": 0.05, "test": 0.15}
+
+
+def available(family: str, level: str, split: str) -> int:
+    """How many different prompts there are, about: contents of this size, their wordings, the share of the split."""
+    numbers = 9 * 10 ** (_DIGITS[level] - 1)
+    contents = {
+        "addition": numbers * (numbers + 1) // 2,
+        "subtraction": numbers * (numbers + 1) // 2,
+        "multiplication": 8 * numbers,
+        "modulo": 7 * numbers,
+        "sorting": 10 ** _SORTED[level],
+        "reversing": len(_ALPHABET) ** _REVERSED[level],
+        "counting": 5 * 5 ** _COUNTED[level],
+    }[family]
+    return round(2 * _SHARES[split] * contents)
+
+
 def sample_problem(family: str, level: str, split: str, rng: random.Random) -> Problem:
     """Draw one problem of `family` and `level` whose content belongs to `split`."""
     while True:

@@ -23,6 +23,7 @@ from distill.tasks import formulas
 from distill.tasks import numeric as numbers_stated
 from distill.tasks.choices import letter
 from distill.tasks.numbers import INVISIBLE
+from distill.tasks.patterns import check_size
 from distill.tasks.statements import boxed, stated
 
 __all__ = [
@@ -111,9 +112,12 @@ def _same_letter(found: str, reference: str) -> bool:
 def check_pattern(pattern: str) -> None:
     """Raises ValueError if a recipe's pattern is not a regular expression."""
     try:
+        check_size(pattern.replace("{answer}", "x"))
         regex.compile(pattern.replace("{answer}", "x"))
-    except regex.error as error:
-        raise ValueError(f"`pattern` is not a regular expression: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"`pattern` {error}") from None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"`pattern` is not a regular expression: {error}; correct it") from None
 
 
 def matches(answer: str, reference: str) -> bool:

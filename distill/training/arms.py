@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distill.config.recipe import Recipe
+from distill.config.recipe import Recipe, resolved
 from distill.config.training import LiveTeachers, Objective, OnPolicy
 from distill.data.batches import TokenRows
 from distill.data.cards import student_card
@@ -27,7 +27,7 @@ from distill.models.quantize import logical_size
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json
-from distill.training.checkpoint import drop_states, whole_state_dict
+from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.live_teachers import live_teachers
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import make_accelerator, train_student
@@ -53,13 +53,21 @@ def train_arms(recipe: Recipe, redo: bool = False, say: Callable[[str], None] = 
         }
         plain = recipe.train.model_copy(update=update)
         arms["control"] = recipe.model_copy(update={"train": plain})
-    return {arm: train_arm(arm_recipe, arm, redo, say) for arm, arm_recipe in arms.items()}
+    text = resolved(recipe)  # of the run, whichever arm begins
+    return {arm: train_arm(arm_recipe, arm, redo, say, text) for arm, arm_recipe in arms.items()}
 
 
 def train_arm(
-    recipe: Recipe, arm: str, redo: bool = False, say: Callable[[str], None] = print
+    recipe: Recipe,
+    arm: str,
+    redo: bool = False,
+    say: Callable[[str], None] = print,
+    text: str | None = None,
 ) -> dict[str, Any]:
-    """Train one arm into its folder; returns its manifest. On several processes, rank 0 keeps the folder."""
+    """Train one arm into its folder; returns its manifest. On several processes, rank 0 keeps the folder.
+
+    `text`: the run's resolved recipe, for its recipe.yaml.
+    """
     device = pick_device(recipe.device, recipe.threads)
     precision = resolve_precision(recipe.train.precision, device)
     needs_teacher = any(o.live for o in recipe.train.objectives)
@@ -73,11 +81,13 @@ def train_arm(
     }
     data = recipe.path / "dataset" / ("control" if arm == "control" else "")
     inputs = {"dataset": input_fingerprint(recipe.path / "dataset", "filter RECIPE")}
-    stage = Stage(recipe.path, arm, config, inputs)
+    stage = Stage(recipe.path, arm, config, inputs, text)
     accelerator = make_accelerator(recipe, precision, stage.folder)
 
     # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
     if main_decides(accelerator, lambda: stage.done(redo)):
+        if accelerator.is_main_process:
+            drop_states(stage.folder)  # where a kill came between the manifest and this line
         return stage.manifest
     student = build_student(recipe.student, precision.name, accelerator.device, recipe.seed)
     numerics = precision.prepare(student.model)
@@ -109,15 +119,20 @@ def train_arm(
     state_dict = whole_state_dict(student.model)  # gathered by all processes where it is sharded
     if not accelerator.is_main_process:
         return {}
-    resolved = recipe.model_copy(
+    as_trained = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"precision": precision.name})}
     )
     terms = None if arm == "control" else read_json(recipe.path / "dataset" / MANIFEST).get("terms")
     save_student(
-        student.model, student.tokenizer, stage.folder, student_card(resolved, arm, counts, terms), state_dict
+        student.model,
+        student.tokenizer,
+        stage.folder,
+        student_card(as_trained, arm, counts, terms),
+        state_dict,
     )
     manifest = stage.finish(
         counts,
+        without=(BEST,),
         terms=terms,
         base_source=model_source(recipe.student.model) if recipe.student.model else None,
         device=describe_device(accelerator.device, accelerator.num_processes),

@@ -21,6 +21,7 @@ The signal only raises a flag, since a half-done step cannot be saved; the loop 
 processes once a step. A second SIGTERM, or SIGINT (Ctrl-C), stops at once: the last saved state is then kept.
 """
 
+import hashlib
 import os
 import shutil
 import signal
@@ -30,13 +31,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, RunError
-from distill.storage import read_json, write_json
+from distill.files import remove, replacing, sync, sync_all, temporary_of, writing
+from distill.integrity import write_sealed
+from distill.storage import hash_file, read_json
+
+BEST = "best.safetensors"
+TENSORS = "tensors.safetensors"
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -84,13 +90,22 @@ def save_state(
     if not write:
         return
     final = folder / f"state-{step:07d}"
-    temporary = folder / f".state.tmp{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
-    save_file({n: t.clone() for n, t in tensors.items()}, temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {"step": step, **extra})
-    os.replace(temporary, final)
+    temporary = temporary_of(folder / "state")
+    size = sum(t.nbytes for t in tensors.values())
+    try:
+        with writing(folder, size):
+            remove(temporary)
+            temporary.mkdir(parents=True)
+            # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
+            save_file({n: t.clone() for n, t in tensors.items()}, temporary / TENSORS)
+            weights = hash_file(temporary / TENSORS)
+            write_sealed(temporary / "state.json", {"step": step, "hash": weights, **extra})
+            sync_all(temporary)
+            os.replace(temporary, final)
+            sync(folder)
+    except BaseException:
+        remove(temporary)
+        raise
     for other in sorted(folder.glob("state-*"))[:-keep]:
         shutil.rmtree(other)
 
@@ -105,7 +120,9 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
     Raises RunError for a damaged file or one that belongs to another model.
     """
     state = read_json(path / "state.json")
-    saved = load_trained(path / "tensors.safetensors", module)
+    if state.get("hash") not in (None, hash_file(path / TENSORS)):
+        raise RunError(_damaged(path / TENSORS, "its hash is not the one recorded when it was saved"))
+    saved = load_trained(path / TENSORS, module)
     # Adam's step counter is on the CPU, except where the update is one kernel and reads it on the device.
     on_device = {
         p
@@ -133,21 +150,45 @@ def _moment(value: Tensor, parameter: Tensor) -> Tensor:
     return moment
 
 
-def save_trained(path: Path, module: nn.Module, write: bool = True) -> None:
-    """The trained tensors alone, without the optimizer: the best so far. Atomic."""
+def _damaged(path: Path, why: str) -> str:
+    return f"{path} is damaged ({why}); delete {path.parent} to train from the start"
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Of names and bytes, in the order of names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself besides its tensors; {} where there is no whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def save_trained(path: Path, module: nn.Module, step: int, write: bool = True) -> None:
+    """The trained tensors alone after `step`, without the optimizer: the best so far. Atomic, with its own hash."""
     tensors = {f"model.{n}": whole(t).clone() for n, t in trained_tensors(module).items()}
     if write:
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        with replacing(path, sum(t.nbytes for t in tensors.values())) as temporary:
+            save_file(tensors, temporary, {"step": str(step), "hash": hash_tensors(tensors)})
 
 
 def load_trained(path: Path, module: nn.Module) -> dict[str, Tensor]:
     """Put saved tensors back into `module`; returns everything the file holds. RunError as `load_state`."""
     try:
         saved = load_file(path)
+        recorded = metadata_of(path).get("hash")
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete {path.parent} to train from the start") from None
+        raise RunError(_damaged(path, str(error))) from None
+    if recorded not in (None, hash_tensors(saved)):
+        raise RunError(_damaged(path, "its hash is not the one recorded when it was saved"))
     current = trained_tensors(module)
     if {n for n in saved if n.startswith("model.")} != {f"model.{n}" for n in current}:
         raise RunError(f"{path} belongs to another model; delete it, or rebuild the stage with --redo")
@@ -158,12 +199,8 @@ def load_trained(path: Path, module: nn.Module) -> dict[str, Tensor]:
 
 def drop_states(folder: Path) -> None:
     """After the final weights are saved, intermediate states are dead weight."""
-    for path in [*folder.glob("state-*"), *folder.glob(".state.tmp*")]:
-        shutil.rmtree(path)
-    (folder / BEST).unlink(missing_ok=True)
-
-
-BEST = "best.safetensors"
+    for path in [*folder.glob("state-*"), *folder.glob(".state.tmp*"), folder / BEST]:
+        remove(path)
 
 
 class Saver:

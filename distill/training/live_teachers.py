@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.data.batches import Batch
+from distill.data.cross_tokenizer import TeacherView
 from distill.errors import UserError
-from distill.models.cross_tokenizer import TeacherView
 from distill.models.head import AtHead, Head, KeptLogits
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary

@@ -8,6 +8,7 @@ Accelerate) get the same numbers.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from distill import console
 from distill.config.training import Train
 from distill.devices import peak_flops
+from distill.files import write_atomic, writing
 from distill.training.sources import Lot
 
 
@@ -39,12 +41,10 @@ class StepLog:
         if train.trackers:
             accelerator.init_trackers("distill")
         if accelerator.is_main_process:
-            path = folder / "metrics.jsonl"
-            # Lines past the resumed state belong to steps that run again.
-            kept = path.read_text().splitlines()[:first] if path.is_file() else []
-            self.earlier = float(json.loads(kept[-1])["seconds"]) if kept else 0.0
-            self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            self.file.writelines(line + "\n" for line in kept)
+            self.path = folder / "metrics.jsonl"
+            self.earlier = cut_back(self.path, first)
+            with writing(folder):
+                self.file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
 
     def progress(self, first: int, steps: int, title: str) -> Any:
         self.bar = console.bar(
@@ -75,15 +75,51 @@ class StepLog:
             "seconds": round(self.earlier + now - self.start, 3), "gflops": round(speed / 1e9, 2),
             "objectives": values, **more,
         }  # fmt: skip
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        data = (json.dumps(line) + "\n").encode()
+        with writing(self.path.parent, len(data)):
+            self.file.write(data)
+            self.file.flush()
         shown = f"loss {loss:.3f}, {lot.tokens / taken:,.0f} tok/s" + (
             f", MFU {more['mfu']:.1%}" if self.peak else ""
         )
         self.bar.set_postfix_str(shown, refresh=False)
 
+    def sync(self) -> None:
+        """Before a state is saved: the record must not end before the state that a resume begins with."""
+        if self.file:
+            with writing(self.path.parent):
+                os.fsync(self.file.fileno())
+
     def close(self) -> None:
         if self.file:
+            self.sync()
             self.file.close()
         if self.train.trackers:
             self.accelerator.end_training()
+
+
+def cut_back(path: Path, first: int) -> float:
+    """Leave the lines of the first `first` steps in metrics.jsonl; returns the seconds of the last one.
+
+    Lines past a resumed state belong to steps that run again, and one that a kill cut short is none. The file is
+    touched only where there is such a line, and then replaced as a whole: at no moment are there fewer lines.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    kept: list[str] = []
+    last, seconds = 0, 0.0
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+            step, spent = int(found["step"]), float(found["seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if last < step <= first:
+            kept.append(line + "\n")
+            last, seconds = step, spent
+    if len(kept) < first:
+        console.warn(
+            f"warning: {path} lacks {first - len(kept)} of the {first} steps that are done; curves have a gap"
+        )
+    if "".join(kept) != text:
+        write_atomic(path, "".join(kept))
+    return seconds

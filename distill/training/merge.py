@@ -14,7 +14,6 @@ base as stored. Memory: the model in fp32 and once more in the target dtype.
 Shapes: T tokens of all probe rows, V vocabulary, k experts per token.
 """
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from distill.data.cards import COMPARISONS, merged_card
 from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
+from distill.files import replacing, sync_all, write_atomic
+from distill.integrity import record_entries, write_sealed
 from distill.models.chat import prompt_ids
 from distill.models.load import (
     check_adapter_base,
@@ -40,7 +41,7 @@ from distill.models.routers import find_routers
 from distill.moe.metrics import overlap
 from distill.moe.recording import record_routing
 from distill.stages import versions
-from distill.storage import MANIFEST, find_file, fingerprint, hash_file, read_json, write_json
+from distill.storage import MANIFEST, find_file, fingerprint, hash_file, read_json
 
 # Read by models whose tokenizer is not the embedded one; any ordinary text serves, this one has digits and names.
 PROBE_TEXT = (
@@ -90,10 +91,8 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
     merged, before = _merged(adapted, rows, reference)
     final = _cast_like(merged, base, dtype)
     del adapted, merged
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out, sum(p.nbytes for p in final.parameters())) as temporary:
+        temporary.mkdir()
         final.config.use_cache = True
         final.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -105,14 +104,13 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
         }
         manifest = _manifest(folder, base, temporary, dtype, errors, time.perf_counter() - begun)
         manifest["parameters"] = sum(p.numel() for p in final.parameters())
-        write_json(temporary / UPSTREAM, _upstream(folder))
-        write_json(temporary / MANIFEST, manifest)
+        write_sealed(temporary / UPSTREAM, _upstream(folder))
+        manifest["records"] = record_entries(temporary)
+        write_sealed(temporary / MANIFEST, manifest)
         given = folder / "README.md"
         card = merged_card(out.name, manifest, given.read_text(encoding="utf-8") if given.is_file() else "")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_atomic(temporary / "README.md", card)
+        sync_all(temporary)
     return manifest
 
 

@@ -147,6 +147,7 @@ def train_student(
                 break
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
             if step + 1 < train.steps and (due or stop):
+                log.sync()
                 saver.save(step + 1, log.tokens, log.read, train.keep_states)
             if stop:
                 log.close()

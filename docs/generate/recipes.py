@@ -31,7 +31,8 @@ _OPENING = """# Recipe reference
 Every key of a recipe, written by `python docs/generate/recipes.py` from the classes that check it: edit those, not
 this page. A recipe is YAML; any key can be overridden on the command line as `key.sub=value`, a list element by its
 number (`train.objectives.0.weight=0.5`). *empty* is YAML's `null`. An unknown key, a wrong type, a value out of bounds
-and a contradiction are told all at once, one line each, before anything is loaded.
+and a contradiction are told all at once, one line each, before anything is loaded. Every number is finite; where no
+upper bound is given, whole numbers end at 2,147,483,647 (seeds at 2^63 - 1).
 
 ```yaml
 run_dir: checkpoints/mine                  # where the run lives: one folder per stage

@@ -139,3 +139,28 @@ def test_the_card_says_what_trained(make_recipe, overrides, words):
     assert (
         Train(**written["train"]) == recipe.train and StudentSection(**written["student"]) == recipe.student
     )
+
+
+def test_a_card_carries_no_tag_of_a_name(make_recipe):
+    """Names of models, files and folders are other people's; pages of hubs render cards."""
+    from distill.data.export import write_card
+
+    evil = "org/<script>alert(1)</script>`<img src=x>"
+    path, run_dir = make_recipe()
+    overrides = [
+        f"run_dir={run_dir.parent}/<script>x", f"teacher.model={evil}", f"student.model={evil}",
+        "prompts.system='<script>`s'", f"prompts.source={evil}.jsonl", "evaluate.source=x.jsonl",
+    ]  # fmt: skip
+    recipe = load_recipe(path, overrides)
+    counts = {"parameters_trainable": 1, "parameters_total": 2, "steps": 3, "tokens": 4}
+    card = student_card(recipe, "student", counts)
+    filtered = {"rows": 1, "kept": 1, "dropped": 0, "dropped_by_rule": {}, "prompts_covered": 1}
+    write_card(recipe, run_dir, filtered, None)
+    body = (run_dir / "README.md").read_text().rpartition("---\n")[2]
+    for text in (card.partition("---\n")[2].partition("---\n")[2], body):
+        assert "<script" not in text and "<img" not in text
+        assert all(line.count("`") % 2 == 0 for line in text.splitlines() if "```" not in line), (
+            "no code span is left open"
+        )
+    block = card.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(block)["student"]["model"] == evil, "the recipe in the card still says what it said"

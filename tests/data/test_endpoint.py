@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("openai", reason='needs pip install -e ".[endpoint]"')
 
 from conftest import PYTHON, ROOT
-from misbehaving_server import MisbehavingServer, completion, good_text
+from misbehaving_server import ODD_LOGPROBS, MisbehavingServer, completion, good_text
 
 from distill.config.data import Endpoint
 from distill.config.data import TeacherSection as TeacherSection
@@ -78,6 +78,25 @@ MISDEEDS = {
     "latin1": "the answer is not UTF-8",
     "surrogate": "the answer has half of a surrogate pair",
     "abort": "the answer ended with finish_reason 'abort'",
+    "endless": "the answer is longer than 2,117,632 bytes",
+    "endless_error": "the answer is longer than 2,117,632 bytes",
+    "bomb": "the answer is longer than 2,117,632 bytes",
+    "error_bomb": "the answer is longer than 2,117,632 bytes",
+    "two_bombs": "the answer is packed as 'gzip, gzip'",
+    "brotli": "the answer is packed as 'br'",
+    "no_gzip": "the answer is not packed as it says",
+    "deep": "the answer is not JSON",
+    "digits": "the answer is not JSON",
+    "array": "the answer has no choice",
+    "choice_text": "the answer has no choice",
+    "message_list": "the answer has no text",
+    "reason_list": "the answer ended with finish_reason ['stop']",
+    "parts": "the answer has no text",
+    "empty": "the answer is not JSON",
+    "no_content": "the answer is not JSON",
+    "charset": "the reply cannot be read",
+    "error_list": "HTTP 500",
+    "odd_wait": "HTTP 503",
 }
 SLOW = {"hang", "drip"}
 
@@ -104,6 +123,49 @@ def test_what_keeps_failing_is_one_row_with_its_reason(misdeed):
     bad = answers[2]
     assert bad.error.startswith(MISDEEDS[misdeed]) and bad.finish_reason == "error" and bad.text == ""
     assert Counter(q for q, _, _ in server.requests) == {"q0": 1, "q1": 1, "q2": 3, "q3": 1, "q4": 1}
+
+
+@pytest.mark.parametrize("name", ODD_LOGPROBS)
+def test_odd_logprobs_cost_themselves_alone(name, capsys):
+    with MisbehavingServer(lambda question, _: f"odd:{name}" if question == "q1" else "ok") as server:
+        answers = ask(server, names(3), top_logprobs=1)
+    assert [a.text.split(" with ")[0] for a in answers] == [f"answer to q{i}" for i in range(3)]
+    assert all(a.logprobs == [] and a.error is None for a in answers) and len(server.requests) == 3
+    assert capsys.readouterr().err.count("no usable logprobs") == 1
+
+
+def test_an_answer_that_is_packed_unasked_is_read():
+    with MisbehavingServer(lambda *_: "packed") as server:
+        answers = ask(server, names(2))
+    assert [a.text.split(" with ")[0] for a in answers] == ["answer to q0", "answer to q1"]
+
+
+def test_nothing_is_sent_to_another_host():
+    with MisbehavingServer(lambda *_: "ok") as other:
+        with MisbehavingServer(lambda question, _: "elsewhere" if question == "q4" else "ok") as server:
+            server.elsewhere = other.base_url
+            answers = ask(server, names(6), concurrency=1)
+        assert [a.error is None for a in answers] == [True, True, True, True, False, True]
+        assert answers[4].error.startswith(f"the server redirects to {other.base_url}")
+        with MisbehavingServer(lambda *_: "elsewhere") as server:
+            server.elsewhere = other.base_url
+            with pytest.raises(RunError, match=r"redirects to .*teacher\.endpoint\.base_url"):
+                ask(server, names(6))
+        with MisbehavingServer(lambda *_: "no_address") as server, pytest.raises(RunError, match="redirects"):
+            ask(server, names(2))
+        assert other.requests == []
+
+
+def test_redirects_in_a_circle_end():
+    with MisbehavingServer(lambda *_: "round") as server:
+        answers = ask(server, ["q"], retries=0)
+    assert "TooManyRedirects" in answers[0].error and len(server.requests) < 10
+
+
+def test_a_redirect_that_stays_is_followed():
+    with MisbehavingServer(lambda *_: "aside") as server:
+        answers = ask(server, names(2), retries=0)
+    assert [a.text.split(" with ")[0] for a in answers] == ["answer to q0", "answer to q1"]
 
 
 def test_what_another_try_cannot_mend_is_not_tried_again():

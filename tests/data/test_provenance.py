@@ -66,12 +66,14 @@ def test_it_starts_at_what_there_is(run):
 
 
 def data_files(run: Path) -> list[Path]:
-    return sorted([*run.rglob("part-*.parquet"), *(run / "student").glob("*.safetensors")])
+    student = run / "student"
+    read_again = [student / name for name in ("adapter_config.json", "tokenizer.json", "chat_template.jinja")]
+    return sorted([*run.rglob("part-*.parquet"), *student.glob("*.safetensors"), *read_again])
 
 
 def test_one_flipped_bit_in_any_file_breaks_the_chain_there(run):
     files = data_files(run)
-    assert len(files) >= 7
+    assert len(files) >= 10
     for path in files:
         whole = path.read_bytes()
         middle = len(whole) // 2

@@ -231,7 +231,8 @@ def test_bad_input_is_one_line(run_cli, hub, tmp_path):
     (tmp_path / "folder" / "config.json").write_text("{}")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/nowhere/base"}')
+    settings = {"base_model_name_or_path": "/nowhere/base", "peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(save({"x": torch.zeros(1)}))
     model = hub["llama"]
     for arguments, message in (

@@ -1,14 +1,23 @@
-"""Twenty random SIGKILLs over generate and twenty SIGKILLs and SIGTERMs over train change nothing at the end.
+"""Random SIGKILLs and SIGTERMs over every stage change nothing at the end, the step log included, and leave nothing.
 
-The children are forked from one warm process, so a kill lands in the work and not in twenty imports of torch.
+The children are forked from one warm process, so that a kill lands in the work and not in imports of torch. A few dozen
+in the ordinary suite; `pytest -m slow tests/faults/test_kills.py` does 300, DISTILL_KILLS=1000 as many.
 """
 
+import fcntl
+import json
 import os
+import re
 import subprocess
+import time
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import PYTHON, ROOT
 
+from distill.files import is_leftover
 from distill.storage import hash_file, read_json, read_rows
 
 FORKS = """
@@ -17,8 +26,28 @@ import torch
 torch.set_num_threads(1)
 from distill.commands.cli import main
 import distill.training.arms, distill.evaluation.evaluate, distill.data.filter, distill.data.generate
-import peft, transformers.models.llama.modeling_llama
-signals, kills, seed, command = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+import distill.report.report, distill.report.dossier, distill.bench.run
+import peft, transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe
+from concurrent.futures import Future
+
+class Inline:  # a bench's tasks in this process: a worker of its own would import torch anew after every kill
+    def __init__(self, *_, initializer, initargs):
+        initializer(*initargs)
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        return False
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+distill.bench.run.ProcessPoolExecutor = Inline
+signals, kills, seed, longest = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+command = sys.argv[5:]
 rng = random.Random(seed)
 
 def child():
@@ -26,14 +55,25 @@ def child():
     if pid == 0:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1); os.dup2(null, 2)
+        os.setsid()
         os._exit(main(command))
     return pid
 
+def worked(pid):  # seconds of work of a child: on a busy machine the clock says nothing of how far it is
+    try:
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return time.monotonic() - begun
+
 landed = 0
 while landed < kills:
-    pid = child()
-    time.sleep(rng.uniform(0.02, 0.5))
-    done, status = os.waitpid(pid, os.WNOHANG)
+    pid, begun, goal, done = child(), time.monotonic(), rng.uniform(0.02, longest), 0
+    while not done and worked(pid) < goal and time.monotonic() < begun + 60 * longest:
+        time.sleep(rng.uniform(0.001, 0.004))
+        done, status = os.waitpid(pid, os.WNOHANG)
+    if not done:
+        done, status = os.waitpid(pid, os.WNOHANG)
     if done:
         assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
         break
@@ -47,17 +87,81 @@ print(landed)
 """
 
 
-def survive(signals: str, kills: int, *command) -> int:
+def survive(signals: str, kills: int, *command, longest: float = 0.5, seed: int = 1) -> int:
+    """How many kills landed before the command was done, which it is in the end."""
     done = subprocess.run(
-        [PYTHON, "-c", FORKS, signals, str(kills), "1", *map(str, command)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [PYTHON, "-c", FORKS, signals, str(kills), str(seed), str(longest), *map(str, command)],
+        cwd=ROOT, capture_output=True, text=True, timeout=3000, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return int(done.stdout.split()[-1])
 
 
+# ---- what is compared: every file, but for times -----------------------------------------------------
+
+TIMES = {"seconds", "gflops", "mfu", "energy", "decode_tokens_per_second", "usd", "fingerprint", "checksum", "hash",
+         "peak_memory_bytes", "records", "files", "speed", "prefill_seconds", "inputs", "bytes",
+         "bench", "recipes"}  # fmt: skip
+
+
+TIMED = re.compile("second|usd|speed|gflops|kwh|mfu|peak_memory")
+
+
+def timeless(value, run: Path):
+    """A JSON value without what a clock said, and without the name of the run's folder."""
+    if isinstance(value, dict):
+        return {
+            k: timeless(v, run)
+            for k, v in value.items()
+            if k not in TIMES and "second" not in k and "usd" not in k
+        }
+    if isinstance(value, list):
+        return [timeless(v, run) for v in value]
+    return value.replace(str(run), "RUN") if isinstance(value, str) else value
+
+
+def compared(run: Path) -> dict[str, object]:
+    """{name: content} of every file of a run. Pages and cards show seconds, and are made from the rest."""
+    found = {}
+    for path in sorted(p for p in run.rglob("*") if p.is_file()):
+        name = str(path.relative_to(run))
+        if path.suffix == ".json" and path.name != "clock.json":
+            found[name] = timeless(read_json(path), run)
+        elif path.suffix == ".jsonl":
+            found[name] = [timeless(json.loads(line), run) for line in path.read_text().splitlines()]
+        elif name == "results.parquet":
+            rows = pq.read_table(path).to_pylist()
+            found[name] = [row for row in rows if not TIMED.search(row["metric"])]
+        elif path.suffix in (".html", ".md") or path.name in ("clock.json", "log.txt"):
+            found[name] = "there"
+        elif path.suffix == ".yaml":
+            found[name] = path.read_text().replace(str(run), "RUN").rpartition("# checksum")[0]
+        else:
+            found[name] = hash_file(path)
+    return found
+
+
+def leftovers(run: Path) -> list[str]:
+    return [
+        str(p)
+        for p in run.rglob("*")
+        if is_leftover(p) or p.name.endswith(".lock") or p.name.startswith(("state-", ".identity"))
+    ]
+
+
+def assert_undisturbed(run: Path, whole: Path, but: tuple[str, ...] = ()) -> None:
+    ours, theirs = compared(run), compared(whole)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if ours[name] != theirs[name] and not name.startswith(but)]
+    assert not different, [(n, ours[n], theirs[n]) for n in different[:1]]
+    assert not leftovers(run)
+
+
+# ---- the kills ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_random_kills(make_recipe, run_cli):
+def test_forty_random_kills(make_recipe, run_cli):
     slow = [
         "generate.part_size=1", "prompts.levels={easy: 250}", "generate.samples=2", "generate.max_new_tokens=24",
         "train.steps=400", "train.checkpoint_every=3", "control.enabled=false",
@@ -68,15 +172,134 @@ def test_twenty_random_kills(make_recipe, run_cli):
     path, run = make_recipe(name="killed")
     landed = survive("SIGKILL", 20, "generate", path, *slow)
     assert landed == 20, f"only {landed} kills landed before the stage was done: make it longer"
-    parts = {p.name: hash_file(p) for p in (whole / "generations").glob("part-*")}
-    assert {p.name: hash_file(p) for p in (run / "generations").glob("part-*")} == parts
     rows = [(r["prompt_id"], r["sample_idx"]) for r in read_rows(run / "generations")]
     assert len(rows) == len(set(rows)) == 500
-    assert not list((run / "generations").glob(".part-*")), "no half-written file is left"
 
     assert run_cli("filter", path, *slow)[0] == 0
     landed = survive("SIGKILL,SIGTERM", 20, "train", path, *slow)
     assert landed == 20, f"only {landed} kills landed before the stage was done: make it longer"
-    weights = "student/adapter_model.safetensors"
-    assert hash_file(run / weights) == hash_file(whole / weights)
     assert read_json(run / "student" / "manifest.json")["counts"]["steps"] == 400
+    assert_undisturbed(run, whole)
+
+
+# Stages with what makes them long enough to be hit, and the longest wait before a kill.
+STAGES = {
+    "generate": ("generate", ["generate.part_size=1", "prompts.levels={easy: 400}"], 0.5),
+    "filter": ("filter", ["prompts.levels={easy: 2000}", "generate.part_size=2000"], 0.25),
+    "train_lora": ("train", ["train.steps=300", "train.checkpoint_every=3"], 0.5),
+    "train_on_policy": (
+        "train",
+        ["train.steps=60", "train.checkpoint_every=2", "train.objectives=[{name: reverse_kl}]",
+         "train.on_policy={fraction: 0.5, buffer_steps: 2, max_new_tokens: 6, most_truncated: 1.0}",
+         "control.enabled=false"],
+        0.6,
+    ),
+    "train_signals": (
+        "train",
+        ["prompts.levels={easy: 250}",  # random models seldom stop, and what is cut is dropped
+         "train.steps=120", "train.checkpoint_every=2", "generate.signal.kind=sampled", "generate.signal.k=4",
+         "train.objectives=[{name: sampled_cross_entropy}]",
+         "train.validation={rows: 5, every: 3, keep_best: true}", "control.enabled=false"],
+        0.6,
+    ),
+    "evaluate": ("evaluate", ["evaluate.levels={easy: 40, hard: 40}", "evaluate.speed=false"], 1.5),
+    "report": ("report", [], 0.3),
+}  # fmt: skip
+ORDER = ("generate", "filter", "train", "evaluate", "report")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_hundreds_of_kills(stage, make_recipe, run_cli):
+    """As many kills of one stage as its share of DISTILL_KILLS, 300; a stage that is done begins again elsewhere."""
+    wanted = -(-int(os.environ.get("DISTILL_KILLS", "300")) // len(STAGES))
+    command, options, longest = STAGES[stage]
+    path, whole = make_recipe(name="whole")
+    before = ORDER[: ORDER.index(command)]
+    for earlier in (*before, command):
+        code, _, err = run_cli(earlier, path, *options)
+        assert code == 0, err
+    landed = round_ = 0
+    while landed < wanted:
+        round_ += 1
+        path, run = make_recipe(name=f"killed{round_}")
+        for earlier in before:
+            assert run_cli(earlier, path, *options)[0] == 0
+        more = survive("SIGKILL", wanted - landed, command, path, *options, longest=longest, seed=round_)
+        landed += more
+        assert_undisturbed(run, whole)
+        assert round_ < 40 or landed > round_, f"{landed} kills in {round_} runs of {stage}: make it longer"
+    print(f"{stage}: {landed} kills in {round_} runs")
+
+
+BENCH = {
+    "title": "Killed",
+    "set": {
+        "prompts.levels": {"easy": 30},
+        "generate.samples": 1,
+        "train.objectives": [{"name": "cross_entropy"}],
+        "evaluate.levels": {"easy": 20},
+        "evaluate.speed": False,
+        "control.enabled": False,
+    },
+    "budgets": {"small": {"seeds": 2}},
+    "arms": {"base": {}, "rows": {"set": {"filter.completions": "reference_answer"}}, "sequence": {},
+             "more": {"start": "sequence", "set": {"train.steps": 3}}},
+    "claims": [
+        {"id": "gain", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
+         "effect": {"sequence": 1, "rows": -1}, "expect": "greater"},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_bench_that_is_killed_again_and_again(make_recipe, run_cli, tmp_path, hub):
+    wanted = int(os.environ.get("DISTILL_KILLS", "300")) // 8
+    path, _ = make_recipe(name="arms")
+    arms = {**BENCH["arms"], "base": {"checkpoint": hub["llama"]}}
+
+    def bench(name: str) -> tuple[Path, Path]:
+        file, grid = tmp_path / f"{name}.yaml", tmp_path / name
+        file.write_text(yaml.safe_dump({"run_dir": str(grid), "recipe": path, **BENCH, "arms": arms}))
+        return file, grid
+
+    file, whole = bench("whole")
+    assert run_cli("bench", file, "--jobs", "1")[0] == 0
+    landed = round_ = 0
+    while landed < wanted:
+        round_ += 1
+        file, grid = bench(f"killed{round_}")
+        more = survive("SIGKILL", wanted - landed, "bench", file, "--jobs", "1", longest=1.5, seed=round_)
+        landed += more
+        assert_undisturbed(grid, whole)
+        assert round_ < 10, f"{landed} kills in {round_} runs: make it longer"
+    print(f"bench: {landed} kills in {round_} runs")
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_bench_end_with_it(make_recipe, hub, tmp_path):
+    """Otherwise they hold the folders, and the same command is refused."""
+    path, _ = make_recipe(name="arms")
+    file, grid = tmp_path / "bench.yaml", tmp_path / "grid"
+    more = {
+        "arms": {"sequence": {"set": {"train.steps": 4000}}},
+        "claims": [],
+        "budgets": {"small": {"seeds": 1}},
+    }
+    file.write_text(yaml.safe_dump({"run_dir": str(grid), "recipe": path, **BENCH, **more}))
+    running = subprocess.Popen([PYTHON, "-m", "distill", "bench", str(file), "--jobs", "1"], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(grid.rglob("student/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (lock,) = grid.rglob(".student.lock")
+    running.kill()
+    running.wait()
+    with open(lock) as held:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+    pytest.fail("a worker still holds its folder")

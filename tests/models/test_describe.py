@@ -352,11 +352,11 @@ def test_a_model_that_holds_less_than_its_config_is_refused():
     "config, message",
     [
         (None, "has no config.json"),
-        ("{half a conf", "has no config.json to read"),
+        ("{half a conf", "config.json is no JSON that can be read"),
         ({"hidden_size": 32}, "model_type None"),
         ({"model_type": "gpt-17"}, "'gpt-17', which this transformers does not know"),
-        ({"model_type": "llama", "hidden_size": "wide"}, "no valid llama config"),
-        ({"model_type": "llama", **_SMALL, "num_attention_heads": 0}, "llama config"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size is wide, not a whole number"),
+        ({"model_type": "llama", **_SMALL, "num_attention_heads": 0}, "num_attention_heads is 0, not"),
         ({"model_type": "t5"}, "no causal LM can be built from this t5 config"),
     ],
 )

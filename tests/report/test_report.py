@@ -327,7 +327,7 @@ def test_stages_models_experts_and_cost(whole, page):
         "2 of 8",
     ]
     assert ["base", "91.3 %", "0.21 %", "0.2468", "0.3579", "12,345"] in cells
-    assert ["student", "41.5 s", "48,211", "1161.7", "123 MFLOP"] in cells
+    assert ["student", "41.5 s", "48,211", "1,162", "123 MFLOP"] in cells
     layers = json.loads((whole / "eval" / "metrics.json").read_text())["models"]["teacher"]["moe"]["layers"]
     for name, layer in layers.items():
         violation, floor = max(layer["load"]) * 8 - 1, layer["max_violation_noise_floor"]

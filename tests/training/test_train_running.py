@@ -262,3 +262,11 @@ def test_held_out_loss_is_cross_entropy_whatever_the_objectives(make_recipe, stu
         totals.append(line["validation_objective"])
     assert found == pytest.approx([found[0]] * len(kinds), abs=1e-6)
     assert totals[0] == pytest.approx(found[0], abs=1e-6) and abs(totals[1] - totals[0]) > 1e-3
+
+
+def test_a_finished_arm_that_kept_its_best_weights_is_not_trained_again(trained):
+    _, run_dir = trained("kept", PLAIN, "train.validation={rows: 10, every: 1, keep_best: true}")
+    before = (run_dir / "student" / "manifest.json").read_bytes()
+    assert "best.safetensors" not in read_json(run_dir / "student" / "manifest.json")["files"]
+    trained("kept", PLAIN, "train.validation={rows: 10, every: 1, keep_best: true}")
+    assert (run_dir / "student" / "manifest.json").read_bytes() == before

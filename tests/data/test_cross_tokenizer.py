@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distill.data.cross_tokenizer import TeacherView, TokenBytes, align, aligned_share, byte_level_alphabet
 from distill.errors import RunError, UserError
 from distill.models.chat import prompt_ids
-from distill.models.cross_tokenizer import TeacherView, TokenBytes, align, aligned_share, byte_level_alphabet
 from distill.models.head import KeptLogits
 from distill.models.load import load_model
 from distill.tasks.tokenizer import build_tokenizer

@@ -1,0 +1,167 @@
+"""Disks that are full or read-only: one line with the folder and the bytes, and the same command goes on later."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import PYTHON
+
+from distill.commands.cli import main
+from distill.errors import RunError
+from distill.files import (
+    check_targets,
+    is_leftover,
+    remove_dead,
+    replacing,
+    system_problem,
+    write_atomic,
+    writing,
+)
+from distill.storage import hash_file
+
+
+def one_line(code: int, err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("distill: ") and "warning" not in line]
+    assert code == 1 and "Traceback" not in err and len(lines) == 1, (code, err)
+    return lines[0]
+
+
+def limited(most: int, report, *command) -> tuple[int, str]:
+    """A command in a process whose files may not grow beyond so many bytes: what a full disk is to a writer."""
+    if (pid := os.fork()) == 0:
+        handle = os.open(report, os.O_WRONLY | os.O_CREAT)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest has put another one in its place
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        code = main([str(word) for word in command])
+        sys.stderr.flush()
+        os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), report.read_text()
+
+
+# Which file of the stage is the first above the limit.
+@pytest.mark.parametrize(
+    "command, most, folder",
+    [
+        ("generate", 4_000, "prompts"),
+        ("generate", 6_500, "generations"),
+        ("train", 6_000, "student"),
+        ("evaluate", 5_000, "eval"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_command_goes_on(make_recipe, run_cli, command, most, folder):
+    path, run_dir = make_recipe()
+    before = ("generate", "filter", "train")
+    for earlier in before[: {"generate": 0, "train": 2, "evaluate": 3}[command]]:
+        assert run_cli(earlier, path)[0] == 0
+    code, err = limited(most, run_dir.parent / "said", command, path)
+    line = one_line(code, err)
+    assert f"cannot write {run_dir / folder}" in line and "free some space and run again" in line, line
+    assert "bytes needed in" in line and " free), finished parts are kept" in line, line
+    assert not [p for p in run_dir.rglob(".*") if is_leftover(p)]
+    assert run_cli(command, path)[0] == 0
+
+
+def test_a_page_on_a_full_disk(run_cli, make_recipe, monkeypatch):
+    path, run_dir = make_recipe()
+    assert run_cli("run", path)[0] == 0
+    before = {p: hash_file(p) for p in run_dir.rglob("*.html")}
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".html"):
+            raise OSError(28, "No space left on device")
+        return real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = run_cli("report", path)
+    assert f"cannot write {run_dir}: No space left on device; free some space" in one_line(code, err)
+    assert {p: hash_file(p) for p in run_dir.rglob("*.html")} == before
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder on a file system that takes nothing; root is not stopped by permissions."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting needs root: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "train", "evaluate"])
+def test_a_read_only_folder_is_told_before_work_begins(make_recipe, run_cli, read_only, command):
+    path, _ = make_recipe()
+    code, _, err = run_cli(command, path, f"run_dir={read_only}/run")
+    assert code == 2 and "Traceback" not in err
+    assert (
+        f"run_dir={read_only}/run cannot be written: {read_only} is read-only for you; give another path"
+        in err
+    )
+
+
+def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path):
+    target = tmp_path / "a.txt"
+    write_atomic(target, "old")
+    with (
+        pytest.raises(RunError, match=r"free some space and run again \(3 bytes needed"),
+        replacing(target, 3) as half,
+    ):
+        half.write_text("new")
+        raise OSError(28, "No space left on device")
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "text", ["I/O error: No space left on device (os error 28)", "[Errno 28] Error writing"]
+)
+def test_a_full_disk_is_known_in_whatever_error_a_library_wraps_it(tmp_path, text):
+    with pytest.raises(RunError, match="No space left on device; free some space"), writing(tmp_path, 10):
+        raise Exception(text)
+    assert "No space left" in system_problem(Exception(text))
+    with pytest.raises(ValueError), writing(tmp_path):
+        raise ValueError("a bug is a bug")
+    assert system_problem(ValueError("a bug is a bug")) is None
+
+
+def test_leftovers_of_the_living_stay(tmp_path):
+    (tmp_path / f".page.html.tmp{os.getppid()}").write_text("being written")
+    gone = subprocess.run(
+        [PYTHON, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout.strip()
+    (tmp_path / f".page.html.tmp{gone}").write_text("half")
+    (tmp_path / f".page.html.tmp{gone}0x").write_text("somebody else's")
+    remove_dead(tmp_path, "page.html")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f".page.html.tmp{os.getppid()}",
+        f".page.html.tmp{gone}0x",
+    }
+
+
+def test_targets_are_checked_without_being_touched(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for good in (tmp_path / "new", tmp_path / "new" / "deeper", tmp_path):
+        check_targets(folder_out=good)
+    for bad in (
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        "/dev/null",
+        "/dev/null/x",
+        tmp_path / ("n" * 300),
+        "a\0b",
+        "",
+    ):
+        with pytest.raises(Exception, match=r"--out .*; give "):
+            check_targets(folder_out=bad)
+    for bad in (tmp_path, "/dev/null", tmp_path / "file" / "below.json", "a\0b"):
+        with pytest.raises(Exception, match=r"--out .*; give "):
+            check_targets(file_out=bad)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

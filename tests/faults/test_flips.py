@@ -1,0 +1,200 @@
+"""A single flipped bit in any file of a run or of a checkpoint is told, or does not matter.
+
+Every kind of file of a finished run is tried at random places, against whoever reads it next: a stage that reads its
+folder, `report`, `provenance`, loading. What is never read again, or is for people alone, is listed and argued.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.commands.cli import main
+from distill.errors import DistillError
+from distill.integrity import verify_folder
+from distill.models.load import check_model, load_model, load_tokenizer
+from distill.storage import hash_file, read_json, same
+
+FLIPS = 3  # per file of a checkpoint
+# Pages are made from the folders and read by nobody but people; so are cards, whose one field that is read
+# (the licence of a teacher's card) is looked up in a table, see the last test.
+FOR_PEOPLE = (".html", ".md")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, hub):
+    from conftest import RECIPE
+
+    root = tmp_path_factory.mktemp("flips")
+    (root / "run.yaml").write_text(
+        RECIPE.format(run_dir=root / "run", teacher=hub["qwen3_moe"], student=hub["llama"])
+    )
+    assert main(["run", str(root / "run.yaml")]) == 0
+    return root
+
+
+def files_of(run: Path) -> list[str]:
+    return sorted(
+        str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and not p.suffix.endswith(FOR_PEOPLE)
+    )
+
+
+def flip(path: Path, rng: random.Random) -> tuple[int, int]:
+    data = bytearray(path.read_bytes())
+    place, bit = rng.randrange(len(data)), rng.randrange(8)
+    data[place] ^= 1 << bit
+    path.write_bytes(bytes(data))
+    return place, bit
+
+
+def base_is_told(config: Path) -> bool:
+    """An adapter's base that is not where the settings say is told by whoever loads the adapter."""
+    entry = read_json(config.with_name("manifest.json"))["records"][config.name]
+    try:
+        check_model(str(config.parent))
+    except DistillError:
+        return True
+    return same(config, entry) and read_json(config) is not None
+
+
+def test_every_kind_of_file_is_tried(finished):
+    kinds = {Path(name).name for name in files_of(finished / "run")}
+    assert {"manifest.json", "recipe.yaml", "metrics.jsonl", "metrics.json", "adapter_model.safetensors",
+            "adapter_config.json", "tokenizer.json", "chat_template.jinja", "part-00000.parquet"} <= kinds  # fmt: skip
+
+
+@pytest.mark.parametrize("flips", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_any_file_of_a_run_is_told(finished, capsys, flips):
+    """By the same command: it would say `done before` of a run that is as it was."""
+    rng = random.Random(flips)
+    run = finished / "run"
+    missed = []
+    for name in files_of(run):
+        sound = (run / name).read_bytes()
+        for _ in range(flips):
+            where = flip(run / name, rng)
+            capsys.readouterr()
+            code = main(["report" if name.endswith("recipe.yaml") else "run", str(run / "recipe.yaml")])
+            said = capsys.readouterr().err
+            told = code in (1, 2) or ("warning" in said and "recipe.yaml" in said)
+            if not told and name.endswith("adapter_config.json"):
+                told = base_is_told(run / name)  # the place of its base: nothing else may differ
+                said = f"{name}{said}"
+            if not told or "Traceback" in said or Path(name).name not in said:
+                missed.append((name, where, code, said[-300:]))
+            (run / name).write_bytes(sound)
+    assert not missed
+    assert main(["run", str(run / "recipe.yaml")]) == 0
+
+
+def test_a_mismatch_says_who_wrote_it_and_how_to_make_it_again(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    part = run / "generations" / "part-00001.parquet"
+    sound = part.read_bytes()
+    flip(part, random.Random(1))
+    words = ["filter", str(finished / "run.yaml"), f"run_dir={run}"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"{part} is damaged: it is not what the stage 'generations' wrote" in said
+    assert "delete this file and run `distill generate RECIPE` again" in said
+    part.unlink()
+    assert main(["generate", *words[1:]]) == 0 and part.read_bytes() == sound
+    assert main(words) == 0, "the fix that was named works"
+
+
+def test_another_base_under_the_adapter_is_told(finished, tmp_path, capsys, hub):
+    """The base's weights are a bit other than those that the student was trained on."""
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    shutil.rmtree(run / "eval")
+    weights = Path(hub["llama"]) / "model.safetensors"
+    sound = weights.read_bytes()
+    try:
+        weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        assert main(["evaluate", str(finished / "run.yaml"), f"run_dir={run}"]) == 2
+    finally:
+        weights.write_bytes(sound)
+    assert f"{weights} is not the file that the stage 'student' used" in capsys.readouterr().err
+    assert not (run / "eval").exists()
+
+
+def test_redo_makes_the_damaged_file_again_and_keeps_the_rest(finished, tmp_path):
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    parts = sorted((run / "generations").glob("part-*.parquet"))
+    before = {p.name: hash_file(p) for p in parts}
+    stamp = parts[0].stat().st_mtime_ns
+    flip(parts[1], random.Random(2))
+    assert main(["generate", str(finished / "run.yaml"), f"run_dir={run}", "--redo"]) == 0
+    assert {p.name: hash_file(p) for p in parts} == before and parts[0].stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json",
+                                  "tokenizer_config.json", "chat_template.jinja"])  # fmt: skip
+def test_a_flipped_bit_of_a_student_that_is_loaded_is_told(finished, tmp_path, name):
+    folder = Path(shutil.copytree(finished / "run" / "student", tmp_path / "student"))
+    rng = random.Random(3)
+    sound = (folder / name).read_bytes()
+    for _ in range(FLIPS):
+        flip(folder / name, rng)
+        with pytest.raises(DistillError, match=name):
+            load_tokenizer(str(folder))
+            load_model(str(folder))
+        (folder / name).write_bytes(sound)
+    load_model(str(folder))
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoints/teacher", "checkpoints/base"])
+def test_a_flipped_bit_of_a_shipped_checkpoint_is_told(checkpoint, tmp_path):
+    from distill.storage import PROJECT_ROOT
+
+    folder = Path(shutil.copytree(PROJECT_ROOT / checkpoint, tmp_path / "model"))
+    rng = random.Random(4)
+    for path in sorted(folder.iterdir()):
+        if path.suffix.endswith(FOR_PEOPLE) or path.name in ("provenance.json", "recipe.yaml"):
+            continue  # read by `distill provenance` alone, which compares them with the manifest
+        sound = path.read_bytes()
+        for _ in range(FLIPS):
+            flip(path, rng)
+            with pytest.raises(DistillError):
+                verify_folder(folder)
+            path.write_bytes(sound)
+    verify_folder(folder)
+
+
+def test_a_flipped_bit_in_a_state_is_told(tmp_path):
+    from distill.training.checkpoint import load_state, save_state
+
+    module = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    save_state(tmp_path, 3, module, optimizer, {"tokens": 5})
+    rng = random.Random(5)
+    for name in ("tensors.safetensors", "state.json"):
+        path = tmp_path / "state-0000003" / name
+        sound = path.read_bytes()
+        for _ in range(20):
+            place = flip(path, rng)
+            try:
+                found = load_state(path.parent, module, optimizer)
+            except DistillError:
+                pass
+            else:  # a bit of the word "checksum" itself: all that it covers is as it was
+                assert name == "state.json" and found["step"] == 3 and found["tokens"] == 5, place
+            path.write_bytes(sound)
+
+
+def test_licences_of_cards_that_are_a_bit_apart_say_the_same():
+    """The one field of a card that is read: a flip must not turn a refusal into a permission."""
+    import yaml
+
+    from distill.storage import PROJECT_ROOT
+
+    table = yaml.safe_load((PROJECT_ROOT / "distill" / "data" / "terms.yaml").read_text())["licenses"]
+    for name, entry in table.items():
+        for place in range(len(name)):
+            for bit in range(8):
+                other = f"{name[:place]}{chr(ord(name[place]) ^ (1 << bit))}{name[place + 1 :]}".lower()
+                if other in table and other != name:
+                    assert table[other]["train_other_models"] == entry["train_other_models"], (name, other)

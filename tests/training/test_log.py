@@ -1,0 +1,74 @@
+"""metrics.jsonl is the record of a training run: at no moment does it hold fewer lines than steps are done."""
+
+import json
+import os
+import signal
+
+import pytest
+from accelerate import Accelerator
+
+from distill.config.training import Train
+from distill.training import log as log_module
+from distill.training.log import StepLog, cut_back
+
+
+def lines(*steps: int) -> str:
+    return "".join(json.dumps({"step": n, "loss": 1.0, "seconds": float(n)}) + "\n" for n in steps)
+
+
+def steps_of(path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def open_log(folder, first: int) -> StepLog:
+    return StepLog(folder, first, 0, 0, Accelerator(cpu=True), Train())
+
+
+@pytest.mark.parametrize("first", [20, 12, 0])
+def test_a_kill_just_after_a_resume_keeps_every_line(tmp_path, first):
+    """The process dies as SIGKILL leaves it, between the resume and its first step: nothing is flushed."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(*range(1, 21)))
+    if (pid := os.fork()) == 0:
+        open_log(tmp_path, first)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert steps_of(path) == list(range(1, first + 1))
+    assert open_log(tmp_path, first).earlier == first
+
+
+def test_lines_that_are_cut_go_in_one_replacement(tmp_path, monkeypatch):
+    """Killed while lines past the state are taken out: the file is the old one, whole."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(*range(1, 21)))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(log_module, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cut_back(path, 12)
+    assert steps_of(path) == list(range(1, 21))
+
+
+def test_a_line_cut_short_by_a_kill_is_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2, 3) + '{"step": 4, "lo')
+    assert cut_back(path, 3) == 3.0
+    assert path.read_text() == lines(1, 2, 3)
+
+
+def test_a_gap_is_told_and_nothing_else_is_lost(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(5, 6, 7, 8))
+    cut_back(path, 7)
+    assert steps_of(path) == [5, 6, 7]
+    assert "lacks 4 of the 7 steps" in capsys.readouterr().err
+
+
+def test_what_fits_is_not_touched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2))
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    cut_back(path, 2)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
