@@ -10,12 +10,18 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+# A busy machine is no fault of a test: nothing here is timed.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["training_example"]  # the fixture `trained`
 

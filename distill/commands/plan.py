@@ -67,6 +67,6 @@ def _signal_bytes(recipe: Recipe, tokens: int) -> dict[str, Any]:
     """Bytes of the teacher signals that so many tokens take on disk, at most."""
     if recipe.generate.signal.kind == "none":
         return {}
-    vocabulary = load_config(recipe.teacher.model).get_text_config().vocab_size
-    form = SignalFormat.from_recipe(recipe.generate.signal, vocabulary, identity={})
+    text = load_config(recipe.teacher.model).get_text_config()
+    form = SignalFormat.from_recipe(recipe.generate.signal, text.vocab_size, {}, text.hidden_size)
     return {"signal_bytes_at_most": round(tokens * form.bytes_per_token())}

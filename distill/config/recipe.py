@@ -79,8 +79,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _states_of_one_teacher(self):
+        live = {
+            "train.on_policy": self.train.on_policy.fraction,
+            "train.teachers": self.train.teachers.models or self.train.teachers.own_start,
+        }
+        if self.reads_states and (asked := [key for key, given in live.items() if given]):
+            raise ValueError(
+                f"generate.signal.kind=hidden stores what `teacher.model` says of its own text, and {asked[0]} asks a "
+                f"live teacher; leave out {asked[0]}, or set generate.signal.kind=none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _signals_of_whole_answers(self):
-        stored = [o.name for o in self.train.objectives if o.signal in ("sparse", "sampled")]
+        dense = ("dense",) if self.reads_states else ()
+        stored = [o.name for o in self.train.objectives if o.signal in ("sparse", "sampled", *dense)]
         if stored and self.filter.completions != "whole":
             raise ValueError(
                 f"{stored[0]} reads signals stored with the whole answer, and filter.completions="
@@ -106,6 +120,18 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether dense objectives read stored hidden states (`generate.signal.kind: hidden`), not a live teacher."""
+        return self.generate.signal.kind == "hidden" and any(
+            o.signal == "dense" for o in self.train.objectives
+        )
+
+    @property
+    def needs_live_teacher(self) -> bool:
+        """Whether training needs the teacher itself, and not only what is stored of it."""
+        return any(o.live for o in self.train.objectives) and not self.reads_states
 
 
 def load_recipe(path: str, overrides: list[str] = ()) -> Recipe:

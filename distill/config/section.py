@@ -66,19 +66,26 @@ def _unstorable(value: Any) -> str | None:
 class Signal(Section):
     """What is kept of the teacher's distribution at every completion token, to train without the teacher."""
 
-    kind: Literal["none", "top_k", "sampled"] = Field(
-        "none", description="top_k: for sparse_forward_kl; sampled: for sampled_cross_entropy, unbiased"
+    kind: Literal["none", "top_k", "sampled", "hidden"] = Field(
+        "none",
+        description="top_k: for sparse_forward_kl; sampled: for sampled_cross_entropy, unbiased; hidden: the last "
+        "hidden states and the head once, which are the whole distribution: for every dense objective (forward_kl ...)",
     )
     k: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         32, description="tokens kept, or drawn, per completion token"
     )
-    bits: Literal[8, 16, 32] = Field(8, description="top_k: bits of a log-probability; 32 is exact")
+    bits: Literal[8, 16, 32] = Field(
+        8,
+        description="top_k: of a log-probability, 32 is exact; hidden: of a number of a state, 16 unless 32 (exact)",
+    )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0, description="sampled: the teacher's, for the draws"
     )
 
     @model_validator(mode="after")
     def _tempered_by_the_loss(self):
-        if self.kind == "top_k" and self.temperature != 1:
-            raise ValueError("top_k is stored at temperature 1; set the temperature of the objective instead")
+        if self.kind in ("top_k", "hidden") and self.temperature != 1:
+            raise ValueError(
+                f"{self.kind} is stored at temperature 1; set the temperature of the objective instead"
+            )
         return self

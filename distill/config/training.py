@@ -143,6 +143,11 @@ class LiveTeachers(Section):
     by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
     models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
     own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+    remember_gb: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        0.0,
+        description="main memory, in GB a process, for the last hidden states of rows that the teacher has read: later "
+        "epochs skip its body. Equal to rounding, so a resumed run is no longer equal to the last bit",
+    )
 
     @model_validator(mode="after")
     def _one_way(self):

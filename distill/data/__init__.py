@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "ledger": ["run_ledger"],
         "prompts": ["held_out", "make_prompts", "training_prompts"],
         "scoring": ["draw", "score_rows"],
-        "signals": ["Dense", "Sampled", "SignalFormat", "StoredSignals", "TopK"],
+        "signals": ["Dense", "Sampled", "SignalFormat", "States", "StoredSignals", "TopK"],
         "teachers": ["Answer", "LocalTeacher", "Question"],
         "terms": ["decide"],
     },

@@ -20,13 +20,14 @@ that tells them apart is refused.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from distill.data.signals import Sampled, SignalFormat, StoredSignals, TopK
+from distill.data.signals import Sampled, SignalFormat, States, StoredSignals, TopK
 from distill.errors import UserError
 from distill.models.head import KeptLogits
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
@@ -40,12 +41,13 @@ class Batch:
     attention_mask: torch.Tensor | None  # [B, T]; packed: None, nothing is padding
     keep: torch.Tensor  # [B, T] bool: the *next* token is a completion token
     targets: torch.Tensor  # [N] that next token, in row-major order of `keep`
-    signal: TopK | Sampled | None = None  # [N, K] the teacher's, where it was stored and asked for
+    signal: TopK | Sampled | States | None = None  # [N, ...] the teacher's, where it was stored and asked for
     position_ids: torch.Tensor | None = None  # [1, T] packed only: each row counts from 0
     from_teacher: torch.Tensor | None = None  # [N] 1 where a teacher wrote the row, 0 where the student did
     messages: list | None = None  # [B] of the rows' questions, for a teacher with another tokenizer
     tags: np.ndarray | None = None  # [B] of the rows, in the order of their kept tokens
     row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
+    keys: list[bytes] | None = None  # [B] what the rows say, hashed: to know one again
 
     def to(self, device) -> "Batch":
         moved = {
@@ -53,6 +55,12 @@ class Batch:
             for name, value in vars(self).items()
         }
         return Batch(**moved)
+
+    def select(self, rows: list[int]) -> "Batch":
+        """These rows of a padded batch alone, for a model that reads them; what was stored of them stays behind."""
+        parts = (self.input_ids[rows], self.attention_mask[rows], self.keep[rows])
+        of_row = np.repeat(np.arange(len(self.input_ids)), self.row_tokens)
+        return Batch(*parts, self.targets[np.isin(of_row, rows)], row_tokens=self.row_tokens[rows])
 
     def real_tokens(self) -> torch.Tensor:
         """[B, T]: 1 where a token is not padding."""
@@ -171,7 +179,14 @@ class TokenRows:
             "messages": None if self.messages is None else [self.messages[i] for i in indices],
             "tags": None if self.tags is None else self.tags[indices],
             "row_tokens": lengths,
+            "keys": [self.key(i) for i in indices],
         }
+
+    def key(self, i: int) -> bytes:
+        prompt, completion = self.row(i)
+        return blake2b(
+            len(prompt).to_bytes(8) + prompt.tobytes() + completion.tobytes(), digest_size=16
+        ).digest()
 
     def pack(self, indices: np.ndarray) -> Batch:
         """The same rows end to end in one sequence without padding; positions restart at every row.

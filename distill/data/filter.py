@@ -19,6 +19,7 @@ another prompt of its family and level: all of the form, none of the content. Al
 same order, so that runs that differ in this alone differ in nothing else.
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
-from distill.data.signals import SignalFormat
+from distill.data.signals import HEAD, HIDDEN, SignalFormat
 from distill.errors import UserError
+from distill.files import replacing
 from distill.integrity import verify_folder
 from distill.models.chat import completion_ids, prompt_ids
 from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
@@ -65,6 +67,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         return stage.manifest
     stage.begin(redo)
     signal = _usable_signal(recipe, config["tokenizer"])
+    if signal and signal["kind"] == HIDDEN:
+        with replacing(stage.folder / HEAD) as temporary:
+            shutil.copyfile(recipe.path / "generations" / HEAD, temporary)
     prompts = {row["prompt_id"]: row for row in read_rows(recipe.path / "prompts")}
     if recipe.teacher:
         answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])

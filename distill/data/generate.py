@@ -22,12 +22,14 @@ from distill.config.recipe import Recipe, resolved
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
 from distill.data.provenance import teacher_source
-from distill.data.scoring import given_answers, measured_signal, score_answers, signal_format
+from distill.data.scoring import given_answers, measured_signal, score_answers, signal_format, signal_head
+from distill.data.signals import HEAD
 from distill.data.teachers import Answer, LocalTeacher, Question, Teacher
 from distill.data.terms import require_permission
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
 from distill.models.decode import Sampling
+from distill.models.head import save_head
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
     GENERATION_SCHEMA,
@@ -64,8 +66,11 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest
     teacher.open()
+    head = signal_head(form, teacher)
     if ranks.is_main_process:
         stage.begin(redo)
+        if head and not (stage.folder / HEAD).is_file():
+            save_head(stage.folder / HEAD, head)
     ranks.wait_for_everyone()
     prompts = read_json(folder / "manifest.json")["counts"]["rows"]
     total = prompts * recipe.generate.samples

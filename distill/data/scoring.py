@@ -13,7 +13,10 @@ floor(K p_i) or ceil(K p_i) times, and K p_i times on average. So it is as unbia
 draws of random sampling distillation (arXiv 2503.16870), with less noise and the same storage: likely tokens
 are exact to 1 / K.
 
-Shapes: B rows, T time, N kept tokens, V vocabulary, K stored tokens, n tokens of a chunk.
+`hidden` keeps what the output head reads of every token, and the head once, in a file beside the rows: together
+they are the whole distribution, to the rounding of the states, at 2 d bytes a token and without the teacher's body.
+
+Shapes: B rows, T time, N kept tokens, V vocabulary, K stored tokens, n tokens of a chunk, d hidden size.
 """
 
 from collections.abc import Iterator
@@ -26,13 +29,13 @@ from torch import Tensor
 
 from distill.config.section import Signal
 from distill.data.batches import TokenRows
-from distill.data.signals import SignalFormat, encode_sampled, encode_top_k
+from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
 from distill.data.teachers import Answer, LocalTeacher, Question
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
-from distill.models.head import KeptLogits
-from distill.models.load import tokenizer_fingerprint
+from distill.models.head import AtHead, Head, KeptLogits
+from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
@@ -61,7 +64,26 @@ def signal_format(section: Signal, teacher) -> SignalFormat | None:
             "set generate.signal.kind=none, or load the teacher here"
         )
     identity = tokenizer_fingerprint(teacher.tokenizer)
-    return SignalFormat.from_recipe(section, len(teacher.tokenizer), identity)
+    width = load_config(teacher.name).get_text_config().hidden_size if section.kind == HIDDEN else 0
+    return SignalFormat.from_recipe(section, len(teacher.tokenizer), identity, width)
+
+
+def signal_head(form: SignalFormat | None, teacher) -> Head | None:
+    """The teacher's output head, without which signals of kind hidden mean nothing; None for other kinds.
+
+    Raises UserError where the teacher's logits are not one matrix of its states.
+    """
+    return _plain_head(teacher.model, form.k).head() if form and form.kind == HIDDEN else None
+
+
+def _plain_head(model, width: int) -> AtHead:
+    at = AtHead(model)
+    if not at.fusable or at.module.weight.shape[1] != width:
+        raise UserError(
+            f"generate.signal.kind=hidden: the output head of this {type(model).__name__} is not one plain matrix; use "
+            "top_k or sampled"
+        )
+    return at
 
 
 @torch.inference_mode()
@@ -80,6 +102,8 @@ def score_rows(
     keys: a tuple of ints and strings per row, which with the token's place fixes its draws: no batch size or
     order changes them. The model sees `batch_size` rows at most, fewer where V is large.
     """
+    if form and form.kind == HIDDEN:
+        return _score_states(model, rows, form, pad_id, vocabulary, batch_size)
     scores: list[RowScore | None] = [None] * len(rows)
     device = next(model.parameters()).device
     # Not the numbers that chose the text: given those, draws would be no fair sample.
@@ -98,10 +122,33 @@ def score_rows(
     return scores
 
 
+def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocabulary: int, batch_size: int):
+    """`score_rows` for states [N, d] before the head."""
+    scores: list[RowScore | None] = [None] * len(rows)
+    device, at = next(model.parameters()).device, _plain_head(model, form.k)
+    head = at.head()
+    most = max(1, BATCH_LOGITS // form.k)  # states of one forward pass; logits exist a chunk at a time
+    for indices in _batches(rows, batch_size, most):
+        batch = rows.collate(indices, pad_id).to(device)
+        keep = batch.keep
+        states = at(lambda hidden, keep=keep: hidden[keep], **batch.inputs())  # [N, d]
+        size = max(1, CHUNK_LOGITS // vocabulary)
+        said = []
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
+            logits = head.transform(at.module(states[part])).float()[:, :vocabulary]
+            said.append(logits.log_softmax(-1).gather(1, batch.targets[part, None])[:, 0])
+        lengths = rows.completion_lengths[indices].cumsum()[:-1]
+        logprobs = np.split(torch.cat(said).cpu().numpy(), lengths)
+        for i, *parts in zip(indices, logprobs, np.split(states.float().cpu().numpy(), lengths)):
+            scores[i] = _encoded(form, *parts)
+    return scores
+
+
 def _encoded(form: SignalFormat | None, logprobs: np.ndarray, *signal: np.ndarray) -> RowScore:
     if form is None or np.isnan(logprobs).any():
         return RowScore(logprobs.tolist(), None, None)
-    encode = {"top_k": encode_top_k, "sampled": encode_sampled}[form.kind]
+    encode = {"top_k": encode_top_k, "sampled": encode_sampled, HIDDEN: encode_hidden}[form.kind]
     return RowScore(logprobs.tolist(), *encode(form, *signal))
 
 

@@ -5,6 +5,7 @@ One typed signal, so that a loss never knows whether it came from a live model o
     Dense(logits [N, V])                    the live teacher, every logit
     TopK(ids [N, K], logprobs [N, K])       its K likeliest tokens
     Sampled(ids [N, K], weights [N, K])     K tokens drawn from it: unbiased (arXiv 2503.16870)
+    States(states [N, d])                   its last hidden states: with its head, every logit again
 
 A `SignalFormat` says how a stage's signals are written, and travels in its manifest; every row of text has
 two binary columns. Integers are packed to the bit, most significant first; id_bits = ceil(log2 V).
@@ -14,6 +15,11 @@ two binary columns. Integers are packed to the bit, most significant first; id_b
               square root of the distance to the largest: likely tokens are the precise ones. At 32: float32.
     sampled   signal_ids: the distinct ids a token, ascending. signal_values: K bits a token, 1 where the next
               of its K sorted draws is a new id. Nothing is rounded.
+    hidden    signal_ids: empty. signal_values: what the output head reads of every token. At 16 bits (also where
+              8 are asked for): a float32 scale a token, the power of two above its largest number, then d float16
+              divided by it. States computed in bfloat16 come back as they were (but for numbers below 2^-17 of
+              the largest, which keep an absolute 2^-25 of it); of others 11 bits stay. At 32: d float32. The
+              head lies once beside the rows (`distill.models.head.save_head`).
 
 A signal belongs to one tokenizer and one chat template: `SignalFormat.problems` refuses any other reader.
 
@@ -76,30 +82,43 @@ class Sampled(_Signal):
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class States(_Signal):
+    """states [N, d] float32: what the teacher's output head reads. A teacher with that head makes logits of them."""
+
+    form = "states"
+    states: Tensor
+
+
 # Forms that come from disk, and the kind of `generate.signal` that writes them.
 STORED = {TopK.form: "top_k", Sampled.form: "sampled"}
+HIDDEN = "hidden"  # the kind that any dense objective reads instead of a live teacher
+HEAD = "head.safetensors"  # the teacher's output head, beside rows with signals of that kind
 
 
 @dataclass(frozen=True)
 class SignalFormat:
     """How stored signals are written, and whose they are.
 
-    temperature: the teacher's softmax temperature that `sampled` tokens were drawn at (1 for top_k, which the
+    temperature: the teacher's softmax temperature that `sampled` tokens were drawn at (1 for the others, which the
     loss tempers). identity: `tokenizer_fingerprint` of the teacher's tokenizer and chat template.
     """
 
-    kind: str  # "top_k" or "sampled"
-    k: int
+    kind: str  # "top_k", "sampled" or "hidden"
+    k: int  # numbers a token: tokens, or of `hidden` the width of a state
     vocabulary: int
     temperature: float
-    bits: int  # of a top_k value: 8, 16, or 32 for exact float32
+    bits: int  # of a top_k value: 8, 16, or 32 for exact float32; of a number of a state: 16, or 32
     identity: dict[str, str]
 
     @classmethod
-    def from_recipe(cls, section: Any, vocabulary: int, identity: dict[str, str]) -> "SignalFormat":
-        """What `generate.signal` (not of kind none) asks of a teacher with so many tokens."""
-        k = min(section.k, vocabulary) if section.kind == "top_k" else section.k
-        return cls(section.kind, k, vocabulary, section.temperature, section.bits, identity)
+    def from_recipe(
+        cls, section: Any, vocabulary: int, identity: dict[str, str], width: int = 0
+    ) -> "SignalFormat":
+        """What `generate.signal` (not of kind none) asks of a teacher with so many tokens and states so wide."""
+        k = {"top_k": min(section.k, vocabulary), HIDDEN: width}.get(section.kind, section.k)
+        bits = max(16, section.bits) if section.kind == HIDDEN else section.bits
+        return cls(section.kind, k, vocabulary, section.temperature, bits, identity)
 
     @classmethod
     def from_manifest(cls, stored: dict[str, Any] | None) -> "SignalFormat | None":
@@ -115,6 +134,8 @@ class SignalFormat:
     def bytes_per_token(self, distinct: float | None = None) -> float:
         """Bytes one token takes. `distinct` is the mean number of different ids among its K draws
         (`sampled` only); without it the most there can be, K. Every row rounds up to whole bytes, twice."""
+        if self.kind == HIDDEN:
+            return self.k * self.bits / 8 + (4 if self.bits < 32 else 0)
         if self.kind == "sampled":
             return ((self.k if distinct is None else distinct) * self.id_bits + self.k) / 8
         return self.k * (self.id_bits + self.bits) / 8 + (4 if self.bits < 32 else 0)
@@ -137,6 +158,11 @@ def signal_problems(kind: str, temperature: float, objectives: Iterable[Any]) ->
     """What in a recipe's objectives does not fit signals of this kind, drawn at this temperature."""
     found = []
     for objective in objectives:
+        if kind == HIDDEN and objective.signal in ("aligned", "hidden", "routers"):
+            found.append(
+                f"objective {objective.name} needs the live teacher, and generate.signal.kind={HIDDEN} stores what "
+                "stands before its head alone; set generate.signal='{kind: none}', or leave the objective out"
+            )
         if objective.signal not in STORED:
             continue
         wanted = STORED[objective.signal]
@@ -230,14 +256,43 @@ def decode_sampled(
     return distinct[new.cumsum() - 1].reshape(shape), np.full(shape, 1 / form.k, dtype=np.float32)
 
 
+def encode_hidden(form: SignalFormat, states: np.ndarray) -> tuple[bytes, bytes]:
+    """(signal_ids, signal_values) of one row: states [T, d] float32, finite."""
+    if form.bits == 32:
+        return b"", states.astype("<f4").tobytes()
+    largest = np.abs(states).max(axis=1, initial=0)
+    # A power of two: dividing by it rounds nothing. 1 for a row of zeros.
+    scale = np.exp2(np.ceil(np.log2(np.where(largest > 0, largest, 1)))).astype("<f4")
+    return b"", scale.tobytes() + (states / scale[:, None]).astype("<f2").tobytes()
+
+
+def decode_hidden(form: SignalFormat, tokens: int, ids: bytes, values: bytes) -> tuple[np.ndarray]:
+    """(states [T, d] float32,) of one row of T tokens."""
+    _check_size(ids, 0)
+    if form.bits == 32:
+        _check_size(values, 4 * tokens * form.k)
+        return (np.frombuffer(values, dtype="<f4").reshape(tokens, form.k).astype(np.float32),)
+    _check_size(values, tokens * (4 + 2 * form.k))
+    scale = np.frombuffer(values[: 4 * tokens], dtype="<f4").astype(np.float32)
+    numbers = np.frombuffer(values[4 * tokens :], dtype="<f2").reshape(tokens, form.k)
+    return (numbers.astype(np.float32) * scale[:, None],)
+
+
+_KINDS = {
+    "top_k": (decode_top_k, TopK),
+    "sampled": (decode_sampled, Sampled),
+    HIDDEN: (decode_hidden, States),
+}
+
+
 class StoredSignals:
     """The signal columns of a dataset, row by row as bytes; decoded when a batch asks for them."""
 
     def __init__(self, form: SignalFormat, ids: Sequence[bytes], values: Sequence[bytes]):
         self.form, self.ids, self.values = form, ids, values
 
-    def take(self, rows: Sequence[int], lengths: Sequence[int]) -> TopK | Sampled:
-        """The signal [N, K] of all completion tokens of these rows, in order; lengths: their tokens."""
-        decode, make = {"top_k": (decode_top_k, TopK), "sampled": (decode_sampled, Sampled)}[self.form.kind]
+    def take(self, rows: Sequence[int], lengths: Sequence[int]) -> TopK | Sampled | States:
+        """The signal [N, ...] of all completion tokens of these rows, in order; lengths: their tokens."""
+        decode, make = _KINDS[self.form.kind]
         found = [decode(self.form, int(n), self.ids[i], self.values[i]) for i, n in zip(rows, lengths)]
         return make(*(torch.from_numpy(np.concatenate(column)) for column in zip(*found)))

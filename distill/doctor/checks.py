@@ -182,7 +182,7 @@ def objectives(pair: Pair) -> list[Finding]:
         ]
     else:
         found = _signals(pair)
-        live = [o.name for o in asked if o.live]
+        live = [o.name for o in asked if o.live and recipe.needs_live_teacher]
         if live and recipe.teacher.endpoint:
             found.append(
                 f"objective {live[0]} needs the model itself, and the endpoint of '{recipe.teacher.model}' gives text "
@@ -205,7 +205,7 @@ def _signals(pair: Pair) -> list[str]:
             "out, or load the teacher here"
             for key in (key for key, wanted in asked.items() if wanted)
         ]
-    elif not found and any(o.signal in STORED for o in recipe.train.objectives):
+    elif not found and (recipe.reads_states or any(o.signal in STORED for o in recipe.train.objectives)):
         teacher = pair.teacher.tokenizer
         form = SignalFormat.from_recipe(signal, len(teacher), tokenizer_fingerprint(teacher))
         found += form.problems(tokenizer_fingerprint(pair.student.tokenizer))

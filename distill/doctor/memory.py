@@ -235,7 +235,7 @@ def _training(pair: Pair) -> Phase:
         rows = max(1, min(rows, train.micro_batch_tokens // length))
     layers = 2 if train.gradient_checkpointing else facts["layers"]
     per_row = _activations(student, length, low, layers)
-    live = pair.teacher and any(o.live for o in train.objectives) and not train.teachers.own_start
+    live = pair.teacher and recipe.needs_live_teacher and not train.teachers.own_start
     chunk = chunk_rows(rows * length, student.rows, low, pair.device) * student.rows * low
     parts = {
         "weights": _weights(student, dtype, recipe.student.quantize),

@@ -227,7 +227,7 @@ def _ends_of_both(pair: Pair) -> list[Finding]:
     text = f"the student ends with {student.token(end)} and the teacher with {theirs}"
     fix = f"set eos_token={teacher.token(teacher.tokenizer.eos_token_id)} in the student's tokenizer_config.json"
     train = pair.recipe.train
-    live = [o.name for o in train.objectives if o.live]
+    live = any(o.live for o in train.objectives)
     if train.on_policy.fraction:
         text += "; scored by this teacher the student's own answers grow without end"
         return [Finding("end of turn", FAIL, text, fix)]

@@ -5,20 +5,27 @@ that no loss reads wastes both time and memory. `KeptLogits` selects the kept hi
 them; `AtHead` goes further and calls a function instead of the head, which `distill.training.losses.fused` uses to
 make head and loss one. Either way the model's own forward runs around it, with PEFT, autocast and wrappers.
 
+`save_head` and `load_head` keep a head on disk by itself: with stored hidden states it is a teacher without a body.
+
     kept = KeptLogits(model); logits = kept(input_ids, attention_mask, keep)      # [N, V]
     at = AtHead(model); found = at(lambda hidden: hidden[keep], input_ids=ids, attention_mask=mask)     # [N, d]
 
 Shapes: B rows, T time, N kept tokens, V vocabulary, d hidden size.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.files import replacing
 from distill.models.hooks import Hooks, replaced_forward
 
 
@@ -64,6 +71,28 @@ class Head:
         if self.softcap is not None:
             gradient = gradient * (1 - torch.tanh(raw * (self.scale / self.softcap)).square())
         return gradient * self.scale
+
+
+def save_head(path: Path, head: Head) -> None:
+    """One safetensors file, whole or not at all: weight and bias as they are, scale and soft cap beside them."""
+    tensors = {"weight": head.weight.detach().cpu().contiguous().clone()}
+    if head.bias is not None:
+        tensors["bias"] = head.bias.detach().cpu().clone()
+    with replacing(path, sum(t.nbytes for t in tensors.values())) as temporary:
+        save_file(tensors, temporary, {"transform": json.dumps([head.scale, head.softcap])})
+
+
+def load_head(path: Path, device: torch.device) -> Head:
+    """What `save_head` wrote. Raises UserError for a file that it did not."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            scale, softcap = json.loads(file.metadata()["transform"])
+            bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 - not a dict
+            return Head(file.get_tensor("weight"), bias, scale, softcap)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no output head of a teacher ({str(error).splitlines()[0]}); run generate and filter with --redo"
+        ) from error
 
 
 def output_head(model: nn.Module) -> nn.Module:

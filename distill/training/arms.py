@@ -16,7 +16,7 @@ from distill.config.training import LiveTeachers, Objective, OnPolicy
 from distill.data.batches import TokenRows
 from distill.data.cards import student_card
 from distill.data.provenance import model_source
-from distill.data.signals import STORED, SignalFormat
+from distill.data.signals import HIDDEN, STORED, SignalFormat
 from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
 from distill.errors import UserError
 from distill.models.describe import describe_model
@@ -35,7 +35,11 @@ from distill.training.validation import split_rows
 
 # Keys of `train` that change how a run proceeds, not what it computes: they may differ on resume.
 NOT_IDENTITY = {
-    "checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing", "compile"
+    **dict.fromkeys(
+        ("checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing"), True
+    ),
+    "compile": True,
+    "teachers": {"remember_gb"},
 }  # fmt: skip
 
 
@@ -70,7 +74,7 @@ def train_arm(
     """
     device = pick_device(recipe.device, recipe.threads)
     precision = resolve_precision(recipe.train.precision, device)
-    needs_teacher = any(o.live for o in recipe.train.objectives)
+    needs_teacher = any(o.live for o in recipe.train.objectives)  # itself, or its stored states
     config = {
         "student": recipe.student.identity(),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
@@ -176,11 +180,11 @@ def stored_signals(recipe: Recipe) -> SignalFormat | None:
 
     Raises UserError where there are none, or not for this student and these objectives.
     """
-    if not any(o.signal in STORED for o in recipe.train.objectives):
+    if not recipe.reads_states and not any(o.signal in STORED for o in recipe.train.objectives):
         return None
     folder = recipe.path / "dataset"
     form = SignalFormat.from_manifest(read_json(folder / MANIFEST).get("signal"))
-    if form is None:
+    if form is None or recipe.reads_states != (form.kind == HIDDEN):
         raise UserError(
             f"{folder} has no teacher signals that this student can read; set generate.signal and use a student "
             "with the teacher's tokenizer and chat template, then run generate and filter with --redo"
@@ -203,8 +207,7 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
     if passes == 2:
         flops += 6 * counts["parameters_trainable"]
     if teacher:
-        each = [describe_model(model, context)["flops_per_token"] for model in teacher.models]
-        flops += sum(each) / len(each)  # every token is scored by one of them
+        flops += teacher.flops_per_token(context)
     return int(flops * tokens)
 
 

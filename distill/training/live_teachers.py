@@ -8,6 +8,10 @@
 1805.04770), which under LoRA are the student with its adapter switched off and cost no memory. Nothing is quantised
 unless the recipe says so.
 
+The teacher's work need not be done twice. `StoredTeacher` is a head alone: it makes the same logits of the hidden
+states that `generate.signal.kind: hidden` stored with the rows. And a live teacher remembers the states of the rows
+it has read in so much memory as `train.teachers.remember_gb` gives it; in later epochs it only runs its head.
+
 Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 """
 
@@ -23,8 +27,10 @@ from torch import Tensor, nn
 from distill.config.recipe import Recipe
 from distill.data.batches import Batch
 from distill.data.cross_tokenizer import TeacherView
+from distill.data.signals import HEAD
 from distill.errors import UserError
-from distill.models.head import AtHead, Head, KeptLogits
+from distill.models.describe import describe_model
+from distill.models.head import AtHead, Head, KeptLogits, load_head
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
@@ -38,6 +44,10 @@ class LiveTeacher(Protocol):
     @property
     def models(self) -> list[nn.Module]:
         """The models behind it, each once."""
+        ...
+
+    def flops_per_token(self, context: int) -> float:
+        """FLOPs of scoring one token that is read, behind `context` others."""
         ...
 
     @property
@@ -58,7 +68,15 @@ class LiveTeacher(Protocol):
         ...
 
 
-class _NotHeard:
+class _Counted:
+    models: list[nn.Module]
+
+    def flops_per_token(self, context: int) -> float:
+        each = [describe_model(model, context)["flops_per_token"] for model in self.models]
+        return sum(each) / len(each)  # every token is scored by one of them
+
+
+class _NotHeard(_Counted):
     """The part of the protocol that cannot be had where several models score, or the student itself does."""
 
     @property
@@ -75,11 +93,27 @@ class _NotHeard:
         _ = self.heard_model
 
 
-class FrozenTeacher:
+class StateMemory:
+    """Last hidden states [n, d] of rows by their keys, in main memory, exactly as they were; full, it takes no more."""
+
+    def __init__(self, most_bytes: float):
+        self._left, self._states = most_bytes, {}
+
+    def get(self, key: bytes) -> Tensor | None:
+        return self._states.get(key)
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        if key not in self._states and states.nbytes <= self._left:
+            self._left -= states.nbytes
+            self._states[key] = states.detach().to("cpu", copy=True)
+
+
+class FrozenTeacher(_Counted):
     """A frozen causal LM asked for its next-token distribution on the student's own batch."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, remember_bytes: float = 0):
         self._ask(model.eval().requires_grad_(False))
+        self._memory = StateMemory(remember_bytes) if remember_bytes and self._at else None
 
     def _ask(self, model: nn.Module) -> None:
         self.model = model
@@ -89,6 +123,7 @@ class FrozenTeacher:
         self._device = next(model.parameters()).device
         self._travelled: Head | None = None
         self._scratch = Scratch()
+        self._memory: StateMemory | None = None
         self._hidden: list[HiddenTap] = []
         self._routers: RouterTap | None = None
 
@@ -126,8 +161,27 @@ class FrozenTeacher:
         home, here = batch.keep.device, batch.to(self._device)  # a teacher may sit elsewhere, as on the CPU
         if self._at is None:
             return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
-        hidden = self._at(lambda states: states[here.keep], **here.inputs())  # [N, d]
-        return {"dense": Projected(hidden.to(home), self._head_on(home), self._scratch)}
+        # What listens to the body needs all of it to run; a text that the student wrote does not come again.
+        listening = self._hidden or self._routers
+        read = self._read if listening or not self._memory or here.from_teacher is not None else self._recall
+        return {"dense": Projected(read(here).to(home), self._head_on(home), self._scratch)}
+
+    def _read(self, batch: Batch) -> Tensor:
+        """States [N, d] that the head would read."""
+        return self._at(lambda states: states[batch.keep], **batch.inputs())
+
+    def _recall(self, batch: Batch) -> Tensor:
+        """The same, with the body run on rows that are not in memory alone."""
+        found = [self._memory.get(key) for key in batch.keys]
+        missing = [i for i, states in enumerate(found) if states is None]
+        if missing:
+            packed = batch.attention_mask is None
+            missing = list(range(len(found))) if packed else missing  # packed rows are one sequence
+            part = batch if len(missing) == len(found) else batch.select(missing)
+            for i, states in zip(missing, self._read(part).split(list(map(int, part.row_tokens)))):
+                found[i] = states
+                self._memory.put(batch.keys[i], states)
+        return torch.cat([states.to(self._device) for states in found])
 
     def _head_on(self, device: torch.device) -> Head:
         """The head where the student's logits are made: an offloaded teacher sends its states, not its logits."""
@@ -138,6 +192,24 @@ class FrozenTeacher:
             bias = None if head.bias is None else head.bias.to(device)
             self._travelled = replace(head, weight=head.weight.to(device), bias=bias)
         return self._travelled
+
+
+class StoredTeacher(_NotHeard):
+    """A teacher's head alone, over hidden states that were stored with the rows (distill/data/signals.py)."""
+
+    def __init__(self, head: Head):
+        self.head, self._scratch = head, Scratch()
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return []
+
+    def flops_per_token(self, _context: int) -> float:
+        return 2 * self.head.weight.numel()
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        states = batch.signal.states.to(self.head.weight.dtype)
+        return {"dense": Projected(states, self.head, self._scratch)}
 
 
 class OwnStart(_NotHeard):
@@ -259,6 +331,8 @@ def live_teachers(
     Raises UserError where a vocabulary differs from the student's by content: then only text can be distilled.
     """
     section = recipe.train.teachers
+    if recipe.reads_states:
+        return StoredTeacher(load_head(recipe.path / "dataset" / HEAD, device))
     if section.own_start:
         return OwnStart(student)
     if any(o.signal == "aligned" for o in recipe.train.objectives):
@@ -276,7 +350,8 @@ def live_teachers(
     ]
     if problems:
         raise UserError(*problems)
-    loaded = {name: FrozenTeacher(_load(recipe, name, device)) for name in names}
+    remember = 1e9 * section.remember_gb / len(names)
+    loaded = {name: FrozenTeacher(_load(recipe, name, device), remember) for name in names}
     if not section.models:
         return loaded[recipe.teacher.model]
     return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])
