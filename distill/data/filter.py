@@ -78,7 +78,16 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
             rows, recipe.filter.completions, prompts, lambda row, text: _remade(row, text, tokenizer)
         )
     else:
-        rows = (_row(p, 0, p["solution"], tokenizer) for p in prompts.values())
+        rows = (
+            _row(
+                p,
+                0,
+                p["solution"],
+                prompt_ids(tokenizer, p["messages"]),
+                _completion(p["solution"], tokenizer),
+            )
+            for p in prompts.values()
+        )
     try:
         counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
     except UserError:
@@ -102,12 +111,18 @@ def apply_filters(
     # An endpoint gives text alone.
     same = not recipe.teacher.endpoint and same_vocabulary(load_tokenizer(recipe.teacher.model), tokenizer)
     opened = _teacher_opened(recipe)
+    asked: dict[str, list[int]] = {}  # of the newest prompt, whose samples stand side by side: rendered once
     for row in rows:
         prompt = prompts[row["prompt_id"]]
         # Same vocabulary: train on the very ids the teacher chose; the text could re-tokenise differently.
         ids = row["completion_ids"] if same else None
         text = row["text"]
-        new = None if text is None else _row(prompt, row["sample_idx"], text, tokenizer, ids, opened)
+        if text is not None and row["prompt_id"] not in asked:
+            asked = {row["prompt_id"]: prompt_ids(tokenizer, prompt["messages"])}
+        new = None
+        if text is not None:
+            completion = _completion(text, tokenizer, ids, opened)
+            new = _row(prompt, row["sample_idx"], text, asked[row["prompt_id"]], completion)
         if refusal := rules.refuse(Candidate(row, prompt, new)):
             blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
             yield {**(new or blank), "rule": refusal[0], "verdict": row["verdict"], "detail": refusal[1]}
@@ -136,7 +151,8 @@ def _write(
         prompt = prompts[row["prompt_id"]]
         totals["unanswered"] += not prompt["answer"]
         if control and prompt["answer"]:
-            answers.add(_row(prompt, row["sample_idx"], prompt["answer"], tokenizer))
+            completion = _completion(prompt["answer"], tokenizer)
+            answers.add(_row(prompt, row["sample_idx"], prompt["answer"], row["prompt_ids"], completion))
     if not kept.rows:
         raise UserError(
             f"no row is left to train on: {dict(by_rule)}; loosen `filter` (filter.correct_only=false keeps "
@@ -241,16 +257,14 @@ def _completion(text: str, tokenizer, ids: list[int] | None = None, opened: str 
     return [*completion_ids(tokenizer, text, opened, ids), end]
 
 
-def _row(
-    prompt: dict, sample_idx: int, text: str, tokenizer, ids: list[int] | None = None, opened: str = ""
-) -> dict:
+def _row(prompt: dict, sample_idx: int, text: str, asked: list[int], completion: list[int]) -> dict:
     """One training row."""
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_idx": sample_idx,
         "messages": prompt["messages"],
-        "prompt_ids": prompt_ids(tokenizer, prompt["messages"]),
-        "completion_ids": _completion(text, tokenizer, ids, opened),
+        "prompt_ids": asked,
+        "completion_ids": completion,
         "text": text,
         "family": prompt["family"],
         "level": prompt["level"],

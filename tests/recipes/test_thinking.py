@@ -22,6 +22,7 @@ def opening_copy(name: str, folder: Path) -> str:
     opened = text.replace("<|assistant|>' }}{% endif %}", "<|assistant|><think>' }}{% endif %}")
     assert opened != text
     template.write_text(opened)
+    (folder / "manifest.json").unlink()  # it vouches for the template as it was
     return str(folder)
 
 
