@@ -149,11 +149,22 @@ def leftovers(run: Path) -> list[str]:
     ]
 
 
+def parted(a, b, place: str = "") -> list[str]:
+    """Where two JSON values part."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [
+            d for key in sorted(a.keys() | b.keys()) for d in parted(a.get(key), b.get(key), f"{place}.{key}")
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, pair in enumerate(zip(a, b)) for d in parted(*pair, f"{place}[{i}]")]
+    return [] if a == b else [f"{place}: {a!r:.80} and {b!r:.80}"]
+
+
 def assert_undisturbed(run: Path, whole: Path, but: tuple[str, ...] = ()) -> None:
     ours, theirs = compared(run), compared(whole)
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if ours[name] != theirs[name] and not name.startswith(but)]
-    assert not different, [(n, ours[n], theirs[n]) for n in different[:1]]
+    assert not different, [(name, parted(ours[name], theirs[name])[:9]) for name in different]
     assert not leftovers(run)
 
 
