@@ -15,6 +15,7 @@ from datetime import date
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import JsonValue
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -30,6 +31,7 @@ _NUMBERS = {
     bool: "true, false",
     date: "date",
     Any: "anything",
+    JsonValue: "anything",
 }
 
 

@@ -242,7 +242,7 @@ def test_bad_input_is_one_line(run_cli, hub, tmp_path):
         ([model, "--tasks", tmp_path / "empty.jsonl"], "empty.jsonl"),
         ([model, "--tasks", "easy", "--problems", "0"], "no problems"),
         ([model, "--samples", "4"], "set `temperature`"),
-        ([model, "--temperature", "-1"], "evaluate.temperature"),
+        ([model, "--temperature", "9"], "evaluate.temperature"),
         ([model, "--level", "1"], "evaluate.level"),
         (["r.yaml", "--tasks", "easy"], "--tasks goes with checkpoints"),
     ):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import PYTHON
+from spread import spread
 
 from distill.commands.cli import main
 from distill.errors import RunError
@@ -46,12 +47,15 @@ def limited(most: int, report, *command) -> tuple[int, str]:
 # Which file of the stage is the first above the limit.
 @pytest.mark.parametrize(
     "command, most, folder",
-    [
-        ("generate", 4_000, "prompts"),
-        ("generate", 6_500, "generations"),
-        ("train", 6_000, "student"),
-        ("evaluate", 5_000, "eval"),
-    ],
+    spread(
+        [
+            ("train", 6_000, "student"),
+            ("generate", 4_000, "prompts"),
+            ("generate", 6_500, "generations"),
+            ("evaluate", 5_000, "eval"),
+        ],
+        4,
+    ),
 )
 def test_a_full_disk_is_one_line_and_the_command_goes_on(make_recipe, run_cli, command, most, folder):
     path, run_dir = make_recipe()
