@@ -133,7 +133,7 @@ def _changed(folder: Path, manifest: dict[str, Any], but: str | None = None) -> 
 def _problem(path: Path, folder: Path, stage: str | None) -> str:
     return (
         f"{path} is damaged: it is not what the stage '{stage}' wrote (its hash is another); "
-        f"delete this file and {_remake(folder, stage)}"
+        f"delete this file and {_remake(folder, stage)} (a change of your own belongs in a copy without {MANIFEST})"
     )
 
 
