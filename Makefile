@@ -1,11 +1,12 @@
 # make demo   the whole story on this machine          make test     the test suite
+# make test-slow   what takes minutes each: hundreds of kills, every mistake, more launches
 # make teacher, make base                              rebuild the shipped checkpoints from their recipes
 # make docs   the generated parts of the pages, and the pages with the API as a small site: docs/site/index.html
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint docs teacher base clean
+.PHONY: install demo test test-slow lint docs teacher base clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +22,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto
+
+test-slow: install
+	$(BIN)/python -m pytest -n auto -m slow
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

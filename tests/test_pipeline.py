@@ -11,7 +11,8 @@ from distill.storage import read_json, read_rows
 
 
 @pytest.mark.parametrize(
-    "teacher, student", [("qwen3_moe", "llama"), ("plain", "qwen3_moe"), ("llama", "plain")]
+    "teacher, student",
+    [("qwen3_moe", "llama"), pytest.param("plain", "qwen3_moe", marks=pytest.mark.slow), ("llama", "plain")],
 )
 def test_the_whole_story_with_any_pair(make_recipe, run_cli, teacher, student):
     """MoE teacher, MoE student, and models without a chat template, every stage by its own command."""
@@ -79,6 +80,7 @@ def test_changed_inputs_are_said_and_rebuilt_only_on_request(make_recipe, run_cl
     assert code == 2 and "generations changed" in err
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_on_bf16_with_kl(make_recipe, run_cli):
     path, run_dir = make_recipe("qwen3_moe", "llama")
     objectives = "train.objectives=[{name: forward_kl, temperature: 2.0, temperature_squared: true}]"

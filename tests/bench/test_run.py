@@ -136,6 +136,7 @@ def test_results_page_and_table_say_the_same(small, tmp_path):
     build_bench_page({**results, "claims": [], "curves": []}, tmp_path / "empty.html")
 
 
+@pytest.mark.slow
 def test_a_larger_budget_takes_over_and_a_failed_run_stops_nobody(small, tmp_path):
     path, grid, _, _ = small
     before = (grid / "sequence-0" / "student" / "manifest.json").read_text()

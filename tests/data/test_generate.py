@@ -139,6 +139,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_prompts(make_recipe):
     """Peak of the generate stage in its own process: 20 times the prompts, nearly the same megabytes."""
     peaks = []

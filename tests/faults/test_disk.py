@@ -16,6 +16,7 @@ from distill.files import (
     is_leftover,
     remove_dead,
     replacing,
+    shown,
     system_problem,
     write_atomic,
     writing,
@@ -107,7 +108,7 @@ def test_a_read_only_folder_is_told_before_work_begins(make_recipe, run_cli, rea
     code, _, err = run_cli(command, path, f"run_dir={read_only}/run")
     assert code == 2 and "Traceback" not in err
     assert (
-        f"run_dir={read_only}/run cannot be written: {read_only} is read-only for you; give another path"
+        f"run_dir={shown(f'{read_only}/run')} cannot be written: {read_only} is read-only for you; give another path"
         in err
     )
 

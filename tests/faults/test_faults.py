@@ -46,6 +46,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*.parquet"))}
 
 
+@pytest.mark.slow
 def test_kill_during_generate_and_train_changes_nothing(make_recipe):
     path, whole = make_recipe(name="whole")
     slow = ["generate.part_size=2", "train.steps=40", "train.checkpoint_every=2", "prompts.levels={easy: 40}"]
@@ -229,6 +230,7 @@ def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeyp
     assert list((run_dir / "student").glob("state-*")), "the last good state is kept"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_a_part(make_recipe):
     """A tmpfs of 200 kB: exit code 1 and one line; with more room the same command ends with the same rows."""
     path, whole = make_recipe(name="whole")

@@ -172,7 +172,7 @@ def assert_undisturbed(run: Path, whole: Path, but: tuple[str, ...] = ()) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_random_kills(make_recipe, run_cli, kills):
     slow = [
         "generate.part_size=1", f"prompts.levels={{easy: {50 + 10 * kills}}}", "generate.samples=2",

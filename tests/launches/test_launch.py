@@ -1,5 +1,6 @@
 """`accelerate launch` with two CPU processes gives the rows and the weights of one process."""
 
+import pytest
 import torch
 from conftest import CHATML, PYTHON, byte_tokenizer, save_model
 from launching import LAUNCH, processes_of, run
@@ -11,6 +12,7 @@ from distill.storage import hash_file, parts
 ONE = [PYTHON, "-m", "distill"]
 
 
+@pytest.mark.slow
 def test_two_processes_generate_the_same_bytes(make_recipe):
     """24 prompts in parts of 5, dealt to two processes: every part equals that of one process."""
     found = {}

@@ -13,6 +13,7 @@ WORKER = str(ROOT / "tests" / "fsdp_worker.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -28,7 +29,7 @@ def test_two_sharded_processes_equal_one(tmp_path):
     assert any(name.startswith("optimizer.momentum_buffer") for name in saved[0])
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_command_trains_a_sharded_student_to_the_same_weights(make_recipe, adapter):
     """The whole loop under Accelerate's FSDP2: ragged rows, uneven micro-batches, a live teacher, and a resume."""
     options = [*SGD, MIXED, f"student.adapter={adapter}", "train.batch_size=7", "train.micro_batch_size=2"]

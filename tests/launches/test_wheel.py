@@ -56,6 +56,7 @@ def test_commands_that_need_no_run(installed):
     assert (installed.folder / "checkpoints" / "eval-base" / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_demo(installed):
     """Every stage, at a size of seconds; the run folder is in the current folder."""
     installed(

@@ -302,6 +302,7 @@ def test_a_run_asks_the_questions_of_conversations(write, run_cli, make_recipe):
     words = [
         f"prompts.source={source}", "prompts.prompt_column=question", "prompts.last_turn=reference",
         "prompts.system=S", f"evaluate.source={source}",
+        "control.enabled=false",
     ]  # fmt: skip
     code, _, err = run_cli("generate", path, *words)
     assert code == 0, err

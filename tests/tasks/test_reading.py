@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distill.config.data import Prompts
 from distill.data.prompts import file_prompts, make_prompts, named_problems
 from distill.errors import UserError
-from distill.storage import read_json, read_rows, write_json
+from distill.storage import fingerprint, read_json, read_rows, write_json
 from distill.tasks.benchmarks import render
 
 
@@ -404,6 +404,8 @@ def test_old_folders_are_finished_unless_their_file_reads_otherwise(tmp_path, ma
     from distill.data.prompts import _hash_source
 
     old["config"]["source_hash"] = _hash_source(str(data))
+    identity = {key: old[key] for key in ("config", "inputs")}
+    old["fingerprint"] = fingerprint({"identity": identity, "files": old["files"]})
     write_json(manifest, old)
     with pytest.raises(UserError, match=r"row 1, answer: '4' -> '4.0'.*--redo"):
         make_prompts(recipe)

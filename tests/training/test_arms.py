@@ -15,6 +15,7 @@ from distill.data.batches import TokenRows
 from distill.models.describe import describe_model
 from distill.models.student import build_student
 from distill.storage import read_json, write_json
+from distill.training import live_teachers
 from distill.training.arms import train_arms, training_flops
 
 # Six rows and steps of six rows, at a rate of nearly 0: every line of metrics.jsonl is about all rows.
@@ -116,8 +117,11 @@ def test_training_flops_are_three_passes_of_the_student_and_one_of_the_teacher(m
         return {"flops_per_token": {"student": 1000, "small teacher": 10, "large teacher": 40}[model]}
 
     monkeypatch.setattr(module, "describe_model", described)
+    monkeypatch.setattr(live_teachers, "describe_model", described)
     student = SimpleNamespace(model="student")
-    one, two = (SimpleNamespace(models=m) for m in (["small teacher"], ["small teacher", "large teacher"]))
+    one, two = (live_teachers.RoutedTeachers({}, None) for _ in range(2))
+    kinds = {one: ["small teacher"], two: ["small teacher", "large teacher"]}
+    monkeypatch.setattr(live_teachers.RoutedTeachers, "models", property(kinds.get))
     full = {"rows": 5, "tokens_read": 120, "parameters_trainable": 70, "parameters_total": 70}
     adapter = {**full, "parameters_trainable": 7}
     assert training_flops(student, None, full) == 120 * 3000

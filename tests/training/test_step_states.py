@@ -107,6 +107,7 @@ def test_a_projection_trains_resumes_and_stays_behind(trained, hub, monkeypatch,
     assert not any("maps" in name for name in whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_hidden_loss(trained, make_recipe, hub):
     options = ["train.objectives=[{name: hidden_mse}, {name: sequence_balance, weight: 0.1}]", *SGD]
     pair = {"student": "qwen3_moe", "teacher": "qwen3_moe"}

@@ -31,7 +31,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make_recipe):
-    options = [PLAIN, "train.steps=200", "train.checkpoint_every=0", "train.batch_size=4"]
+    options = [PLAIN, "train.steps=80", "train.checkpoint_every=0", "train.batch_size=4"]
     path, run_dir = make_recipe(name="told")
     fake_dataset(run_dir)
     command = [PYTHON, "-m", "distill", "train", path, *options]
@@ -131,6 +131,7 @@ def test_how_a_step_is_computed_does_not_change_it(trained, option):
     assert losses_of(run_dir) == pytest.approx(losses_of(other_dir), abs=5e-6)
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_the_same(trained, monkeypatch):
     """Traced forwards and backwards as in a real run; the graphs run eagerly, since C++ takes a minute to compile."""
     real = torch.nn.Module.compile
