@@ -60,7 +60,7 @@ def picture(colours: str, language: str = "") -> str:
     width, height = _SIZE
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="system-ui, -apple-system, \'Segoe UI\', \'Noto Sans CJK SC\', sans-serif" text-anchor="middle">',
+        "font-family=\"system-ui, -apple-system, 'Segoe UI', 'Noto Sans CJK SC', sans-serif\" text-anchor=\"middle\">",
         f'<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0L10 5L0 10z" fill="{c["line"]}"/></marker></defs>',
     ]

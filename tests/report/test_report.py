@@ -18,7 +18,9 @@ from page_reading import Page, points
 
 from distill.errors import UserError
 from distill.report import drawing, figures, numbers
-from distill.report.report import build_report, headline, read_run, summary_table
+from distill.report.findings import headline
+from distill.report.report import build_report, summary_table
+from distill.report.runs import read_run
 
 FAMILIES = ["addition", "counting", "multiplication", "reversing"]
 LEVELS = ["easy", "medium", "hard"]
@@ -283,9 +285,9 @@ def test_comparison_table_holds_the_measured_scores(whole, page):
     for c in metrics["comparisons"]:
         low, high = c["ci95"]
         row = next(r for r in page.cells if r[:2] == [c["task"], f"{c['b']} against {c['a']}"])
-        assert row[2] == points(100 * c["difference"], 100 * low, 100 * high).replace(" points", "")
-        assert row[3:5] == [str(c["n"]), "< 0.001" if c["p_value_holm"] < 0.001 else "0.400"]
-        assert row[5].endswith(c["verdict"])
+        assert row[2].endswith(c["verdict"])
+        assert row[3] == points(100 * c["difference"], 100 * low, 100 * high).replace(" points", "")
+        assert row[4:6] == [str(c["n"]), "< 0.001" if c["p_value_holm"] < 0.001 else "0.400"]
 
 
 def test_accuracies_agree_with_a_recount_of_the_answers(whole, page):
@@ -315,9 +317,8 @@ def test_stages_models_experts_and_cost(whole, page):
     # 12.25 s * (1+2+3+4+5+6); the two stages without a FLOP count are left out of the sum.
     assert ["total", "", "", "19.5 TFLOP", "4 min 17 s", "", ""] in cells
     teacher = next(r for r in cells if r[0] == "teacher" and r[-1] == "2 of 8")
-    assert teacher[1:10] == [
+    assert teacher[1:9] == [
         "3.65 M",
-        "0",
         "1.48 M",
         "1.46 M",
         "2.92 MFLOP",
@@ -327,12 +328,12 @@ def test_stages_models_experts_and_cost(whole, page):
         "2 of 8",
     ]
     assert ["base", "91.3 %", "0.21 %", "0.2468", "0.3579", "12,345"] in cells
-    assert ["student", "41.5 s", "48,211", "1161.7", "123 MFLOP"] in cells
+    assert ["student", "41.5 s", "48,211", "1,160", "123 MFLOP"] in cells
     layers = json.loads((whole / "eval" / "metrics.json").read_text())["models"]["teacher"]["moe"]["layers"]
     for name, layer in layers.items():
         violation, floor = max(layer["load"]) * 8 - 1, layer["max_violation_noise_floor"]
         row = [
-            name,
+            f"layer {name.split('.')[2]}",
             "48,211",
             "2 of 8",
             f"{violation:.3f}",
@@ -343,9 +344,10 @@ def test_stages_models_experts_and_cost(whole, page):
         assert [*row, "0.996", "7.92", "1.734", "0.432"] in cells
     assert ["torch", "2.13.0 (prompts, generations, dataset, student, control); 2.12.1 (eval)"] in cells
     assert ["distill", "0.1.0"] in cells
-    assert "compute: bfloat16; reason: the CPU has bf16 instructions" in page.text
-    facts = "tokens 207,777 kept 3,456 dropped 545 – wrong answer 412 – duplicate 100 – truncated 33"
-    assert facts in page.text and "parameters 999,680 – trained 137,216" in page.text
+    assert next(r for r in cells if r[0] == "student" and "cpu" in r)[6] == "bfloat16"
+    facts = "tokens 207,777 kept 3,456 dropped 545 – wrong answer 412 – duplicate 100 – cut off 33"
+    assert facts in page.text and "parameters 0.86 M + 0.14 M adapter – trained 0.14 M" in page.text
+    assert next(r for r in cells if r[0] == "student" and r[-1] == "dense")[1] == "0.86 M + 0.14 M adapter"
     assert "run_dir: checkpoints/demo" in page.text and "Not in this folder" not in page.text
 
 
@@ -356,7 +358,7 @@ def test_training_table_and_curves(whole, page):
     assert ["student", "60", "6,000", f"{first:.3f}", f"{last:.3f}", "3 steps", "0", "30.0 s"] in page.cells
     labels = [a["aria-label"] for tag, a in page.tags if tag == "svg"]
     assert sum("optimizer step" in label for label in labels) == 3  # total, cross entropy, forward KL
-    assert any(label.startswith("forward KL") and label.endswith("for student") for label in labels)
+    assert any(label.startswith("forward KL") and label.endswith(": student") for label in labels)
 
 
 def test_examples_follow_the_rule(whole, page):
@@ -388,7 +390,7 @@ def test_headline_when_the_student_wins(whole, page):
         f"Learning from the teacher paid off: the student solves {said['student']} of the hard problems, "
         f"the same base trained without the teacher {said['control']}." in page.text
     )
-    price = f"at {2_920_000 / 1_700_352:.1f} times the operations per token"
+    price = f"with {2_920_000 / 1_700_352:.1f} times the operations per token"
     assert f"The teacher itself solves {said['teacher']} of the hard problems, {price}." in page.text
 
 
@@ -406,10 +408,10 @@ def test_headline_when_the_student_does_not_win(run, verdict, words):
     edit(run, change)
     text = rebuilt(run).text
     assert words in text and "paid off" not in text
-    assert f"Difference: {points(-2, -5, 1)}, p-value 0.300" in text
-    assert ("can be chance" in text) == (verdict == "INCONCLUSIVE")
-    forgot = f"on easy: {points(-40, -50, -30)}, n = 48 – training made it forget."
-    assert f"Worse than the base before training {forgot}" in text
+    assert f"The difference is {points(-2, -5, 1)} (p = 0.300, n = 48 problems)." in text
+    assert ("Chance alone can give" in text) == (verdict == "INCONCLUSIVE")
+    forgot = f"on easy problems: {points(-40, -50, -30)}, n = 48. Training made it forget."
+    assert f"It is worse than the base before training {forgot}" in text
 
 
 def test_a_comparison_stored_the_other_way_round_reads_the_same(run):
@@ -423,7 +425,7 @@ def test_a_comparison_stored_the_other_way_round_reads_the_same(run):
 
     edit(run, turn)
     after = headline(read_run(run))
-    for words in ("title", "detail", "notes", "verdict", "rival"):
+    for words in ("title", "detail", "worse", "notes", "verdict", "rival"):
         assert before[words] == after[words]
     accuracy = {name: score["accuracy"] for name, score in after["scores"].items()}
     for task, duel in after["duels"].items():
@@ -471,7 +473,8 @@ def test_one_file_without_network(whole, page):
     assert "http:" not in text and "https:" not in text and "@import" not in text
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "action", "data"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+            target = attributes.get(name, "#")
+            assert target.startswith(("#", "data:image/png;base64,")) or target == "eval/dossier.html"
     assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", text))
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
@@ -529,8 +532,11 @@ def test_no_control_and_a_dense_teacher(run):
     edit(run, change)
     page = rebuilt(run)
     assert "Better than the base before training: the student solves" in page.text
-    assert "No control was run" in page.text and "Not in this folder, or not finished: control/." in page.text
-    assert "all are dense" in page.text and "MaxVio" not in page.text
+    assert (
+        "No control was trained" in page.text
+        and "Not in this folder, or not finished: control/." in page.text
+    )
+    assert "All are dense" in page.text and "MaxVio" not in page.text
     assert "learned:" in page.text
 
 
