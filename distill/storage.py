@@ -33,6 +33,22 @@ def find_file(path: str) -> Path:
     return here
 
 
+def resolve_model(name: str) -> str:
+    """A local folder (also relative to the project), or a hub name left as it is.
+
+    Raises UserError for something that looks like a folder and is not there.
+    """
+    path = find_file(name)
+    if path.is_dir():
+        return str(path)
+    looks_local = name.startswith((".", "/", "~", "checkpoints/")) or name.count("/") != 1
+    if looks_local or path.is_file():
+        raise UserError(
+            f"model '{name}' is not a folder; give a saved model folder or a hub name like org/name"
+        )
+    return name
+
+
 MANIFEST = "manifest.json"
 
 

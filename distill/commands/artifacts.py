@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from distill.commands.command import Command, json_argument
+from distill.commands.command import Command, json_argument, language_argument
 from distill.errors import UserError
 
 
@@ -83,17 +83,17 @@ def play_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-new-tokens", type=int, metavar="N", help="longest answer")
     add("--port", type=int, default=7860, metavar="N", help="of the page on 127.0.0.1; 0 is any that is free")
+    language_argument(parser)
 
 
 def play_command(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
-    from distill.console import quiet_libraries
     from distill.play.page import play
 
-    quiet_libraries()
+    a = arguments
     try:
-        play(arguments.targets, arguments.teacher, arguments.tasks, arguments.port, arguments.max_new_tokens)
+        play(a.targets, a.teacher, a.tasks, a.port, a.max_new_tokens, a.lang)
     except KeyboardInterrupt:
         print()
     return 0

@@ -22,7 +22,7 @@ from transformers import (
 from distill import console
 from distill.errors import UserError
 from distill.models.chat import reads_the_clock, set_template, template_date
-from distill.storage import changed_files, find_file, fingerprint
+from distill.storage import changed_files, fingerprint, resolve_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 
@@ -35,22 +35,6 @@ def cache_name(model: torch.nn.Module) -> str | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     return next((name for name in CACHE_NAMES if name in accepted), None)
-
-
-def resolve_model(name: str) -> str:
-    """A local folder (also relative to the project), or a hub name left as it is.
-
-    Raises UserError for something that looks like a folder and is not there.
-    """
-    path = find_file(name)
-    if path.is_dir():
-        return str(path)
-    looks_local = name.startswith((".", "/", "~", "checkpoints/")) or name.count("/") != 1
-    if looks_local or path.is_file():
-        raise UserError(
-            f"model '{name}' is not a folder; give a saved model folder or a hub name like org/name"
-        )
-    return name
 
 
 def check_weights(folder: Path) -> None:
