@@ -7,6 +7,8 @@ Every figure is readable in black and white: models differ in marker and line st
 its numbers under the pointer, and the page has all of them in a table. Heat maps are in distill/report/heat.py.
 """
 
+import itertools
+
 import matplotlib
 import numpy as np
 from matplotlib.lines import Line2D
@@ -217,7 +219,7 @@ def reliability(title: str, found: dict[str, dict], order: list[str]) -> str:
         for name, values in found.items():
             bins = [b for b in values["bins"] if b["n"] and not absent(b["confidence"])]
             look = _style(name, order)
-            for one, two in zip(bins, bins[1:]):
+            for one, two in itertools.pairwise(bins):
                 faint = FADED if min(one["n"], two["n"]) < FEW_ANSWERS else 1
                 x, y = ([100 * b[key] for b in (one, two)] for key in ("confidence", "accuracy"))
                 line = {key: look[key] for key in ("color", "linestyle")}

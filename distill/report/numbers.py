@@ -47,13 +47,12 @@ def size(model: dict | None) -> str:
     about = model or {}
     if absent(about.get("parameters_total")):
         return DASH
-    base, adapter = parameters(about["parameters_total"]), about.get("parameters_adapter")
-    base, adapter = (text.replace(" ", NB) for text in (base, parameters(adapter or 0)))
-    return (
-        say("%(base)s + %(adapter)s adapter", base=base, adapter=adapter)
-        if about.get("parameters_adapter")
-        else base
+    base, adapter = (
+        parameters(about.get(key) or 0).replace(" ", NB) for key in ("parameters_total", "parameters_adapter")
     )
+    if not about.get("parameters_adapter"):
+        return base
+    return say("%(base)s + %(adapter)s adapter", base=base, adapter=adapter)
 
 
 def millions(count) -> str:

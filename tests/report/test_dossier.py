@@ -303,7 +303,9 @@ def test_one_scale_of_colours_for_all_maps():
 def test_a_loss_is_coloured_around_zero():
     cells = colours_of_cells(heat.loss_map("lost", ["layer 1"], np.array([[-4.0, 0.0, 40.0]])))
     gain, none, loss = cells.values()
-    assert none == WHITE and int(loss[1:3], 16) > int(loss[5:], 16)
+    assert (
+        none == WHITE and int(loss[1:3], 16) > int(loss[5:], 16) and int(gain[5:], 16) >= int(gain[1:3], 16)
+    )
     assert list(cells) == [f"layer 1, expert {e}: {n} points" for e, n in enumerate(("−4.0", "0.0", "40.0"))]
 
 
