@@ -178,7 +178,9 @@ def told_outside(playground, names):
     controls = play_page.Controls(playground)
     rest = (0, 0, None, None, None, [])
     [first] = list(controls.ask("Why is the sky blue {x}?", *rest))
-    assert "These models know seven families" in first[0] and "<article" not in first[0] and "{" not in first[0]
+    assert (
+        "These models know seven families" in first[0] and "<article" not in first[0] and "{" not in first[0]
+    )
     last = list(controls.ask("Why is the sky blue {x}?", *rest, before=first[3]))[-1]
     assert last[0].count("<article") == len(names) and "never trained on a question like this" in last[0]
     assert "<article" in list(controls.ask("What is 2381 + 4410?", *rest))[-1][0]
@@ -192,7 +194,9 @@ def test_other_models_answer_whatever_they_are_asked(playground):
 
 
 def test_examples_are_short_and_of_different_families():
-    problems = find_setup(["checkpoints/base"], teacher="checkpoints/teacher", tasks=["easy", "hard"]).problems
+    problems = find_setup(
+        ["checkpoints/base"], teacher="checkpoints/teacher", tasks=["easy", "hard"]
+    ).problems
     chosen = examples(problems)
     by_text = {p["messages"][-1]["content"]: p for p in problems}
     assert len(chosen) == 5 and len({by_text[text]["family"] for text in chosen}) == 5

@@ -44,7 +44,8 @@ def test_an_error_of_the_block_goes_on():
 
 
 def test_it_needs_nothing_heavy():
-    code = "import sys, distill.play.page, distill.play.waiting; print({'torch', 'transformers', 'gradio'} & set(sys.modules))"
+    code = "import sys, distill.play.page, distill.play.waiting; "
+    code += "print({'torch', 'transformers', 'gradio'} & set(sys.modules))"
     start = time.perf_counter()
     done = subprocess.run([PYTHON, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n" and time.perf_counter() - start < 60

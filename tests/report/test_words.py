@@ -30,7 +30,7 @@ LATIN = frozenset(
         evaluation harness log metrics nat pass recipe threads top yaml""",
     )
 )
-NAMES = {"later", "notes", "txt", "easy", "arc"}  # of the made-up evaluation
+NAMES = {"later", "notes", "txt", "arc", "eval", "reference", "found", "script"}  # of the made-up evaluation
 
 
 def sentences() -> dict[str, str]:
