@@ -126,7 +126,7 @@ class Seen(Page):
 def latin_words(page: str) -> set[str]:
     found = set()
     for text in Seen(page).seen:
-        found |= set(re.findall(r"[A-Za-z][A-Za-z0-9]+", text))
+        found |= set(re.findall(r"[A-Za-z][A-Za-z0-9]+", text.replace("arc_easy", "")))
     return found - LATIN - NAMES
 
 
