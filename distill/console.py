@@ -4,6 +4,7 @@
     console.say("dataset: done")                       # on one process of a launch, not under --quiet
     console.paint("FAIL", "red", sys.stdout)           # colour on a terminal only, and never under NO_COLOR
     console.text_table([("stage", "USD"), ("student", "$2")])      # aligned rows; the first row is the head
+    console.parameters(837_888)                        # 0.84 M: one way to say it, in lines, cards and pages
 
 A bar redraws itself on a terminal. Where standard error is a file or a pipe it is a plain line at most every
 `INTERVAL` seconds, and nothing at all for work that is done sooner. `--quiet` leaves out bars and lines, so that what
@@ -152,3 +153,12 @@ def millions(amount: list[float]) -> str:
     """[low, high] in USD as `$500M to $1,600M`; one figure where both are the same."""
     low, high = (f"${value / 1e6:,.{0 if value >= 1e7 else 2}f}M" for value in amount)
     return low if low == high else f"{low} to {high}"
+
+
+def parameters(count: float) -> str:
+    """A number of parameters, three significant digits or two decimals: 0.84 M, 3.23 M, 7.62 B, 12,345."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= 0.1 * scale:
+            value = count / scale
+            return f"{value:.2f} {unit}" if value < 9.995 else f"{float(f'{value:.3g}'):g} {unit}"
+    return f"{count:,.0f}"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.errors import UserError
-from distill.files import replacing, write_atomic, writing
+from distill.files import like_it, replacing, shown, write_atomic, writing
 
 __all__ = ["write_atomic"]  # from distill.files, beside its JSON form
 
@@ -35,6 +36,26 @@ def find_file(path: str) -> Path:
     if not os.path.exists(here) and not here.is_absolute() and os.path.exists(PROJECT_ROOT / here):
         return PROJECT_ROOT / here
     return here
+
+
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+def resolve_model(name: str) -> str:
+    """A local folder (also relative to the project), or a hub name left as it is.
+
+    Raises UserError for something that looks like a folder and is not there.
+    """
+    path = find_file(name)
+    if name.strip() and os.path.isdir(path):
+        return str(path)
+    looks_local = name.startswith((".", "/", "~", "checkpoints/")) or name.count("/") != 1
+    if looks_local or os.path.isfile(path) or not _HUB_NAME.fullmatch(name):
+        raise UserError(
+            f"model '{shown(name)}' is not a folder{like_it(name)}; give a saved model folder or a hub name like "
+            "org/name"
+        )
+    return name
 
 
 MANIFEST = "manifest.json"

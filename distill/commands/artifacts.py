@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from distill.commands.command import Command, json_argument, seed, whole
+from distill.commands.command import Command, json_argument, language_argument, seed, whole
 from distill.errors import UserError
 from distill.files import check_targets
 
@@ -92,6 +92,7 @@ def play_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the page on 127.0.0.1; 0 is any that is free",
     )
+    language_argument(parser)
 
 
 def play_command(arguments: argparse.Namespace) -> int:
@@ -99,12 +100,11 @@ def play_command(arguments: argparse.Namespace) -> int:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: at least 1")
     if arguments.port > 65_535:
         raise UserError(f"--port {arguments.port}: at most 65535, or 0 for any that is free")
-    from distill.console import quiet_libraries
     from distill.play.page import play
 
-    quiet_libraries()
+    a = arguments
     try:
-        play(arguments.targets, arguments.teacher, arguments.tasks, arguments.port, arguments.max_new_tokens)
+        play(a.targets, a.teacher, a.tasks, a.port, a.max_new_tokens, a.lang)
     except KeyboardInterrupt:
         print()
     return 0

@@ -54,6 +54,11 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def language_argument(parser: argparse.ArgumentParser) -> None:
+    """For what writes or shows a page. A matter of who reads it, so no key of the recipe."""
+    parser.add_argument("--lang", choices=["en", "zh"], default="en", help="language of the pages, en")
+
+
 def json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -21,6 +21,7 @@ from distill.commands.command import (
     comma_separated,
     is_override,
     json_argument,
+    language_argument,
     override_arguments,
     pair_arguments,
     recipe_arguments,
@@ -36,6 +37,7 @@ from distill.files import check_targets
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     override_arguments(parser)
     run_arguments(parser)
+    language_argument(parser)
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -45,6 +47,11 @@ def demo(arguments: argparse.Namespace) -> int:
 def stage_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
     run_arguments(parser)
+
+
+def page_arguments(parser: argparse.ArgumentParser) -> None:
+    stage_arguments(parser)
+    language_argument(parser)
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -90,7 +97,9 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
         check_recipe(recipe, command)
         pipeline.run(recipe, command, arguments.redo, say=console.say)
     if command in ("run", "report"):
-        _report(recipe.path)
+        _report(recipe.path, arguments.lang)
+    elif command == "evaluate" and console.first_process():
+        _dossier(recipe.path / "eval", arguments.lang)
     return 0
 
 
@@ -99,15 +108,21 @@ def _shown(value: object) -> str:
     return "unknown" if value is None else value if isinstance(value, str) else f"{value:,}"
 
 
-def _report(run_dir: Path) -> None:
+def _dossier(out: Path, language: str) -> None:
+    from distill.report.dossier import build_dossier
+
+    print(f"dossier: {build_dossier(out, language)}")
+
+
+def _report(run_dir: Path, language: str) -> None:
     from distill.report.dossier import build_dossier
     from distill.report.report import build_report, summary_table
     from distill.storage import read_json
 
-    page = build_report(run_dir)
+    page = build_report(run_dir, language)
     print()
     print(summary_table(read_json(run_dir / "eval" / "metrics.json")))
-    print(f"\nreport: {page}\ndossier of the checkpoints: {build_dossier(run_dir / 'eval')}")
+    print(f"\nreport: {page}\ndossier of the checkpoints: {build_dossier(run_dir / 'eval', language)}")
 
 
 # Options of `distill evaluate` that are keys of the recipe section of that name.
@@ -127,6 +142,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     pair_arguments(parser)
     run_arguments(parser)
+    language_argument(parser)
 
 
 def _section_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +258,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     evaluate_checkpoints(
         names, arguments.teacher, out, section, sources, arguments.redo, prompts, arguments.usd_per_hour
     )
-    page = build_dossier(out)
+    page = build_dossier(out, arguments.lang)
     print()
     print(summary_table(read_json(out / "metrics.json")))
     print(f"\nmetrics: {out / 'metrics.json'}\ndossier: {page}")
@@ -290,11 +306,11 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
 
 COMMANDS = [
     Command("demo", "the whole story on this machine, no download (recipes/demo.yaml)", demo_arguments, demo),
-    Command("run", "every stage of the recipe, resuming what is done", stage_arguments, stage),
+    Command("run", "every stage of the recipe, resuming what is done", page_arguments, stage),
     Command("generate", "the teacher answers the training prompts", stage_arguments, stage),
     Command("filter", "keep what the verifier accepts, as a training set", filter_arguments, filter_rows),
     Command("train", "train the student, and the control arm without a teacher", stage_arguments, stage),
-    Command("report", "one self-contained report.html from a run folder", stage_arguments, stage),
+    Command("report", "one self-contained report.html from a run folder", page_arguments, stage),
     Command(
         "evaluate",
         "measure checkpoints on held-out problems: a recipe's, or any named ones",

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from distill.config.recipe import Recipe
+from distill.console import parameters
 from distill.data.ledger import run_ledger
 from distill.data.terms import in_card, terms_lines
 from distill.storage import MANIFEST, read_json, write_atomic
@@ -55,8 +56,8 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
         origin,
         "",
         f"- starts from: `{base}`",
-        f"- fine-tuning: {_fine_tuning(recipe)}, {counts['parameters_trainable']:,} of "
-        f"{counts['parameters_total']:,} parameters trained",
+        f"- parameters: {_size(recipe, counts)}",
+        f"- fine-tuning: {_fine_tuning(recipe)}, {counts['parameters_trainable']:,} parameters trained",
         f"- objective: {losses}",
         f"- steps: {counts['steps']:,} of {recipe.train.batch_size} rows, {counts['tokens']:,} trained tokens",
         f"- precision: {recipe.train.precision}; seed {recipe.seed}",
@@ -70,6 +71,14 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
             "",
         ]
     return "\n".join([*lines, *_recipe(recipe)])
+
+
+def _size(recipe: Recipe, counts: dict) -> str:
+    """Base and adapter apart, as in every table; an adapter is all that LoRA trains."""
+    total, trained = counts["parameters_total"], counts["parameters_trainable"]
+    if recipe.student.adapter != "lora":
+        return parameters(total)
+    return f"{parameters(total - trained)} + {parameters(trained)} adapter"
 
 
 def _recipe(recipe: Recipe) -> list[str]:

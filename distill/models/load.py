@@ -5,8 +5,6 @@ folders. Weights are safetensors only (pickle can execute code), and no code fro
 """
 
 import inspect
-import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from transformers import (
 
 from distill import console
 from distill.errors import UserError
-from distill.files import like_it, shown
 from distill.models.chat import PLAIN_TEMPLATE, reads_the_clock, set_template, template_date
 from distill.models.folders import (
     ADAPTER_WEIGHTS,
@@ -34,7 +31,7 @@ from distill.models.folders import (
     refusing,
     shapes,
 )
-from distill.storage import MANIFEST, changed_files, find_file, fingerprint, read_json
+from distill.storage import MANIFEST, changed_files, fingerprint, read_json, resolve_model
 from distill.tasks.tokenizer import CHAT_TEMPLATE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
@@ -43,7 +40,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 CACHE_NAMES = ("cache", "past_key_values")
 
 
-_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _OWN_TEMPLATES = (PLAIN_TEMPLATE, CHAT_TEMPLATE)  # not a stranger's
 
 
@@ -52,23 +48,6 @@ def cache_name(model: torch.nn.Module) -> str | None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     accepted = inspect.signature(inner.forward).parameters
     return next((name for name in CACHE_NAMES if name in accepted), None)
-
-
-def resolve_model(name: str) -> str:
-    """A local folder (also relative to the project), or a hub name left as it is.
-
-    Raises UserError for something that looks like a folder and is not there.
-    """
-    path = find_file(name)
-    if name.strip() and os.path.isdir(path):
-        return str(path)
-    looks_local = name.startswith((".", "/", "~", "checkpoints/")) or name.count("/") != 1
-    if looks_local or os.path.isfile(path) or not _HUB_NAME.fullmatch(name):
-        raise UserError(
-            f"model '{shown(name)}' is not a folder{like_it(name)}; give a saved model folder or a hub name like "
-            "org/name"
-        )
-    return name
 
 
 def load_config(name: str) -> Any:

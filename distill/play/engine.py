@@ -21,7 +21,7 @@ Shapes: T tokens fed, V vocabulary, N completion tokens.
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -53,6 +53,7 @@ from distill.play.records import (
     TokenOption,
 )
 from distill.tasks.problems import solve
+from distill.tasks.tokenizer import CHAT_TEMPLATE
 from distill.tasks.verify import extract_answer, judge
 
 OPTIONS_KEPT = 5  # options that are kept at each place
@@ -72,18 +73,16 @@ class Player:
         self.config = self.model.config.get_text_config(decoder=True)
         self.ends = eos_ids(self.model, self.tokenizer)
         self.vocabulary = len(self.tokenizer)
-        self._parameters: tuple[int, int] | None = None
+        self._about: dict | None = None
         accepted = inspect.signature(bare_model(self.model).forward).parameters
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @property
-    def parameters(self) -> tuple[int, int]:
-        """(all, active for one token), the adapter's among them."""
-        if self._parameters is None:
-            found = describe_model(self.model)
-            adapter = found["parameters_adapter"]
-            self._parameters = (found["parameters_total"] + adapter, found["parameters_active"] + adapter)
-        return self._parameters
+    def about(self) -> dict:
+        """What `describe_model` finds: parameters of the model and, apart, of its adapter."""
+        if self._about is None:
+            self._about = describe_model(self.model)
+        return self._about
 
     def likeliest(self, probabilities: torch.Tensor, before: Sequence[int]) -> list[TokenOption]:
         """The TOP tokens of one distribution [V] after the tokens `before`; ids without a token are left out."""
@@ -98,10 +97,14 @@ class Player:
 class Playground:
     """All players, loaded once. Raises UserError for what cannot be loaded."""
 
-    def __init__(self, setup: Setup, device: torch.device):
+    def __init__(
+        self, setup: Setup, device: torch.device, on_load: Callable[[str], None] = lambda name: None
+    ):
+        """`on_load` is told each name before its weights are read."""
         loaded: dict[str, Player] = {}
         self.players: dict[str, Player] = {}
         for name, path in setup.checkpoints.items():
+            on_load(name)
             self.players[name] = loaded[path] = loaded.get(path) or Player(name, path, device)
         self.setup = setup
         self.teacher = self.players.get(setup.teacher) if setup.teacher else None
@@ -109,6 +112,13 @@ class Playground:
         self._views: dict[str, TeacherView] = {}
         # One forward pass at a time: a change of routing is seen by all threads.
         self._lock = threading.Lock()
+
+    @property
+    def narrow(self) -> bool:
+        """Whether all players were trained on the embedded families alone, and know nothing else."""
+        return self.setup.embedded and all(
+            player.tokenizer.chat_template == CHAT_TEMPLATE for player in self.players.values()
+        )
 
     @property
     def routed(self) -> list[Player]:

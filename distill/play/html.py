@@ -21,23 +21,22 @@ from distill.play.records import (
     Token,
     TokenOption,
 )
+from distill.report import numbers
 from distill.report.drawing import layer_labels
 from distill.report.pages import VISIBLE, visible
+from distill.report.words import called, mark, say
+from distill.tasks.problems import FAMILIES
 
 CELLS = 32  # experts of a layer that are all drawn; of larger layers only the chosen ones
 SIGNS = {
-    "correct": ("✓", "correct"),
-    "wrong": ("✗", "wrong"),
-    "no_answer": ("∅", "no answer"),
-    "truncated": ("…", "cut off"),
-    "error": ("!", "failed"),
-    NOT_VERIFIED: ("?", NOT_VERIFIED),
-    None: ("·", "answering"),
+    "correct": ("✓", mark("correct")),
+    "wrong": ("✗", mark("wrong")),
+    "no_answer": ("∅", mark("no answer")),
+    "truncated": ("…", mark("cut off")),
+    "error": ("!", mark("failed")),
+    NOT_VERIFIED: ("?", mark("not verified")),
+    None: ("·", mark("answering")),
 }
-WELCOME = (
-    "<p class='hint'>Type a problem or pick one, then <b>Ask</b>. All models answer side by side; click a token to see "
-    "what else could have stood there.</p>"
-)
 _TEMPLATE_SIGNS = str.maketrans({"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;"})
 
 
@@ -55,86 +54,128 @@ def chance(probability: float) -> str:
 # ------------------------------------------------------------------------------------------ the answers
 
 
+def welcome() -> str:
+    words = say(
+        "Click an example, pick a problem or type one, then press Ask. All models answer side by side."
+    )
+    more = say("Then click a token: you see what else could have stood there.")
+    return f"<p class='hint'>{escape(words)} {escape(more)}</p>"
+
+
+def outside(question: str, example: str | None) -> str:
+    """Instead of answers: the question is none of the kinds that these models were trained on."""
+    kinds = say(", ").join(called(family) for family in FAMILIES)
+    lines = [
+        say(
+            "These models know %(n)s families of problems and nothing else: %(kinds)s.",
+            n=_counted(len(FAMILIES)), kinds=kinds,
+        ),
+        say("This question is none of them, or it is worded in a way they never read. Their answer would be noise."),
+    ]  # fmt: skip
+    if example:
+        lines.append(say("Try one like this: %(example)s", example=example))
+    lines.append(say("Press Ask again to see what they write all the same."))
+    said = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    asked = say("You asked: %(question)s", question=_short(question, 120))
+    title = escape(say("Outside what these models know"))
+    return (
+        f"<section class='outside' role='status'><h3>{title}</h3><p class='note'>{escape(asked)}</p>"
+        f"{said}</section>"
+    )
+
+
+def _counted(n: int) -> str:
+    return say("seven") if n == 7 else str(n)
+
+
 def cards(asked: Asked, playground: Playground, picked: tuple[str, int] | None = None) -> str:
     """The question's reference and a card a model. `picked`: model and place of the token that is looked at."""
     shown = "".join(_card(answer, playground, picked) for answer in asked.answers.values())
     legend = (
-        "<p class='legend'><span class='token' style='--d:.05'>likely</span> "
-        "<span class='token' style='--d:.5'>so-so</span> <span class='token' style='--d:.95'>unlikely</span> "
-        "to the model itself"
+        f"<p class='legend'><span class='token' style='--d:.05'>{escape(say('likely'))}</span> "
+        f"<span class='token' style='--d:.5'>{escape(say('less likely'))}</span> "
+        f"<span class='token' style='--d:.95'>{escape(say('unlikely'))}</span> "
+        + escape(say("to the model itself"))
     )
     if playground.teacher:
-        legend += (
-            "; <span class='token parts' style='--d:.3'>dashed</span>: the teacher would have said otherwise"
-        )
-    return f"{_reference(asked)}<div class='players'>{shown}</div>{legend}</p>"
+        other = escape(say("the teacher would have said something else"))
+        legend += f"; <span class='token parts' style='--d:.3'>{escape(say('dashed'))}</span>: {other}"
+    return f"{_reference(asked, playground)}<div class='players'>{shown}</div>{legend}</p>"
 
 
-def _reference(asked: Asked) -> str:
+def _reference(asked: Asked, playground: Playground) -> str:
     found = asked.reference
+    if found is None and playground.narrow:
+        why = say("These models were never trained on a question like this. What they write is noise.")
+        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>: {escape(why)}</p>"
     if found is None:
-        return (
-            "<p class='right-answer'><b>Not verified</b>: this is none of the known problems, and no rule knows its "
-            "answer.</p>"
-        )
-    how = "by a rule" if found.source == "rule" else "the problem's own reference"
-    what = ", ".join(
-        filter(None, (found.family if found.family != "all" else "", found.level or "no level's size"))
-    )
+        why = say("this is none of the known problems, and no rule knows its answer.")
+        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>: {escape(why)}</p>"
+    how = say("known by a rule") if found.source == "rule" else say("the problem's own answer")
+    kind = called(found.family) if found.family != "all" else ""
+    size = called(found.level) if found.level else say("of a size they were not trained on")
     split = (
-        "of the training split: the student may have seen it"
+        say("from the training problems: the student may have seen it")
         if found.split == "train"
-        else "held out: no training set has it"
+        else say("held out: no training set has it")
     )
-    answer = found.answer or f"whatever matches {found.verifier}"
-    return (
-        f"<p class='right-answer'>Right answer: <b>{escape(answer)}</b> ({how}; {escape(what)}; {split})</p>"
-    )
+    answer = found.answer or say("whatever matches %(rule)s", rule=found.verifier)
+    about = say("; ").join((how, say(", ").join(filter(None, (kind, size))), split))
+    return f"<p class='right-answer'>{escape(say('Right answer:'))} <b>{escape(answer)}</b> ({escape(about)})</p>"
 
 
 def _card(answer: PlayedAnswer, playground: Playground, picked: tuple[str, int] | None) -> str:
     sign, word = SIGNS[answer.verdict]
-    look = word.replace(" ", "-")
+    look, word = word.replace(" ", "-"), say(word)
     player = playground.players[answer.model]
     looked_at = picked[1] if picked and picked[0] == answer.model else None
     tokens = "".join(_token(t, i, answer.model, i == looked_at) for i, t in enumerate(answer.tokens))
-    final = answer.error or answer.final or ("" if answer.verdict is None else "no final answer")
-    facts = [f"{len(answer.tokens)} tokens", f"{answer.seconds:.1f} s"] if answer.tokens else []
+    final = answer.error or answer.final or ("" if answer.verdict is None else say("no final answer"))
+    facts = []
+    if answer.tokens:
+        facts = [
+            say("%(n)s tokens", n=len(answer.tokens)),
+            say("%(seconds)s s", seconds=f"{answer.seconds:.1f}"),
+        ]
     changed = f"<p class='changed'>{escape(changes(answer.change, player))}</p>" if answer.change else ""
     return (
-        f"<article class='player' aria-label='answer of {escape(answer.model)}'>"
-        f"<header><h3>{escape(answer.model)}</h3>"
-        f"<span class='verdict {look}'><i aria-hidden='true'>{sign}</i> {word}</span></header>"
+        f"<article class='player' aria-label='{escape(say('answer of %(model)s', model=called(answer.model)))}'>"
+        f"<header><h3>{escape(called(answer.model))}</h3>"
+        f"<span class='verdict {look}'><i aria-hidden='true'>{sign}</i> {escape(word)}</span></header>"
         f"<p class='size'>{escape(size(player))}</p>{changed}"
         f"<p class='final'>{escape(final)}</p>"
-        f"<div class='tokens' role='group' aria-label='tokens'>{tokens}</div>"
+        f"<div class='tokens' role='group' aria-label='{escape(say('tokens'))}'>{tokens}</div>"
         f"<p class='facts'>{' · '.join(facts)}</p></article>"
     )
 
 
 def size(player: Player) -> str:
     """Parameters, active ones and experts of a model in a few words."""
-    total, active = player.parameters
-    words = f"{total / 1e6:,.2f} M parameters" if total < 1e9 else f"{total / 1e9:,.1f} B parameters"
+    words = say("%(size)s parameters", size=numbers.size(player.about))
     if not player.routers:
-        return f"dense, {words}"
-    router = player.routers[0]
-    share = f"{100 * active / total:.0f} % active"
-    return f"{words}, {share}, {router.top_k} of {router.num_experts} experts a token"
+        return say("dense, %(size)s", size=words)
+    router, active = player.routers[0], numbers.millions(player.about["parameters_active"])
+    return say(
+        "%(size)s, %(active)s active, %(k)s of %(n)s experts a token",
+        size=words, active=active, k=router.top_k, n=router.num_experts,
+    )  # fmt: skip
 
 
 def changes(change: Change, player: Player) -> str:
     """Other routing in words: "1 expert per token, without layer 1 expert 3"."""
     words = []
     if change.top_k is not None:
-        words.append(f"{change.top_k} expert{'s' if change.top_k != 1 else ''} per token")
+        one = change.top_k == 1
+        words.append(say("1 expert per token") if one else say("%(k)s experts per token", k=change.top_k))
     labels = labels_of(player)
     dropped = [
-        f"{labels.get(layer, layer)} expert {e}" for layer, found in change.drop.items() for e in found
+        say("%(layer)s expert %(e)s", layer=labels.get(layer, layer), e=e)
+        for layer, found in change.drop.items()
+        for e in found
     ]
     if dropped:
-        words.append(f"without {', '.join(dropped)}")
-    return ", ".join(words)
+        words.append(say("without %(experts)s", experts=say(", ").join(dropped)))
+    return say(", ").join(words)
 
 
 def labels_of(player: Player) -> dict[str, str]:
@@ -175,11 +216,12 @@ def panel(asked: Asked, playground: Playground, model: str, place: int) -> str:
     if answer is None or not 0 <= place < len(answer.tokens):
         return ""
     token = answer.tokens[place]
+    where = say("%(model)s, token %(n)s of %(of)s:", model=called(model), n=place + 1, of=len(answer.tokens))
+    how_sure = say("said with probability %(p)s", p=chance(token.probability))
     parts = [
-        f"<h3>{escape(model)}, token {place + 1} of {len(answer.tokens)}: <code>{escape(visible(token.text))}</code> "
-        f"<small>said with probability {chance(token.probability)}</small></h3>",
+        f"<h3>{escape(where)} <code>{escape(visible(token.text))}</code> <small>{escape(how_sure)}</small></h3>",
         "<div class='sides'>",
-        _column(f"{model} itself weighs", _options(token.own, token.id)),
+        _column(say("%(model)s itself weighs", model=called(model)), _options(token.own, token.id)),
         _teacher_column(answer, token, playground),
         _experts_column(answer, token, playground),
         "</div>",
@@ -196,53 +238,55 @@ def _options(options: list[TokenOption], said: int | None) -> str:
     rows = "".join(
         f"<li class='{'said' if option.id == said else ''}'><code>{escape(visible(option.text))}</code>"
         f"<span class='bar'><i style='width:{100 * option.probability:.1f}%'></i></span>"
-        f"<span class='p'>{chance(option.probability)}{' ← said' if option.id == said else ''}</span></li>"
+        f"<span class='p'>{chance(option.probability)}{escape(say(' ← said')) if option.id == said else ''}</span></li>"
         for option in options
     )
     return f"<ol class='options'>{rows}</ol>"
 
 
 def _teacher_column(answer: PlayedAnswer, token: Token, playground: Playground) -> str:
-    title = "The teacher would have said"
+    title = say("The teacher would have said")
     if playground.teacher is None:
-        return _column(title, "<p class='note'>Nobody is the teacher here: start with --teacher PATH.</p>")
+        return _column(title, "", escape(say("Nobody is the teacher here: start with --teacher PATH.")))
     if playground.players[answer.model] is playground.teacher and not answer.change:
-        return _column(title, "<p class='note'>This is the teacher, as it is.</p>")
+        return _column(title, "", escape(say("This is the teacher, as it is.")))
     if token.teacher is None:
         waiting = answer.verdict is None or not any(t.teacher for t in answer.tokens)
         why = (
-            "The teacher reads an answer when all have finished."
+            say("The teacher reads an answer when all have finished.")
             if waiting
-            else "No place of the teacher's text ends here: its tokens are others."
+            else say("The teacher splits this text into other tokens: none of them ends here.")
         )
-        return _column(title, f"<p class='note'>{why}</p>")
+        return _column(title, "", escape(why))
     shared = token.teacher_probability is not None
-    note = "at this very place, after the same text"
+    notes = [escape(say("At this very place, after the same text."))]
     if shared:
-        note += f"; it gives <code>{escape(visible(token.text))}</code> {chance(token.teacher_probability)}"
+        said = f"<code>{escape(visible(token.text))}</code>"
+        notes.append(
+            say("It gives %(token)s %(p)s.", token=said, p=escape(chance(token.teacher_probability)))
+        )
     if answer.change:
-        note += "; asked unchanged, with its own routing"
-    return _column(
-        title, _options(token.teacher, token.id if shared else None), f"{note[0].upper()}{note[1:]}."
-    )
+        notes.append(escape(say("It was asked unchanged, with its own routing.")))
+    return _column(title, _options(token.teacher, token.id if shared else None), " ".join(notes))
 
 
 def _experts_column(answer: PlayedAnswer, token: Token, playground: Playground) -> str:
     """Of the model that answered; for a dense one, of the teacher reading the same text."""
     player, experts, change = playground.players[answer.model], token.experts, answer.change
-    title = f"Experts of {answer.model}, layer by layer"
+    title = say("Experts of %(model)s, layer by layer", model=called(answer.model))
     if not experts:
         player, experts, change = playground.teacher, token.teacher_experts, Change()
         if not experts:
-            return _column("Experts", f"<p class='note'>{escape(answer.model)} is dense: it has none.</p>")
-        title = "Experts of the teacher at this place"
+            none = say("%(model)s is dense: it has none.", model=called(answer.model))
+            return _column(say("Experts"), "", escape(none))
+        title = say("Experts of the teacher at this place")
     dropped = {layer: set(found) for layer, found in change.drop.items()}
     rows = _expert_rows(player, experts, dropped)
-    note = (
-        "Share of the weight in percent. They chose this token, reading the one before it. "
-        "Click one to drop it and ask again."
+    note = say(
+        "A number is the expert, the small one its share of the weight in percent. These experts chose this "
+        "token; they read the one before it. Click one to drop it and ask again."
     )
-    return _column(title, f"<table class='experts'>{rows}</table>", note)
+    return _column(title, f"<table class='experts'>{rows}</table>", escape(note))
 
 
 def _expert_rows(player: Player, experts: Chosen, dropped: dict[str, set[int]]) -> str:
@@ -264,13 +308,13 @@ def _expert_rows(player: Player, experts: Chosen, dropped: dict[str, set[int]]) 
 
 def _expert(model, layer, label, expert: int, weight: float | None, total: float, dropped) -> str:
     if expert in dropped.get(layer, ()):
-        return f"<span class='expert gone' title='dropped'><s>{expert}</s></span>"
+        return f"<span class='expert gone' title='{escape(say('dropped expert'))}'><s>{expert}</s></span>"
     if weight is None:
         return f"<span class='expert'>{expert}</span>"
     return (
         f"<button class='expert chosen' style='--w:{abs(weight) / total:.2f}' data-model='{escape(model)}' "
         f"data-layer='{escape(layer)}' data-expert='{expert}' "
-        f"title='drop expert {expert} of {escape(label)} and ask again'>{expert}"
+        f"title='{escape(say('drop expert %(e)s of %(layer)s and ask again', e=expert, layer=label))}'>{expert}"
         f"<small>{100 * abs(weight) / total:.0f}</small></button>"
     )
 
@@ -280,13 +324,14 @@ def _expert(model, layer, label, expert: int, weight: float | None, total: float
 
 def settings(asked: Asked, playground: Playground) -> str:
     """How a round was asked, in words."""
-    words = (
-        ["greedy"] if asked.temperature == 0 else [f"temperature {asked.temperature:g}", f"seed {asked.seed}"]
-    )
+    words = [say("greedy")]
+    if asked.temperature:
+        words = [say("temperature %(t)s", t=f"{asked.temperature:g}"), say("seed %(n)s", n=asked.seed)]
     for answer in asked.answers.values():
         if answer.change:
-            words.append(f"{answer.model}: {changes(answer.change, playground.players[answer.model])}")
-    return "; ".join(words)
+            how = changes(answer.change, playground.players[answer.model])
+            words.append(say("%(model)s: %(change)s", model=called(answer.model), change=how))
+    return say("; ").join(words)
 
 
 def history(rounds: list[Asked], playground: Playground) -> str:
@@ -294,18 +339,19 @@ def history(rounds: list[Asked], playground: Playground) -> str:
     if not rounds:
         return ""
     names = list(playground.players)
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
+    head = "".join(f"<th scope='col'>{escape(called(name))}</th>" for name in names)
     rows = []
     for asked in reversed(rounds):
         cells = "".join(
-            f"<td><i>{SIGNS[answer.verdict][0]}</i> {escape(_short(answer.final or SIGNS[answer.verdict][1]))}</td>"
+            f"<td><i>{SIGNS[answer.verdict][0]}</i> "
+            f"{escape(_short(answer.final or say(SIGNS[answer.verdict][1])))}</td>"
             for answer in (asked.answers[name] for name in names)
         )
         how = f"<small>{escape(settings(asked, playground))}</small>"
         rows.append(f"<tr><th scope='row'>{escape(_short(asked.question, 80))} {how}</th>{cells}</tr>")
     return (
-        "<section class='history'><h3>Asked so far</h3><div class='wide'><table>"
-        f"<thead><tr><th scope='col'>question</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        f"<section class='history'><h3>{escape(say('Asked so far'))}</h3><div class='wide'><table>"
+        f"<thead><tr><th scope='col'>{escape(say('question'))}</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div></section>"
     )
 

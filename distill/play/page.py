@@ -6,6 +6,10 @@ It binds to the loopback address alone, has no share link, sends no telemetry an
 theme uses the system's fonts, and a Content-Security-Policy tells the browser to refuse every other host. Requests
 under another host name (a web page that points its own name at this machine) are refused as well.
 
+It opens at once: until PyTorch, Gradio and the models are there, distill/play/waiting.py says how far that is. Then the
+first example is asked by itself. A question that the embedded models were never trained on is told so instead of
+being answered; asking it again answers it all the same.
+
 Needs the extra `play`. Gradio serves it under an application of ours instead of its own `launch`, which looks for
 new versions, tunnels and notebooks first.
 """
@@ -15,15 +19,16 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.devices import pick_device
 from distill.errors import UserError
-from distill.models.load import check_model
-from distill.play import html as play_html
-from distill.play.engine import Playground
-from distill.play.records import Asked, Change, Compared, Finished, find_setup
-from distill.report.pages import TEMPLATES
+from distill.play.records import Asked, Change, Compared, Finished, examples, find_setup
+from distill.play.waiting import WaitingPage
+from distill.report.words import called, say, speak
+from distill.storage import resolve_model
+
+if TYPE_CHECKING:  # what takes seconds to import is imported while the waiting page is up
+    from distill.play.engine import Playground
 
 HOST, PORT = "127.0.0.1", 7860
 REDRAW = 0.12  # seconds between two drawings of answers in progress
@@ -62,34 +67,68 @@ def play(
     tasks: list[str] | None = None,
     port: int = PORT,
     max_new_tokens: int | None = None,
+    language: str = "en",
 ) -> None:
     """The command: everything that can be wrong first, then the models, then the page until Ctrl-C.
 
     Raises UserError for a missing extra, a port that is taken, a run without a student, models that do not load.
     """
     require_gradio()
+    speak(language)
     with bind(port) as bound:
         setup = find_setup(targets, teacher, tasks, max_new_tokens)
         problems = [line for path in dict.fromkeys(setup.checkpoints.values()) for line in _problems(path)]
         if problems:
             raise UserError(*problems)
-        playground = Playground(setup, pick_device())
         print(
-            f"http://{HOST}:{bound.getsockname()[1]}/    {', '.join(setup.checkpoints)}; Ctrl-C ends",
+            f"http://{HOST}:{bound.getsockname()[1]}/    {', '.join(setup.checkpoints)}; opens now, answers when the "
+            "models are loaded; Ctrl-C ends",
             flush=True,
         )
-        server(playground).run(sockets=[bound])
+        with WaitingPage(bound, setup.title) as waiting:
+            page = _load(setup, waiting)
+        page.run(sockets=[bound])
+
+
+def _load(setup, waiting: WaitingPage):
+    """The `uvicorn.Server` of the whole page.
+
+    One import after the other: two threads that import at once share one interpreter lock and gain little.
+    """
+    waiting.says(say("PyTorch and Transformers"))
+    from distill.console import quiet_libraries
+    from distill.devices import pick_device
+    from distill.models.load import check_model
+    from distill.play.engine import Playground
+
+    quiet_libraries()
+    problems = []
+    for path in dict.fromkeys(setup.checkpoints.values()):
+        try:
+            check_model(path)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+    def on_load(name: str) -> None:
+        waiting.says(say("%(model)s, from %(path)s", model=called(name), path=setup.checkpoints[name]))
+
+    playground = Playground(setup, pick_device(), on_load)
+    waiting.says(say("the page"))
+    return server(playground)
 
 
 def _problems(path: str) -> list[str]:
+    """What can be told of a checkpoint without importing anything heavy; `check_model` tells the rest."""
     try:
-        check_model(path)
+        resolve_model(path)
     except UserError as error:
         return error.problems
     return []
 
 
-def server(playground: Playground):
+def server(playground: "Playground"):
     """A `uvicorn.Server` of the page; `run(sockets=[bind(port)])` serves it until interrupted."""
     app = build_app(playground)
     import uvicorn
@@ -97,11 +136,13 @@ def server(playground: Playground):
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
 
-def build_app(playground: Playground):
+def build_app(playground: "Playground"):
     """The page as an ASGI application: Gradio mounted at /, under the rules of this module."""
     gradio = _gradio()
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from distill.report.pages import TEMPLATES
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_WithPolicy)
@@ -155,12 +196,15 @@ class _WithPolicy:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def build_play_page(playground: Playground):
-    """The `gradio.Blocks`: controls, answers, one token, earlier rounds."""
+def build_play_page(playground: "Playground"):
+    """The `gradio.Blocks`: examples, controls, answers, one token, earlier rounds. The first example is asked."""
     gr = _gradio()
+    from distill.play import html as play_html
+    from distill.report.pages import TEMPLATES
+
     controls = Controls(playground)
     script = (TEMPLATES / "play.js").read_text(encoding="utf-8")
-    title = playground.setup.title
+    title, first = playground.setup.title, next(iter(controls.examples), "")
     with gr.Blocks(title=f"distill play: {title}", analytics_enabled=False) as page:
         asked, rounds = gr.State(None), gr.State([])
         gr.HTML(
@@ -168,31 +212,42 @@ def build_play_page(playground: Playground):
             elem_classes="play-title",
             apply_default_css=False,
         )
+        with gr.Row(elem_id="examples", visible=bool(controls.examples)):
+            clicked = [
+                gr.Button(text, size="sm", elem_classes="example", min_width=120)
+                for text in controls.examples
+            ]
         with gr.Row():
-            question = gr.Textbox(label="Problem", placeholder="What is 2381 + 4410?", max_length=QUESTION_LIMIT,
-                                  elem_id="question", scale=4, min_width=280)  # fmt: skip
-            pick = gr.Dropdown(controls.problems, value=None, label="or pick a held-out one", elem_id="pick",
+            question = gr.Textbox(first, label=say("Problem"), placeholder="What is 2381 + 4410?",
+                                  max_length=QUESTION_LIMIT, elem_id="question", scale=4, min_width=280)  # fmt: skip
+            pick = gr.Dropdown(controls.problems, value=None, label=say("or pick a held-out one"), elem_id="pick",
                                visible=bool(controls.problems), scale=4, min_width=280)  # fmt: skip
-            ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=1, min_width=110)
-            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=110)
+            ask = gr.Button(say("Ask"), variant="primary", elem_id="ask", scale=1, min_width=110)
+            stop = gr.Button(say("Stop"), elem_id="stop", scale=1, min_width=110)
         with gr.Row():
-            temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: greedy)", elem_id="temperature",
-                                    scale=3, min_width=260)  # fmt: skip
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", scale=1, min_width=90)
-            whose = gr.Dropdown(controls.routed, value=controls.first, label="Experts of", elem_id="whose",
-                                visible=len(controls.routed) > 1, scale=2, min_width=140)  # fmt: skip
+            temperature = gr.Slider(0, 1.5, 0, step=0.05, label=say("Temperature (0: greedy)"),
+                                    elem_id="temperature", scale=3, min_width=260)  # fmt: skip
+            seed = gr.Number(0, label=say("Seed"), precision=0, elem_id="seed", scale=1, min_width=90)
+            whose = gr.Dropdown([(called(name), name) for name in controls.routed], value=controls.first,
+                                label=say("Experts of"), elem_id="whose", visible=len(controls.routed) > 1,
+                                scale=2, min_width=140)  # fmt: skip
             top_k = gr.Slider(**controls.top_k(controls.first), elem_id="top_k", scale=3, min_width=260)
             drop = gr.Dropdown(**controls.drop(controls.first), multiselect=True, elem_id="drop",
                                scale=3, min_width=260)  # fmt: skip
-        answers = gr.HTML(play_html.WELCOME, js_on_load=script, elem_id="answers", apply_default_css=False)
+        answers = gr.HTML(play_html.welcome(), js_on_load=script, elem_id="answers", apply_default_css=False)
         look = gr.HTML("", js_on_load=script, elem_id="look", apply_default_css=False)
         earlier = gr.HTML("", js_on_load=None, elem_id="earlier", apply_default_css=False)
 
-        given = [question, temperature, seed, whose, top_k, drop, rounds]
+        given = [question, temperature, seed, whose, top_k, drop, rounds, asked]
         shown = [answers, look, earlier, asked, rounds]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         run = {"fn": controls.ask, "inputs": given, "outputs": shown, "concurrency_id": "models", **quiet}
         asking = [ask.click(**run), question.submit(**run)]
+        if first:
+            asking.append(page.load(**run))
+        for button, text in zip(clicked, controls.examples):
+            chosen = button.click(lambda text=text: text, None, question, queue=False, **quiet)
+            asking.append(chosen.then(**run))
 
         def on_look(asked, event: gr.EventData):
             return controls.look(asked, event.model, event.place)
@@ -213,8 +268,11 @@ def build_play_page(playground: Playground):
 class Controls:
     """What the page's events call. Values come from a browser: everything is checked again."""
 
-    def __init__(self, playground: Playground):
-        self.playground = playground
+    def __init__(self, playground: "Playground"):
+        from distill.play import html
+
+        self.playground, self.html = playground, html
+        self.examples = examples(playground.setup.problems)
         self.problems = [(_label(p), text) for text, p in playground.problems.items()]
         self.routed = [player.name for player in playground.routed]
         # The teacher's experts first: dropping one shows what is learned from.
@@ -223,9 +281,9 @@ class Controls:
     def top_k(self, model: str | None) -> dict[str, Any]:
         """Properties of the slider for experts per token of one model."""
         if model is None:
-            return {"minimum": 1, "maximum": 2, "value": 1, "visible": False, "label": "Experts per token"}
+            return {"minimum": 1, "maximum": 2, "value": 1, "visible": False, "label": ""}
         router = self.playground.players[model].routers[0]
-        label = f"Experts per token of {model}"
+        label = say("Experts per token of %(model)s", model=called(model))
         return {
             "minimum": 1, "maximum": router.num_experts, "value": router.top_k, "step": 1, "label": label,
             "visible": True,
@@ -234,15 +292,16 @@ class Controls:
     def drop(self, model: str | None) -> dict[str, Any]:
         """Properties of the list of experts to drop from one model."""
         if model is None:
-            return {"choices": [], "value": [], "visible": False, "label": "Dropped experts"}
+            return {"choices": [], "value": [], "visible": False, "label": ""}
         player = self.playground.players[model]
-        labels = play_html.labels_of(player)
+        labels = self.html.labels_of(player)
         choices = [
-            (f"{labels[router.name]} expert {e}", f"{router.name}:{e}")
+            (say("%(layer)s expert %(e)s", layer=labels[router.name], e=e), f"{router.name}:{e}")
             for router in player.routers
             for e in range(router.num_experts - router.null_experts)
         ]
-        return {"choices": choices, "value": [], "label": f"Dropped experts of {model}", "visible": True}
+        return {"choices": choices, "value": [], "label": say("Dropped experts of %(model)s", model=called(model)),
+                "visible": True}  # fmt: skip
 
     def changed_model(self, model: str):
         gr = _gradio()
@@ -260,36 +319,44 @@ class Controls:
         change = Change(int(top_k) if top_k and int(top_k) != own else None, found)
         return {model: change} if change else {}
 
-    def ask(self, question, temperature, seed, whose, top_k, dropped, rounds) -> Iterator[tuple]:
-        """Stream one round: (answers, token, earlier rounds, the round, the list of rounds)."""
-        skip = _gradio().skip()
+    def ask(self, question, temperature, seed, whose, top_k, dropped, rounds, before=None) -> Iterator[tuple]:
+        """Stream one round: (answers, token, earlier rounds, the round, the list of rounds).
+
+        `before`: the last round, or the question that was told to be outside what the models know.
+        """
+        gr, html = _gradio(), self.html
+        skip = gr.skip()
         question = (question or "").strip()[:QUESTION_LIMIT]
         if not question:
-            yield play_html.WELCOME, skip, skip, skip, skip
+            yield html.welcome(), skip, skip, skip, skip
+            return
+        if self.playground.narrow and not self.playground.reference(question) and before != question:
+            yield html.outside(question, next(iter(self.examples), None)), "", skip, question, skip
             return
         changes = self.changes(whose, top_k, dropped)
         asked = self.playground.begin(
             question, temperature=float(temperature or 0), seed=int(seed or 0), changes=changes
         )
-        yield play_html.cards(asked, self.playground), "", skip, asked, skip
+        yield html.cards(asked, self.playground), "", skip, asked, skip
         drawn = time.monotonic()
         for event in self.playground.answer(asked):
             if isinstance(event, Finished | Compared) or time.monotonic() - drawn > REDRAW:
-                yield play_html.cards(asked, self.playground), skip, skip, skip, skip
+                yield html.cards(asked, self.playground), skip, skip, skip, skip
                 drawn = time.monotonic()
         rounds = [*rounds, asked][-KEPT:]
-        picked = play_html.first_to_look_at(asked)
+        picked = html.first_to_look_at(asked)
         yield (
-            play_html.cards(asked, self.playground, picked),
-            play_html.panel(asked, self.playground, *picked) if picked else "",
-            play_html.history(rounds, self.playground),
+            html.cards(asked, self.playground, picked),
+            html.panel(asked, self.playground, *picked) if picked else "",
+            html.history(rounds, self.playground),
             asked,
             rounds,
         )
 
-    def look(self, asked: Asked | None, model: str, place: int) -> str:
+    def look(self, asked: Asked | str | None, model: str, place: int) -> str:
         """The token that was clicked."""
-        return play_html.panel(asked, self.playground, model, int(place)) if asked else ""
+        known = isinstance(asked, Asked)
+        return self.html.panel(asked, self.playground, model, int(place)) if known else ""
 
     def dropped(self, whose: str | None, dropped: list[str] | None, model: str, layer: str, expert: int):
         """The controls after an expert was clicked: it is dropped, beside others of the same model."""
@@ -305,6 +372,6 @@ class Controls:
 def _label(problem: dict) -> str:
     """One line for a problem to pick."""
     text = " ".join(problem["messages"][-1]["content"].split())
-    kind = " · ".join(word for word in (problem["level"], problem["family"]) if word != "all")
+    kind = " · ".join(called(word) for word in (problem["level"], problem["family"]) if word != "all")
     text = text if len(text) <= 100 else f"{text[:99]}…"
     return f"{kind} · {text}" if kind else text

@@ -15,7 +15,7 @@ A run folder is short for the checkpoints of its recipe; its problems are the re
 they are those of the embedded tasks, or of `tasks`. No weight is read here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,6 +142,8 @@ class Compared:
     answer: PlayedAnswer
 
 
+EXAMPLES = 5  # questions to click
+_EXAMPLE_LEVELS = ("hard", "medium", "easy")
 PER_CELL = 3  # problems to pick from, of each embedded family and level
 OFFERED = 120  # problems to pick from, at most
 
@@ -156,6 +158,9 @@ class Setup:
     system: str | None = None
     max_new_tokens: int = 256
     title: str = ""
+    embedded: bool = (
+        False  # whether the problems are the embedded families, and nothing but these was asked for
+    )
 
 
 def find_setup(
@@ -187,7 +192,32 @@ def find_setup(
         recipe.prompts.system if recipe else None,
         limit,
         ", ".join(Path(target).name for target in targets if target in runs) or ", ".join(checkpoints),
+        all(task in LEVELS for task in tasks or []) and (not recipe or recipe.prompts.source == "tasks"),
     )
+
+
+def examples(problems: list[dict]) -> list[str]:
+    """A few questions to begin with: short ones of different families, the hardest level first."""
+    levels = [level for level in _EXAMPLE_LEVELS if any(p["level"] == level for p in problems)]
+    levels = levels or list(dict.fromkeys(p["level"] for p in problems))
+    of_level = {level: _a_family_each(p for p in problems if p["level"] == level) for level in levels}
+    chosen: list[dict] = []
+    while len(chosen) < EXAMPLES and any(of_level.values()):
+        for level in levels:
+            used = {p["family"] for p in chosen}
+            fresh = [p for p in of_level[level] if p["family"] not in used] or of_level[level]
+            if fresh and len(chosen) < EXAMPLES:
+                chosen.append(fresh[0])
+                of_level[level].remove(fresh[0])
+    return [problem["messages"][-1]["content"] for problem in chosen]
+
+
+def _a_family_each(problems: Iterable[dict]) -> list[dict]:
+    """The shortest question of each family."""
+    shortest: dict[str, dict] = {}
+    for problem in sorted(problems, key=lambda p: len(p["messages"][-1]["content"])):
+        shortest.setdefault(problem["family"], problem)
+    return list(shortest.values())
 
 
 def _check_tasks(tasks: list[str]) -> None:

@@ -3,36 +3,23 @@
 It reads an evaluated folder and nothing else: metrics.json (distill/evaluation/schema.py), manifest.json, answers/
 and routes/ (distill/evaluation/routes.py). What was not measured is left out. Figures are inline SVG, style and
 script are inline; a content-security policy admits that one script by its hash and nothing else, since the page
-shows text that models wrote. The script only turns the leaves of the answer viewer: without it the page is whole.
+shows text that models wrote. The script turns the leaves of the answer viewer and sorts tables: without it the page is
+whole.
 
     build_dossier(Path("checkpoints/eval-student"))          # -> checkpoints/eval-student/dossier.html
+    build_dossier(folder, "zh")                              # in Chinese
 
-What is shown is decided here and in `distill.report.experts`; `distill.report.figures` draws; the templates hold
-the words. The same folder gives the same bytes.
-
-`viewer_data` is what the answer viewer shows: which experts each token of a few answers went to.
-
-    view = viewer_data(routes, answers, budget=900_000)      # {model: Routes}, {(model, prompt_id): row}
-    view["data"]        # goes into the page as JSON; templates/viewer.js shows it
-    view["first"]       # the first answer in its first layer, for readers without JavaScript
-
-Experts and weights travel as base64 of whole bytes: experts as they are, weights times `scale`, rounded (two
-decimals wherever they are below 2.56). A budget in bytes bounds the page: answers are taken from all models in
-turn until it is spent, and a long answer keeps its first tokens; the page says how many are left out.
-
-Shapes: L routed layers, T tokens of one answer, k experts per token.
+What is shown is decided here, in `distill.report.findings`, `experts` and `viewer`; `figures` and `heat` draw; the
+templates hold the words, `distill.report.words` their Chinese. The same folder gives the same bytes.
 """
 
 import base64
 import datetime
 import hashlib
-import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from distill.errors import UserError
@@ -40,11 +27,13 @@ from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import METRICS_VERSION
 from distill.integrity import verify_folder
 from distill.report import figures as draw
-from distill.report.drawing import LONGEST_TEXT, layer_labels
 from distill.report.experts import changes_view, moe_view, precision_view
-from distill.report.numbers import absent, clip, percent, share
-from distill.report.pages import TEMPLATES, page_environment, visible
-from distill.report.report import Run, families, headline
+from distill.report.findings import findings, headline
+from distill.report.numbers import absent
+from distill.report.pages import TEMPLATES, page_environment
+from distill.report.runs import Run, families
+from distill.report.viewer import viewer_data
+from distill.report.words import say, speaking
 from distill.storage import parts, read_json, read_table, write_atomic
 
 VIEWER_BYTES = 900_000  # of token text, experts and weights in the page
@@ -120,10 +109,7 @@ def verdicts(evaluation: Evaluation) -> dict[str, Any]:
         if not absent(row.get("difference")) and row.get("ci95"):
             by_task.setdefault(row["task"], []).append(row)
     figures = [Markup(draw.verdict_panel(task, pairs[:PAIRS_DRAWN])) for task, pairs in by_task.items()]
-    counts = {
-        word: sum(row.get("verdict") == word for row in rows) for word in ("BETTER", "WORSE", "INCONCLUSIVE")
-    }
-    return {"rows": rows, "figures": figures, "counts": counts}
+    return {"rows": rows, "figures": figures}
 
 
 def family_figures(evaluation: Evaluation) -> list[Markup]:
@@ -147,8 +133,10 @@ def calibration(evaluation: Evaluation) -> dict[str, Any] | None:
         name: model["calibration"] for name, model in evaluation.models.items() if model.get("calibration")
     }
     kinds = {
-        "next tokens": {n: b for n, b in blocks.items() if b.get("bins")},
-        "whole answers": {n: b["answers"] for n, b in blocks.items() if (b.get("answers") or {}).get("bins")},
+        say("next tokens"): {n: b for n, b in blocks.items() if b.get("bins")},
+        say("whole answers"): {
+            n: b["answers"] for n, b in blocks.items() if (b.get("answers") or {}).get("bins")
+        },
     }
     order = list(evaluation.models)
     figures = [
@@ -168,8 +156,8 @@ def fidelity_rows(evaluation: Evaluation) -> list[tuple[str, str, dict]]:
     rows = []
     for name, model in evaluation.models.items():
         if close := model.get("fidelity"):
-            rows.append((name, "the teacher's text", close))
-            rows += [(name, "its own text", close["own_text"])] if close.get("own_text") else []
+            rows.append((name, say("the teacher's text"), close))
+            rows += [(name, say("its own text"), close["own_text"])] if close.get("own_text") else []
     return rows
 
 
@@ -183,61 +171,22 @@ def other_scores(evaluation: Evaluation) -> dict[str, list[tuple]]:
         rows["texts"] += [(file, name, score) for file, score in (model.get("text") or {}).items()]
         for task, found in ((model.get("harness") or {}).get("tasks") or {}).items():
             errors = found.get("stderr") or {}
-            rows["harness"] += [(task, name, m, v, errors.get(m), found) for m, v in found["metrics"].items()]
+            rows["harness"] += [
+                (task, name, _metric(m), v, errors.get(m), found) for m, v in found["metrics"].items()
+            ]
     return {kind: sorted(found, key=lambda row: row[0]) for kind, found in rows.items()}
 
 
-def over_confidence(bins: list[dict]) -> float | None:
-    """Mean confidence minus share that was right, over all predictions of the bins."""
-    held = [b for b in bins or [] if b["n"] and not absent(b["confidence"]) and not absent(b["accuracy"])]
-    total = sum(b["n"] for b in held)
-    return sum(b["n"] * (b["confidence"] - b["accuracy"]) for b in held) / total if total else None
-
-
-def findings(evaluation: Evaluation, experts: list[dict]) -> list[str]:
-    """The other measurements in words, a sentence each."""
-    said = []
-    counts = verdicts(evaluation)["counts"]
-    if any(counts.values()):
-        words = ", ".join(f"{n} {word}" for word, n in counts.items())
-        said.append(f"Verdicts on {sum(counts.values())} comparisons of two models on a task: {words}.")
-    forgetting = evaluation.metrics.get("forgetting") or {}
-    for name, tasks in (forgetting.get("models") or {}).items():
-        kept = tasks.get("all") or {}
-        if not absent(kept.get("kept")) and kept.get("ci95"):
-            score = percent({"accuracy": kept["kept"], "ci95": kept["ci95"]})
-            said.append(
-                f"{name} still solves {score} of the {kept['n']:,} problems that {forgetting['base']} solved."
-            )
-    for name, model in evaluation.models.items():
-        close = model.get("fidelity") or {}
-        if not absent(close.get("top1_agreement")):
-            said.append(
-                f"{name} would write the teacher's next token at {share(close['top1_agreement'])} of places."
-            )
-        bins = (model.get("calibration") or {}).get("bins")
-        if not absent(gap := over_confidence(bins)):
-            words = "more" if gap > 0 else "less"
-            said.append(
-                f"{name} is on average {100 * abs(gap):.1f} points {words} certain of a token than it is right."
-            )
-    for found in experts:
-        worst = max(found["rows"], key=lambda row: row[1].get("max_violation") or 0)
-        dead = sum(values.get("dead_experts") or 0 for _, values, _ in found["rows"])
-        violation = worst[1].get("max_violation")
-        if not absent(violation):
-            floor = worst[1].get("max_violation_noise_floor")
-            chance = "" if absent(floor) else f" (an even router by chance: {share(floor)})"
-            busiest = (
-                f"the busiest expert, in {worst[0]}, does {share(violation)} more than its even part{chance}"
-            )
-            said.append(f"In {found['name']} {busiest}; {dead:,} experts are dead.")
-    return said
+def _metric(key: str) -> str:
+    """`acc,none` as people say it: accuracy; a filter of the harness stands in brackets."""
+    name, _, how = key.partition(",")
+    said = {"acc": say("accuracy"), "acc_norm": say("accuracy by length"), "exact_match": say("exact match")}
+    return said.get(name, name.replace("_", " ")) + (f" ({how})" if how not in ("", "none") else "")
 
 
 def _script() -> tuple[Markup, str]:
-    """The viewer's script and the policy's word for it: exactly these bytes may run."""
-    script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+    """The page's script and the policy's word for it: exactly these bytes may run."""
+    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("tables.js", "viewer.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Markup(script), f"'sha256-{digest}'"
 
@@ -245,10 +194,19 @@ def _script() -> tuple[Markup, str]:
 # ---- the page
 
 
-def build_dossier(out_dir: Path) -> Path:
+def build_dossier(out_dir: Path, language: str = "en") -> Path:
     """Writes `out_dir/dossier.html` (whole or not at all) and returns its path. `UserError` as `read_evaluation`."""
     verify_folder(out_dir)
     evaluation = read_evaluation(out_dir)
+    with speaking(language):
+        page = page_environment().get_template("dossier.html.j2").render(**_shown(evaluation))
+    path = evaluation.path / "dossier.html"
+    write_atomic(path, page)
+    return path
+
+
+def _shown(evaluation: Evaluation) -> dict[str, Any]:
+    """What the template shows."""
     models = evaluation.models
     tasks = tasks_of(evaluation)
     experts = [view for name, model in models.items() if (view := moe_view(name, model))]
@@ -260,113 +218,31 @@ def build_dossier(out_dir: Path) -> Path:
         (evaluation.path / "metrics.json").stat().st_mtime, datetime.UTC
     )
     scores = [score for found in tasks.values() for score in found.values()]
-    page = (
-        page_environment()
-        .get_template("dossier.html.j2")
-        .render(
-            name=evaluation.path.resolve().name,
-            evaluation=evaluation,
-            metrics=evaluation.metrics,
-            manifest=evaluation.manifest,
-            written=written.date().isoformat(),
-            models=models,
-            headline=headline(evaluation.run),
-            findings=findings(evaluation, experts),
-            tasks=tasks,
-            panels=[Markup(draw.accuracy_panel(task, found, list(models))) for task, found in tasks.items()],
-            ks=sorted({k for s in scores for k in s.get("pass_at_k") or {} if k != "1"}, key=int),
-            votes=sorted({k for s in scores for k in s.get("majority_at_k") or {}}, key=int),
-            verdicts=verdicts(evaluation),
-            family_figures=family_figures(evaluation),
-            families=families(evaluation.run),
-            experts=experts,
-            changes=[view for name, model in models.items() if (view := changes_view(name, model))],
-            precisions=[view for name, model in models.items() if (view := precision_view(name, model))],
-            calibration=calibration(evaluation),
-            fidelity=fidelity_rows(evaluation),
-            **other_scores(evaluation),
-            viewer=viewer_data(routes, answers, VIEWER_BYTES),
-            script=script,
-            policy=policy,
-        )
-    )
-    path = evaluation.path / "dossier.html"
-    write_atomic(path, page)
-    return path
-
-
-ANSWER_SHARE = 4  # one answer may take this part of the budget
-
-
-def viewer_data(routes: dict[str, Any], answers: dict[tuple, dict], budget: int) -> dict[str, Any] | None:
-    """None without routes. `routes[model]` as of `distill.evaluation.routes.read_routes`."""
-    models = [_model(name, found) for name, found in routes.items() if found.rows]
-    if not models:
-        return None
-    left, shown, total = budget, 0, sum(len(found.rows) for found in routes.values())
-    queues = [(model, iter(routes[model["name"]].rows)) for model in models]
-    for step in itertools.count():
-        waiting = [(model, row) for model, rows in queues if (row := next(rows, None)) is not None]
-        for model, row in waiting:
-            entry = _answer(model, row, answers.get((model["name"], row.prompt_id)), budget // ANSWER_SHARE)
-            size = len(json.dumps(entry, ensure_ascii=False).encode())
-            if size <= left or not step:
-                model["answers"].append(entry)
-                left, shown = left - size, shown + 1
-        if not waiting:
-            break
-    return {"data": {"models": models}, "first": _first(models[0]), "shown": shown, "of": total}
-
-
-def _model(name: str, routes) -> dict[str, Any]:
-    heaviest = max((float(row.weights.max(initial=0)) for row in routes.rows), default=0)
-    scale = next((scale for scale in (100, 10, 1) if heaviest * scale <= 255), 0.1)
+    verdict = headline(evaluation.run)
     return {
-        "name": name,
-        "layers": layer_labels(list(routes.layers)),
-        "experts": list(routes.num_experts),
-        "perToken": list(routes.experts_per_token),
-        "nulls": list(routes.null_experts),
-        "k": max(routes.experts_per_token),
-        "wide": routes.rows[0].experts.dtype.itemsize == 2,
-        "scale": scale,
-        "answers": [],
+        "name": evaluation.path.resolve().name,
+        "metrics": evaluation.metrics,
+        "manifest": evaluation.manifest,
+        "written": written.date().isoformat(),
+        "models": models,
+        "headline": verdict,
+        **findings(evaluation.run, verdict, experts),
+        "tasks": tasks,
+        "panels": [Markup(draw.accuracy_panel(task, found, list(models))) for task, found in tasks.items()],
+        "ks": sorted({k for s in scores for k in s.get("pass_at_k") or {} if k != "1"}, key=int),
+        "votes": sorted({k for s in scores for k in s.get("majority_at_k") or {}}, key=int),
+        "verdicts": verdicts(evaluation),
+        "family_figures": family_figures(evaluation),
+        "families": families(evaluation.run),
+        "experts": experts,
+        "changes": [view for name, model in models.items() if (view := changes_view(name, model))],
+        "precisions": [view for name, model in models.items() if (view := precision_view(name, model))],
+        "calibration": calibration(evaluation),
+        "few": draw.FEW_ANSWERS,
+        "fidelity": fidelity_rows(evaluation),
+        **other_scores(evaluation),
+        "viewer": viewer_data(routes, answers, VIEWER_BYTES),
+        "report": (evaluation.path.parent / "report.html").is_file(),
+        "script": script,
+        "policy": policy,
     }
-
-
-def _answer(model: dict, row, answer: dict | None, most: int) -> dict[str, Any]:
-    layers, tokens, k = row.experts.shape
-    per_token = layers * k * (3 if model["wide"] else 2) * 4 / 3 + 8  # bytes in base64, and some for the text
-    kept = max(16, min(tokens, int(most / per_token)))
-    weights = np.clip(np.rint(row.weights[:, :kept].astype(np.float64) * model["scale"]), 0, 255)
-    experts = row.experts[:, :kept].astype("<u2" if model["wide"] else np.uint8)
-    runs = [[label, len(list(run))] for label, run in itertools.groupby(row.classes[:kept])]
-    words = {key: row_value for key in ("family", "level", "verdict") if (row_value := getattr(row, key))}
-    if answer:
-        words |= {key: clip(answer[key])[:LONGEST_TEXT] for key in ("reference", "answer") if answer.get(key)}
-    return words | {
-        "id": row.prompt_id,
-        "tokens": [visible(text) for text in row.tokens[:kept]],
-        "left": tokens - kept,
-        "runs": runs,
-        "e": _base64(experts),
-        "w": _base64(weights.astype(np.uint8)),
-    }
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-
-
-def _first(model: dict) -> dict[str, Any]:
-    """What the page shows before anything is chosen: runs of (token, experts) of one answer in one layer."""
-    answer = model["answers"][0]
-    kind = "<u2" if model["wide"] else np.uint8
-    shape = (len(model["layers"]), len(answer["tokens"]), model["k"])
-    experts = np.frombuffer(base64.b64decode(answer["e"]), kind).reshape(shape)[0, :, : model["perToken"][0]]
-    tokens = list(zip(answer["tokens"], experts.tolist()))
-    runs, start = [], 0
-    for label, length in answer["runs"]:
-        runs.append((label, tokens[start : start + length]))
-        start += length
-    return {"model": model, "answer": answer, "runs": runs}

@@ -10,6 +10,7 @@ The SVG strings are ready for HTML5: no prolog, no namespaces, ids that cannot m
 the same bytes for the same numbers.
 """
 
+import contextlib
 import hashlib
 import html
 import io
@@ -17,6 +18,9 @@ import re
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextToPath
+
+from distill.report.words import called, say
 
 # Placeholders in the drawing; `to_svg` swaps them for the CSS variables of the page.
 INK, MUTED, GRID, CARD = "#1b1f24", "#5b6471", "#d6dbe2", "#fefdfc"
@@ -58,11 +62,6 @@ NAME_WIDTH = 20  # characters of a model's name on one line of a bar chart
 SMALL_CELLS = 8  # up to this many experts a cell has room for one decimal
 CELLS_WITH_TEXT = 16
 CELLS_AS_VECTORS = 2000
-LONGEST_TEXT = 2000
-
-
-# Control characters are invisible on a page, so each shows as its picture (U+2400 and on).
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 
 def model_style(name: str, order: list[str]):
@@ -88,12 +87,55 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def to_svg(figure: Figure, label: str, min_width: int = 300) -> str:
+# Letters as wide as they are high. matplotlib's own font has none of them, so it would leave too little room.
+_WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uff60]")
+
+
+@contextlib.contextmanager
+def _room_for_wide_letters():
+    """Text is measured with an em dash for every wide letter; the page's own font draws it."""
+    original = TextToPath.get_text_width_height_descent
+
+    def measured(self, text, prop, ismath):
+        return original(self, _WIDE.sub("\u2014", text), prop, ismath)
+
+    TextToPath.get_text_width_height_descent = measured
+    try:
+        yield
+    finally:
+        TextToPath.get_text_width_height_descent = original
+
+
+class Hover:
+    """What the pointer is told over parts of one figure, without a script: an SVG title each.
+
+    hover = Hover(); artist.set_gid(hover.says("layer 1, expert 3: 14.0 %")); to_svg(figure, label, hover=hover)
+    """
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def says(self, text: str) -> str:
+        """The gid for the artist that `text` belongs to."""
+        self.texts.append(text)
+        return f"hover{len(self.texts) - 1}"
+
+    def written(self, body: str) -> str:
+        """The drawing with a title as the first thing in each named group, whose name is then free to go."""
+
+        def titled(match: re.Match) -> str:
+            return f"<g><title>{html.escape(self.texts[int(match[1])])}</title>"
+
+        return re.sub(r'<g id="hover(\d+)">', titled, body)
+
+
+def to_svg(figure: Figure, label: str, min_width: int = 300, hover: Hover | None = None) -> str:
     """The figure as an inline `<svg>`; `label` is what a screen reader says."""
     buffer = io.StringIO()
-    # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
-    svg = buffer.getvalue()
+    with _room_for_wide_letters():
+        # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    svg = hover.written(buffer.getvalue()) if hover else buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # The drawing's own style rule (`*{...}`) would reach the whole page.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
@@ -135,17 +177,24 @@ def in_order(names) -> list[str]:
     return sorted(names, key=key)
 
 
+def layer_label(number: str | int, again: str | None = None) -> str:
+    if again:
+        return say("layer %(n)s pass %(again)s", n=number, again=again)
+    return say("layer %(n)s", n=number)
+
+
+def short_name(name: str, length: int = 18) -> str:
+    """A model, task or family as a figure has room for it."""
+    return shorten(called(name), length)
+
+
 def layer_labels(names: list[str]) -> list[str]:
     """ "layer 3" for a router's full name where that stays unique, the shortened name where it does not.
 
     "layer 3 pass 2" where a model goes through its layers more than once.
     """
-    numbers = [re.search(r"\blayers?\.(\d+)(?:.*?( pass \d+)$)?", name) for name in names]
+    numbers = [re.search(r"\blayers?\.(\d+)(?:.*? pass (\d+)$)?", name) for name in names]
     labels = [
-        f"layer {found[1]}{found[2] or ''}" if found else shorten(name) for name, found in zip(names, numbers)
+        layer_label(found[1], found[2]) if found else shorten(name) for name, found in zip(names, numbers)
     ]
     return labels if len(set(labels)) == len(names) else [shorten(name) for name in names]
-
-
-def _hundredfold(value: float, digits: int) -> str:
-    return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0

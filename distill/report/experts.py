@@ -17,12 +17,18 @@ from markupsafe import Markup
 from distill.moe.specialisation import SEEN
 from distill.report import drawing
 from distill.report import figures as draw
-from distill.report.drawing import layer_labels
+from distill.report.drawing import layer_label, layer_labels
+from distill.report.heat import expert_load, heat_map, loss_map
 from distill.report.numbers import absent
+from distill.report.words import called, mark, say
 
 FIGURES = 3  # layers drawn of a model that has more
 _SHOWN_ROWS = 12  # rows of a table of extremes
-_GROUPINGS = {"family": "kind of problem", "level": "level", "token_class": "part of the text"}
+_GROUPINGS = {
+    "family": mark("kind of problem"),
+    "level": mark("level"),
+    "token_class": mark("part of the text"),
+}
 
 
 def few(names: list[str]) -> list[str]:
@@ -47,7 +53,7 @@ def moe_view(name: str, model: dict) -> dict[str, Any] | None:
     for layer, values in loaded.items():
         violation, floor = values.get("max_violation"), values.get("max_violation_noise_floor")
         rows.append((labels[layer], values, None if absent(violation) or not floor else violation / floor))
-    figure = draw.expert_load(name, {layer: values["load"] for layer, values in loaded.items()})
+    figure = expert_load(name, {layer: values["load"] for layer, values in loaded.items()})
     return {
         "name": name,
         "labels": labels,
@@ -70,10 +76,10 @@ def _coactivation(layers: dict, labels: dict) -> dict[str, Any] | None:
         cells = 100 * np.array(found[name]["matrix"], dtype=float)
         np.fill_diagonal(cells, np.nan)
         if found[name].get("uniform"):  # with one expert per token there are no pairs
-            title = f"{labels[name]}: also at expert …"
+            title = say("%(layer)s: also at expert …", layer=labels[name])
             experts = [str(expert) for expert in range(len(cells))]
-            mark = {"mark": 100 * found[name]["uniform"], "words": "no structure", "unit": "%"}
-            figures.append(Markup(draw.heat_map(title, experts, cells, **mark, what="expert")))
+            uniform = 100 * found[name]["uniform"]
+            figures.append(Markup(heat_map(title, experts, cells, uniform=uniform, what=say("expert"))))
     for name, block in found.items():
         if block.get("strongest"):
             first, second, share = block["strongest"][0]
@@ -95,16 +101,15 @@ def _specialisation(layers: dict, labels: dict) -> list[dict[str, Any]]:
         if not found:
             continue
         figures, rows = [], []
-        drawn = few([name for name, block in found.items() if block.get("share")])
-        top = max((100 * np.max(found[name]["share"]) for name in drawn), default=0.0)
-        for name in drawn:
+        words = say(words)
+        for name in few([name for name, block in found.items() if block.get("share")]):
             cells, baseline = 100 * np.array(found[name]["share"], dtype=float), 100 * found[name]["baseline"]
-            mark = {"mark": baseline, "words": "no preference", "unit": "%", "top": top}
             groups = [str(group) for group in found[name]["groups"]]
             if kind == "level":
                 places = [groups.index(group) for group in drawing.in_order(groups)]
                 groups, cells = drawing.in_order(groups), cells[places]
-            figures.append(Markup(draw.heat_map(labels[name], groups, cells, **mark, what=words)))
+            groups = [called(group) for group in groups]
+            figures.append(Markup(heat_map(labels[name], groups, cells, uniform=baseline, what=words)))
         for name, block in found.items():
             for item in block.get("strongest") or []:
                 times = _times(item["share"], block["baseline"])
@@ -176,20 +181,43 @@ def precision_view(name: str, model: dict) -> dict[str, Any] | None:
             lines[precision] = (labels, [100 * values["tokens"] for values in by_layer.values()])
     figures = []
     if errors:
-        figures.append(
-            Markup(draw.log_dots(f"{drawing.shorten(name)}: loss error", errors, "% of the fp32 loss"))
-        )
+        title = say("%(model)s: loss error", model=drawing.short_name(name))
+        figures.append(Markup(draw.log_dots(title, errors, say("%% of the fp32 loss"))))
     if lines:
-        figures.append(
-            Markup(draw.layer_lines(f"{drawing.shorten(name)}: tokens rerouted", lines, "tokens, %"))
-        )
+        title = say("%(model)s: tokens rerouted", model=drawing.short_name(name))
+        figures.append(Markup(draw.layer_lines(title, lines, say("tokens, %%"))))
     tasks = drawing.in_order({task for entry in ran.values() for task in entry.get("tasks") or {}})
-    return {"name": name, "entries": entries, "layers": layers, "figures": figures, "tasks": tasks}
+    notes = [(entry["precision"], _how(entry)) for entry in entries]
+    shown = {"entries": entries, "layers": layers, "figures": figures, "tasks": tasks, "notes": notes}
+    return {"name": name, **shown}
+
+
+_ARITHMETIC = {
+    "fp32": mark("all arithmetic in float32."),
+    "bf16": mark("matrix products in bfloat16, weights in float32."),
+    "fp16": mark("matrix products in float16, weights in float32."),
+    "fp8-emulated": mark(
+        "inputs of linear layers are rounded to float8, one scale a block of numbers (emulated)."
+    ),
+    "fp8-emulated-tensor": mark("the same, with one scale for a whole tensor (emulated)."),
+}
+
+
+def _how(entry: dict) -> str:
+    """A sentence on one precision. Why it did not run is a message of the machine, and stays as it is."""
+    if not entry.get("ran"):
+        return say("did not run: %(reason)s", reason=entry.get("reason") or "–")
+    known = _ARITHMETIC.get(entry["precision"])
+    return say(known) if known else entry.get("reason") or "–"
 
 
 def changes_view(name: str, model: dict) -> dict[str, Any] | None:
     """Accuracy with other routing: against compute, without each expert, under controls."""
-    entries = [entry for entry in model.get("interventions") or [] if entry.get("tasks")]
+    entries = [
+        {**entry, "label": _changed(entry)}
+        for entry in model.get("interventions") or []
+        if entry.get("tasks")
+    ]
     if not entries:
         return None
     tasks = drawing.in_order({task for entry in entries for task in entry["tasks"]})
@@ -224,6 +252,25 @@ def changes_view(name: str, model: dict) -> dict[str, Any] | None:
     }
 
 
+def _changed(entry: dict) -> str:
+    """What was changed, in words."""
+    kind, value = entry["kind"], entry.get("value")
+    if kind == "none":
+        return called("as_is")
+    if kind == "top_k":
+        return say("%(k)s experts per token", k=value) if int(value) != 1 else say("1 expert per token")
+    if kind == "route":
+        return called(value)
+    if kind != "drop":
+        return entry["label"]
+    places = [place.rpartition(":") for place in value.split("+")]
+    gone = [
+        say("expert %(e)s of %(layer)s", e=e, layer=layer_label(layer) if layer.isdecimal() else layer)
+        for layer, _, e in places
+    ]
+    return say("without %(experts)s", experts=say(" and ").join(gone))
+
+
 def _dropped(entry: dict) -> tuple[str, int] | None:
     """(layer, expert) of an entry that takes a single expert out; its value is LAYER:EXPERT, or several with +."""
     if entry["kind"] != "drop" or "+" in entry["value"]:
@@ -247,7 +294,6 @@ def _without(name: str, entries: list[dict], drops: dict[str, tuple[str, int]]) 
     cells = np.full((len(layers), 1 + max(expert for _, expert in lost)), np.nan)
     for (layer, expert), value in lost.items():
         cells[layers.index(layer), expert] = value
-    labels = [f"layer {layer}" if layer.isdecimal() else layer for layer in layers]
-    title = f"{drawing.shorten(name)}: accuracy lost without one expert"
-    mark = {"mark": 0.0, "words": "no loss", "unit": "points", "alone": True}
-    return [Markup(draw.heat_map(title, labels, cells, **mark, what="layer"))]
+    labels = [layer_label(layer) if layer.isdecimal() else layer for layer in layers]
+    title = say("%(model)s: points of accuracy lost without one expert", model=drawing.short_name(name))
+    return [Markup(loss_map(title, labels, cells))]

@@ -27,6 +27,7 @@ from training import TITLES
 from distill.bench.metrics import metric
 from distill.bench.page import MARKS, amount, shown_effect
 from distill.bench.results import commit, shown_commit
+from distill.console import parameters
 from distill.errors import DistillError
 from distill.report.numbers import si
 from distill.storage import PROJECT_ROOT, hash_yaml, read_json, write_atomic, write_json
@@ -37,6 +38,7 @@ _WORDS = {
     "en": {
         "score": "correct, % [95 % interval]",
         "size": "parameters (active)",
+        "adapter": " + {} adapter",
         "task": "{task} (n = {n})",
         "sentence": "{device}, commit {commit}; {minutes:.1f} minutes in all: teacher answers {generations:.0f} s, "
         "student {student:.0f} s, control {control:.0f} s, evaluation of all four {eval:.0f} s. On the teacher's own "
@@ -45,6 +47,7 @@ _WORDS = {
     "zh": {
         "score": "正确率，% [95 % 区间]",
         "size": "参数量（激活）",
+        "adapter": " + 适配器 {}",
         "task": "{task}（n = {n}）",
         "easy": "简单 easy",
         "medium": "中等 medium",
@@ -72,6 +75,7 @@ def collect(run_dir: Path) -> dict:
             name: {
                 "parameters_total": model["model"]["parameters_total"],
                 "parameters_active": model["model"]["parameters_active"],
+                "parameters_adapter": model["model"]["parameters_adapter"],
                 "tasks": {task: {k: score[k] for k in kept} for task, score in model["tasks"].items()},
                 **({"fidelity": model["fidelity"]} if "fidelity" in model else {}),
             }
@@ -97,9 +101,11 @@ def results_section(results: dict, language: str = "en") -> str:
     lines.append("|---|---|" + "---|" * len(tasks))
     for name, model in results["models"].items():
         cells = [_cell(model["tasks"][t]) for t in tasks]
-        size = f"{model['parameters_total'] / 1e6:.2f} M"
+        size = parameters(model["parameters_total"])
         if model["parameters_active"] != model["parameters_total"]:
-            size += f" ({model['parameters_active'] / 1e6:.2f} M)"
+            size += f" ({parameters(model['parameters_active'])})"
+        if model.get("parameters_adapter"):
+            size += words["adapter"].format(parameters(model["parameters_adapter"]))
         lines.append(f"| {words.get(name, name)} | {size} | {' | '.join(cells)} |")
     seconds = results["seconds"]
     agreement = results["models"]["student"]["fidelity"]["top1_agreement"]

@@ -225,7 +225,7 @@ def test_dense_models_alone_are_refused_from_the_config(hub, tmp_path, monkeypat
 def test_command_line_measures_the_mixture_and_notes_the_dense_model(hub, tmp_path, run_cli, monkeypatch):
     # Neither timings nor pages are looked at here, and they take most of the time.
     monkeypatch.setattr(measure, "usage_cost", lambda *given: usage_cost(*given[:-1], False))
-    monkeypatch.setattr("distill.report.dossier.build_dossier", lambda out: out)
+    monkeypatch.setattr("distill.report.dossier.build_dossier", lambda out, *_: out)
     monkeypatch.setattr("distill.devices.pick_device", lambda: torch.device("cpu"))  # one thread, as set
     out = tmp_path / "eval"
     command = ["evaluate", hub["qwen3_moe"], hub["llama"], "--tasks", "easy", "--problems", "4"]

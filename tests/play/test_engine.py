@@ -14,7 +14,8 @@ from distill.models.decode import Sampling, decode
 from distill.play import html as play_html
 from distill.play import page as play_page
 from distill.play.engine import Playground
-from distill.play.records import NOT_VERIFIED, Change, Compared, Finished, Setup, Spoke, find_setup
+from distill.play.records import NOT_VERIFIED, Change, Compared, Finished, Setup, Spoke, examples, find_setup
+from distill.report.words import speaking
 
 CPU = torch.device("cpu")
 QUESTION = "Tell me {{more}} ${about} `it` <script>alert(1)</script>"
@@ -162,6 +163,45 @@ def test_the_shipped_teacher_is_right_and_the_base_is_not():
     assert asked.answers["base"].verdict == "wrong"
     model, place = play_html.first_to_look_at(asked)
     assert model == "base" and asked.answers["base"].tokens[place].teacher_probability < 0.5
+    assert "dense, 0.84 M parameters" in spaced(play_html.cards(asked, playground))
+    assert "3.23 M parameters, 1.46 M active, 2 of 8 experts" in spaced(play_html.cards(asked, playground))
+    told_outside(playground, list(asked.answers))
+
+
+def spaced(text: str) -> str:
+    return text.replace("\u00a0", " ")
+
+
+def told_outside(playground, names):
+    """What the embedded models were never trained on is said, and answered only when it is asked again."""
+    assert playground.narrow
+    controls = play_page.Controls(playground)
+    rest = (0, 0, None, None, None, [])
+    [first] = list(controls.ask("Why is the sky blue {x}?", *rest))
+    assert (
+        "These models know seven families" in first[0] and "<article" not in first[0] and "{" not in first[0]
+    )
+    last = list(controls.ask("Why is the sky blue {x}?", *rest, before=first[3]))[-1]
+    assert last[0].count("<article") == len(names) and "never trained on a question like this" in last[0]
+    assert "<article" in list(controls.ask("What is 2381 + 4410?", *rest))[-1][0]
+    with speaking("zh"):
+        [told] = list(controls.ask("Why is the sky blue?", *rest))
+    assert "这些模型只会七种题型" in told[0]
+
+
+def test_other_models_answer_whatever_they_are_asked(playground):
+    assert not playground.narrow and playground.reference(QUESTION) is None
+
+
+def test_examples_are_short_and_of_different_families():
+    problems = find_setup(
+        ["checkpoints/base"], teacher="checkpoints/teacher", tasks=["easy", "hard"]
+    ).problems
+    chosen = examples(problems)
+    by_text = {p["messages"][-1]["content"]: p for p in problems}
+    assert len(chosen) == 5 and len({by_text[text]["family"] for text in chosen}) == 5
+    assert by_text[chosen[0]]["level"] == "hard" and {by_text[t]["level"] for t in chosen} == {"easy", "hard"}
+    assert examples([PICKED]) == ["Which letter?"] and examples([]) == []
 
 
 # ------------------------------------------------------------------------------------------ what is shown

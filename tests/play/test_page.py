@@ -130,10 +130,14 @@ class Page:
 def test_typing_and_clicking(served, browser):
     address, reached = served
     page = Page(browser, address)
+    # The first example is asked by itself, and an example is asked by a click.
+    assert "What is 12 + 34?" in page.rounds(1) and len(page.all("#examples button")) == 1
+    page.click("#examples button")
+    page.rounds(2)
     # A free question, typed: everybody answers, nobody is verified.
     page.type("#question textarea", "Why {{is}} <b>the</b> sky blue?")
     page.click("#ask")
-    assert "greedy" in page.rounds(1)
+    assert "greedy" in page.rounds(3)
     assert [card.text.splitlines()[0] for card in page.all(".player")] == ["base", "student", "teacher"]
     assert [v.text for v in page.all(".player .verdict")] == ["? not verified"] * 3
     assert "Why {{is}} <b>the</b> sky blue?" in page.all("#earlier")[0].text
@@ -153,9 +157,9 @@ def test_typing_and_clicking(served, browser):
     page.type("#temperature input[type=number]", "1")
     page.type("#top_k input[type=number]", "1")
     page.click("#ask")
-    assert "temperature 1; seed 0; teacher: 1 expert per token" in page.rounds(2)
+    assert "temperature 1; seed 0; teacher: 1 expert per token" in page.rounds(4)
     assert (
-        "Right answer: 46 (the problem's own reference; addition, easy; held out"
+        "Right answer: 46 (the problem's own answer; addition, easy; held out"
         in page.all(".right-answer")[0].text
     )
     assert not any("not verified" in v.text for v in page.all(".player .verdict"))
@@ -165,7 +169,7 @@ def test_typing_and_clicking(served, browser):
     [first, _] = page.all("#look .expert.chosen")
     layer, expert = first.get_attribute("data-layer"), first.get_attribute("data-expert")
     first.click()
-    assert re.search(rf"without layer \d expert {expert}\b", page.rounds(3)) and layer == "model.layers.0.mlp"
+    assert re.search(rf"without layer \d expert {expert}\b", page.rounds(5)) and layer == "model.layers.0.mlp"
     page.click(".player:nth-child(3) .token")
     page.until(lambda: "teacher, token 1 of" in page.all("#look h3")[0].text)
     assert [gone.text for gone in page.all("#look .expert.gone")] == [expert]

@@ -17,11 +17,13 @@ from page_reading import Page, points
 from distill.errors import UserError
 from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import check
-from distill.report import drawing, numbers
+from distill.report import drawing, experts, heat, numbers
 from distill.report import figures as dossier_plots
-from distill.report.dossier import build_dossier, over_confidence, viewer_data
+from distill.report.dossier import build_dossier
 from distill.report.drawing import in_order
 from distill.report.experts import few, moe_view
+from distill.report.findings import over_confidence
+from distill.report.viewer import viewer_data
 
 
 def build(folder: Path) -> Page:
@@ -51,13 +53,13 @@ DRAWINGS = [
     for name in (
         "family_panel",
         "verdict_panel",
-        "heat_map",
         "compute_panel",
         "score_dots",
         "log_dots",
         "layer_lines",
     )
-] + [(dossier_plots, "reliability"), (dossier_plots, "accuracy_panel"), (dossier_plots, "expert_load")]
+] + [(dossier_plots, "reliability"), (dossier_plots, "accuracy_panel")]
+DRAWINGS += [(experts, name) for name in ("expert_load", "heat_map", "loss_map")]
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def copy(whole, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def drawn(whole, tmp_path, monkeypatch) -> Path:
     """The same, with figures that are made but not written out."""
-    for module in (drawing, dossier_plots):
+    for module in (drawing, dossier_plots, heat):
         monkeypatch.setattr(module, "to_svg", lambda *_, **__: "")
     return Path(shutil.copytree(whole, tmp_path / "eval-demo"))
 
@@ -106,14 +108,13 @@ def test_comparison_and_verdicts(whole, page):
             assert row[3] == str(s["n"]) and row[6:9] == ["3", "2", "0"]
     for c in metrics["comparisons"]:
         row = next(r for r in page.cells if r[:2] == [c["task"], f"{c['b']} against {c['a']}"])
-        assert row[2] == points(100 * c["difference"], *(100 * bound for bound in c["ci95"]))
-        assert row[5] == ("0.300" if c["verdict"] == "INCONCLUSIVE" else "< 0.001") and row[6].endswith(
-            c["verdict"]
-        )
+        assert row[2].endswith(c["verdict"])
+        assert row[3] == points(100 * c["difference"], *(100 * bound for bound in c["ci95"]))
+        assert row[6] == ("0.300" if c["verdict"] == "INCONCLUSIVE" else "< 0.001")
     assert (
         "the number of comparisons (Holm, 9 of them)" in page.text and "corrected p below 0.05" in page.text
     )
-    assert "student still solves 96.0 % [90.0, 98.5] of the 100 problems that base solved" in page.text
+    assert "The student still solves 96.0 % [90.0, 98.5] of the 100 problems that base solved." in page.text
 
 
 def test_tables_of_the_other_blocks(whole, page):
@@ -128,7 +129,12 @@ def test_tables_of_the_other_blocks(whole, page):
     share = f"{100 * special['share']:.1f} %"
     row = ["layer 2", special["group"], str(special["expert"]), share, "20.0 %", "25.0 %"]
     assert [*row, f"{special['share'] / 0.25:.1f} ×", "17.3"] in page.cells
-    assert ["layer 1", "tokens of expert 0 are also at 1", "81.0 %", f"{0.81 / (1 / 7):.1f} ×"] in page.cells
+    assert [
+        "layer 1",
+        "tokens of expert 0 also reach expert 1",
+        "81.0 %",
+        f"{0.81 / (1 / 7):.1f} ×",
+    ] in page.cells
     assert next(r for r in page.cells if r[0] == "bf16")[:6] == [
         "bf16",
         "0.51301",
@@ -146,10 +152,11 @@ def test_tables_of_the_other_blocks(whole, page):
         "0.1000 [0.0760, 0.1240]",
     ]
     assert ["student", "0.0187", "0.3210", "0.7000", "2,345", "0.0912", "0.1504", "180"] in page.cells
-    speeds = ["8,123", "98.7", "1,162", "256", "123 MFLOP", "48,211", "41.5 s", "0.40", "0.0137", "0.0956"]
+    speeds = ["8,120", "98.7", "1,160", "256", "123 MFLOP", "48,211", "41.5 s", "0.40", "0.0137", "0.0956"]
     assert ["teacher", *speeds] in page.cells
-    sizes = ["3.65 M", "1.48 M", "1.46 M", "0", "2.92 MFLOP", "96", "960 B", "7.3 MB"]
+    sizes = ["3.65 M", "1.48 M", "1.46 M", "2.92 MFLOP", "96", "960 B", "7.3 MB"]
     assert ["teacher", *sizes] in page.cells
+    assert sum("0.86 M + 0.14 M adapter" in row for row in page.cells) == 4  # two models, two tables
 
 
 def test_interventions_worst_first(whole, page):
@@ -160,9 +167,10 @@ def test_interventions_worst_first(whole, page):
         if e["kind"] == "drop" and "+" not in e["value"]
     ]
     order = sorted(single, key=lambda entry: entry["comparison"]["difference"])
-    shown = [row[0] for row in page.cells if re.fullmatch(r"without \d:\d", row[0])]
-    assert shown == [entry["label"] for entry in order[:12]] and "12 more, each without one" in page.text
-    row = next(r for r in page.cells if r[0] == "top-k 1")
+    places = [re.fullmatch(r"without expert (\d) of layer (\d)", row[0]) for row in page.cells]
+    shown = [f"{found[2]}:{found[1]}" for found in places if found]
+    assert shown == [entry["value"] for entry in order[:12]] and "12 more experts were taken out" in page.text
+    row = next(r for r in page.cells if r[0] == "1 expert per token")
     assert row[1:3] == ["▼ WORSE", points(-30, -35, -25)] and row[5:7] == ["1", "2.46 MFLOP"]
 
 
@@ -243,22 +251,73 @@ def test_figures_show_the_numbers(text):
         "Share of tokens per expert and layer of teacher",
         "layer 1: also at expert",
         "layer 3: part of the text by expert",
-        "Accuracy on easy against FLOP per token",
-        "teacher: accuracy lost without one expert",
-        "Accuracy on hard: unchanged, without 1:0+2:1, random routing",
+        "Accuracy on easy against operations per token",
+        "teacher: points of accuracy lost without one expert",
+        "Accuracy on hard: as it is, without expert 0 of layer 1 and expert 1 of layer 2, random routing",
         "teacher: loss error, % of the fp32 loss: bf16 0.131, fp8-emulated 1.84",
         "Reliability of whole answers: base, student",
     ):
         assert any(label.startswith(begin) for label in labels), begin
 
 
+def colours_of_cells(svg: str) -> dict[str, str]:
+    """What a cell says under the pointer -> its colour."""
+    return dict(re.findall(r"<g><title>([^<]*)</title>.*?fill: (#\w+)", svg, re.S))
+
+
 def test_heat_map_writes_every_cell():
-    cells = np.array([[1.25, np.nan], [-3.5, 40.0]])
-    mark = {"mark": 0.5, "words": "even", "unit": "points", "what": "layer"}
-    svg = dossier_plots.heat_map("lost", ["a", "b<b>"], cells, **mark)
-    for said in ("1.2", "−3.5", "40.0", "even: 0.5 points", "b&lt;b&gt;"):
+    cells = np.array([[1.25, np.nan], [25.0, 100.0]])
+    svg = heat.heat_map("layer 1", ["a", "b<b>"], cells, uniform=25.0, what="family")
+    for said in (
+        "1.2",
+        "25.0",
+        "100",
+        "even: 25 %",
+        "b&lt;b&gt;",
+        "a, expert 0: 1.2 %, 0.05 × the even share",
+    ):
         assert said in svg
+    assert len(colours_of_cells(svg)) == 3  # nothing for the one that is empty
     assert not [colour for colour in drawing.CSS_COLOURS if colour in svg]
+
+
+WHITE = "#f7f7f6"  # the middle of the scale
+
+
+def test_one_scale_of_colours_for_all_maps():
+    """A share that is twice the even one has the same colour whatever else the figure holds; even is white."""
+
+    def colour(values, uniform, say):
+        svg = heat.heat_map("", ["a"], np.array([values]), uniform=uniform, what="family")
+        return next(c for said, c in colours_of_cells(svg).items() if say in said)
+
+    assert colour([50.0, 25.0], 25.0, "expert 0") == colour([10.0, 1.0, 39.0], 5.0, "expert 0")
+    load = colours_of_cells(heat.expert_load("m", {"model.layers.1.mlp": [0.25, 0.25, 0.4, 0.1]}))
+    assert load["layer 1, expert 0: 25.0 %, 1.00 × the even share"] == WHITE
+    assert colour([30.0, 70.0], 30.0, "expert 0") == load["layer 1, expert 0: 25.0 %, 1.00 × the even share"]
+    more, less = colour([100.0, 1.0], 25.0, "expert 0"), colour([1.0, 100.0], 25.0, "expert 0")
+    assert int(more[1:3], 16) > int(more[5:], 16) and int(less[5:], 16) > int(less[1:3], 16)  # orange, purple
+    assert more == colour([400.0, 1.0], 25.0, "expert 0")  # the scale ends at 4 times
+
+
+def test_a_loss_is_coloured_around_zero():
+    cells = colours_of_cells(heat.loss_map("lost", ["layer 1"], np.array([[-4.0, 0.0, 40.0]])))
+    gain, none, loss = cells.values()
+    assert (
+        none == WHITE and int(loss[1:3], 16) > int(loss[5:], 16) and int(gain[5:], 16) >= int(gain[1:3], 16)
+    )
+    assert list(cells) == [f"layer 1, expert {e}: {n} points" for e, n in enumerate(("−4.0", "0.0", "40.0"))]
+
+
+def test_bins_with_few_answers_are_faded():
+    def opacity(n):
+        bins = [{"low": 0.0, "high": 0.5, "n": n, "confidence": 0.4, "accuracy": 0.3},
+                {"low": 0.5, "high": 1.0, "n": 500, "confidence": 0.8, "accuracy": 0.7}]  # fmt: skip
+        svg = dossier_plots.reliability("tokens", {"m": {"ece": 0.1, "brier": 0.2, "bins": bins}}, ["m"])
+        mark = re.search(rf"n = {n}</title>.*?</g>\s*</g>", svg, re.S).group()
+        return "opacity: 0.25" in mark
+
+    assert opacity(dossier_plots.FEW_ANSWERS - 1) and not opacity(dossier_plots.FEW_ANSWERS)
 
 
 def test_over_confidence_by_hand():
@@ -344,6 +403,7 @@ def test_a_large_model_keeps_to_the_budget(tmp_path):
 def test_model_text_stays_text(text, page):
     scripts = [a for tag, a in page.tags if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "viewer-data"}, {}]
+    assert text.index('id="viewer-data"') < text.index('id="comparison"')  # the viewer comes first
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "link", "base", "form")]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     body = text.split('id="viewer-data">')[0]
@@ -352,7 +412,7 @@ def test_model_text_stays_text(text, page):
 
 
 def test_only_this_script_may_run(text, page):
-    script = re.search(r"<script>(.*?)</script>", text, re.S).group(1)
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
@@ -392,10 +452,10 @@ def test_almost_nothing_measured(copy):
         "KL divergence",
         "In other precisions",
         "forgot",
-        "Token by",
+        "Tokens and experts",
     ):
         assert absent not in page.text
-    assert not [tag for tag, _ in page.tags if tag in ("script", "figure")]
+    assert not [tag for tag, _ in page.tags if tag == "figure"]
     assert ["only", *["–"] * 7] in page.cells and "No verdict" in page.text and "nan" not in page.text.lower()
 
 

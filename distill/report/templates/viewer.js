@@ -1,11 +1,11 @@
-"use strict";
 // Turns the leaves of the answer viewer: model, answer, layer, token. The page reads well without it.
 (() => {
   const source = document.getElementById("viewer-data");
   if (!source) return;
-  const models = JSON.parse(source.textContent).models;
+  const { models, words } = JSON.parse(source.textContent);
+  // A sentence of the page with its values filled in; they are text, never markup.
+  const say = (key, values) => words[key].replace(/\{(\w+)\}/g, (_, name) => values[name]);
   const at = (id) => document.getElementById(id);
-  const RANKS = ["1st", "2nd", "3rd"];
   const now = { model: 0, answer: 0, layer: 0, token: 0 };
   const make = (tag, look, text) => {
     const element = document.createElement(tag);
@@ -50,10 +50,11 @@
     let left = token;
     const [label] = a.runs.find(([, length]) => (left -= length) < 0);
     const table = make("table");
-    table.append(make("caption", "", `Token ${token + 1} of ${a.tokens.length} (${label}): ${a.tokens[token]} – its experts and their weights`));
+    const place_of = { n: token + 1, of: a.tokens.length, part: words[label] || label, token: a.tokens[token] };
+    table.append(make("caption", "", say("token", place_of)));
     const head = table.createTHead().insertRow();
-    head.append(make("th", "", "layer"));
-    for (let rank = 0; rank < m.k; rank += 1) head.append(make("th", "", RANKS[rank] || `${rank + 1}th`));
+    head.append(make("th", "", words.layer));
+    for (let rank = 0; rank < m.k; rank += 1) head.append(make("th", "", say("rank", { n: rank + 1 })));
     const body = table.createTBody();
     m.layers.forEach((name, layer) => {
       const row = body.insertRow();
@@ -65,7 +66,7 @@
         const expert = a.experts[place(layer, token, rank)];
         const weight = a.weights[place(layer, token, rank)] / m.scale;
         cell.append(make("span", "chip " + colour(expert), expert));
-        const idle = expert >= m.experts[layer] - m.nulls[layer] ? " (computes nothing)" : "";
+        const idle = expert >= m.experts[layer] - m.nulls[layer] ? " " + words.idle : "";
         cell.append(" " + weight.toFixed(2) + idle);
       }
     });
@@ -79,7 +80,7 @@
     let token = 0;
     at("v-tokens").replaceChildren(...a.runs.map(([label, length]) => {
       const run = make("div", "tokens in-" + label);
-      run.append(make("span", "label", label));
+      run.append(make("span", "label", words[label] || label));
       for (const end = token + length; token < end; token += 1) {
         const chosen = [];
         for (let rank = 0; rank < Math.min(2, m.perToken[now.layer]); rank += 1) {
@@ -99,12 +100,12 @@
       }
       return run;
     }));
-    const legend = [make("span", "", `Tokens of this answer by first expert, ${m.layers[now.layer]}: `)];
+    const legend = [make("span", "", say("legend", { layer: m.layers[now.layer] }) + " ")];
     const order = [...counts].sort((one, two) => two[1] - one[1] || one[0] - two[0]);
     for (const [expert, count] of order.slice(0, 16)) {
       legend.push(make("span", "chip " + colour(expert), expert), ` × ${count}  `);
     }
-    if (order.length > 16) legend.push(`and ${order.length - 16} more experts`);
+    if (order.length > 16) legend.push(say("more", { n: order.length - 16 }));
     at("v-legend").replaceChildren(...legend);
     [...at("v-layers").children].forEach((button, layer) => {
       button.setAttribute("aria-pressed", layer === now.layer);
@@ -114,17 +115,17 @@
 
   const showAnswer = () => {
     const a = answer();
-    const said = [[a.verdict, "verdict " + (a.verdict || "")], [[a.family, a.level, a.id].filter(Boolean).join(", ")]];
-    if (a.reference !== undefined) said.push(["correct answer: " + a.reference]);
-    if (a.answer !== undefined) said.push(["taken as answer: " + a.answer]);
-    if (a.left) said.push([`${a.left} more tokens are not in this page`]);
+    const said = [[a.said, "verdict " + (a.verdict || "")], [[a.kind, a.id].filter(Boolean).join(", ")]];
+    if (a.reference !== undefined) said.push([say("reference", { n: a.reference })]);
+    if (a.answer !== undefined) said.push([say("taken", { n: a.answer })]);
+    if (a.left) said.push([say("left", { n: a.left })]);
     at("v-about").replaceChildren(...said.filter(([text]) => text).map(([text, look]) => make("span", look, text)));
     showTokens();
   };
 
   const showModel = () => {
     const m = model();
-    choices(at("v-answer"), m.answers.map((a) => [a.id, a.level, a.verdict].filter(Boolean).join(" · ")), now.answer);
+    choices(at("v-answer"), m.answers.map((a) => [a.id, a.kind, a.said].filter(Boolean).join(" · ")), now.answer);
     at("v-layers").replaceChildren(...m.layers.map((name, layer) => {
       const button = make("button", "", name);
       button.type = "button";
@@ -134,7 +135,7 @@
     showAnswer();
   };
 
-  choices(at("v-model"), models.map((m) => m.name), 0);
+  choices(at("v-model"), models.map((m) => m.title), 0);
   at("v-model").addEventListener("change", (event) => {
     Object.assign(now, { model: Number(event.target.value), answer: 0, layer: 0, token: 0 });
     showModel();
