@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from distill import console
-from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
+from distill.bench.grid import Prepared, load_bench, pick_budget
 from distill.bench.metrics import MODEL, read_metrics
-from distill.bench.results import collect_results, write_results
+from distill.bench.plan import Task, plan
+from distill.bench.results import check_registration, collect_results, commit, write_results
 from distill.errors import DistillError, RunError, UserError
 from distill.storage import MANIFEST, read_json, write_json
 
@@ -51,6 +52,7 @@ def run_bench(
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
     tasks = plan(recipe, budget, file)
+    check_registration(recipe, file)
     prepare(recipe.prepare)  # first: recipes name these files
     _check({n: t for n, t in tasks.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
     jobs = jobs or _jobs()
@@ -67,8 +69,8 @@ def run_bench(
             "finished is kept, and the same command does the rest:",
             *lines,
         )
-    results = collect_results(recipe, budget, file, tasks, clock.data, jobs)
-    write_results(results, root)
+    results, table = collect_results(recipe, budget, file, tasks, clock.data, jobs)
+    write_results(results, table, root)
     return results
 
 
@@ -148,7 +150,7 @@ def run_tasks(
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     task = running.pop(future)
-                    _take(task, future, done, failed, clock)
+                    _take(task, future, done, failed, clock, redo)
                     left = [*waiting.values(), *running.values()]
                     say(_line(task, len(done), len(tasks), failed, clock, left, jobs))
         except KeyboardInterrupt:
@@ -157,9 +159,9 @@ def run_tasks(
     return failed
 
 
-def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock") -> None:
+def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock", redo: bool) -> None:
     try:
-        clock.add(task, future.result())
+        clock.add(task, future.result(), redo)
         done.add(task.name)
     except DistillError as error:
         failed[task.name] = error.problems
@@ -209,9 +211,15 @@ class _Clock:
         if path.is_file():
             self.data = read_json(path)
         self._begun = time.perf_counter()
+        self._commit = (commit() or {}).get("id")
 
-    def add(self, task: Task, seconds: float) -> None:
-        kept = self.data["tasks"].setdefault(task.name, {"arm": task.arm or task.kind, "seconds": 0.0})
+    def add(self, task: Task, seconds: float, redone: bool = False) -> None:
+        """`commit` is that of the code which began the task: a claim written later does not count as registered."""
+        known = self.data["tasks"]
+        made = {"arm": task.arm or task.kind, "seconds": 0.0, "commit": self._commit}
+        kept = known.setdefault(task.name, made)
+        if redone:
+            kept |= {"commit": self._commit}
         kept["seconds"] = round(kept["seconds"] + seconds, 2)
         now = time.perf_counter()
         wall = self.data["wall"]
@@ -370,5 +378,6 @@ def _probe(task: Task, model: str, redo: bool) -> None:
     probes = embedded_probes() if task.probes == "embedded" else load_probes(task.probes)
     loaded = load_model(model, device=device), load_tokenizer(model)
     limit = task.recipe.evaluate.max_new_tokens
-    _rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
-    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws})
+    rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
+    items = [[p.flaw, p.probe_id, row["outcome"] == "flaw"] for p, row in zip(probes, rows)]
+    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws, "items": items})

@@ -4,7 +4,7 @@ Read and checked as part of a `Recipe` (distill/config/recipe.py); `distill eval
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,6 +45,8 @@ class Interventions(Section):
 class Evaluate(Section):
     """Which held-out problems, how they are answered, and what else is measured."""
 
+    later: ClassVar = ("solutions",)
+
     levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
@@ -74,6 +76,9 @@ class Evaluate(Section):
     )
     likelihood: bool = Field(
         False, description="multiple choice: score each option's log-likelihood as well as the written answer"
+    )
+    solutions: Annotated[int, Field(ge=0)] = Field(
+        0, description="embedded tasks: of each level so many worked solutions are read, in nats; 0 is off"
     )
     text: list[str] = Field([], description=".txt or .jsonl (column `text`) files for nats and bits per byte")
     text_window: Annotated[int, Field(ge=2)] = Field(

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from distill.bench.grid import load_bench, pick_budget, plan
+from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
+from distill.bench.plan import plan
 from distill.bench.run import describe_plan, run_bench
 from distill.commands.cli import main
 from distill.errors import RunError, UserError
