@@ -233,6 +233,10 @@ class Bench(Section):
         rate = {"train.learning_rate": self._rates[name]} if name in self._rates else {}
         return {**self._inherited(name), **rate}
 
+    def give_rate(self, arm: str, rate: float) -> None:
+        """The learning rate that tuning has chosen for an arm."""
+        self._rates[arm] = rate
+
     def _inherited(self, name: str) -> dict[str, Any]:
         arm = self.all_arms()[name]
         return {**(self._inherited(arm.like) if arm.like else {}), **arm.set}

@@ -23,6 +23,7 @@ from distill.bench.grid import Bench, arms_within
 from distill.bench.items import Table, item_noise
 from distill.bench.metrics import metric
 from distill.bench.plan import KNOWN_BEFORE, Task, runs_of
+from distill.bench.tuning import edges
 from distill.bench.verdicts import (
     INCONCLUSIVE,
     SIGNIFICANCE,
@@ -61,8 +62,10 @@ def of_seeds(values: Values | Counts, terms: list[str], seeds: list[int]) -> dic
     return {t: {s: values[t][s] for s in seeds if s in values[t]} for t in terms if t in values}
 
 
-def judge_claim(bench: Bench, claim: Claim, budget: str, measured: Measured) -> dict[str, Any]:
-    """One row of the claims table, its `verdict` still without the others'."""
+def judge_claim(
+    bench: Bench, claim: Claim, budget: str, measured: Measured, tuning: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One row of the claims table, its `verdict` still without the others'. `tuning`: how rates were chosen."""
     seeds = bench.claim_seeds(claim, budget)
     terms = claim.terms(bench.factorial)
     found = _effect(claim, terms, seeds, measured)
@@ -88,6 +91,7 @@ def judge_claim(bench: Bench, claim: Claim, budget: str, measured: Measured) -> 
         "items": _items(found, terms, seeds, measured.table),
         "unequal": unequal,
         "comparable": not unequal,
+        "edges": edges(tuning, names),
         "fixed": fixed_checkpoints(bench, names, budget, measured.tasks),
         "differs": differences(bench, names),
         "falsified": falsified(claim),

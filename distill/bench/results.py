@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill.bench.claims import Fact
+from distill.bench.claims import Controls, Fact
 from distill.bench.controls import judge_controls
 from distill.bench.grid import Bench, Curve, arms_within
 from distill.bench.items import ITEMS, Table, counts, read_items, write_items
@@ -27,6 +27,7 @@ from distill.bench.judge import EQUAL_AFTER, Measured, decide, judge_claim
 from distill.bench.metrics import metric, read_metrics
 from distill.bench.plan import Task, known_budget, runs_of
 from distill.bench.registration import History, unregistered
+from distill.bench.tuning import apply_rates
 from distill.bench.verdicts import fit_curve, pareto_front
 from distill.errors import UserError
 from distill.stages import versions
@@ -43,12 +44,13 @@ def collect_results(
     claims = [claim for claim in bench.claims if bench.within(budget, claim)]
     code = {claim.id: code_of(bench, claim.terms(bench.factorial), budget, tasks, clock) for claim in claims}
     registration = check_registration(bench, file, code)
-    rows = [judge_claim(bench, claim, budget, measured) for claim in claims]
+    tuning = apply_rates(bench)
+    rows = [judge_claim(bench, claim, budget, measured, tuning) for claim in claims]
     decide(rows)
     recipe = find_file(bench.recipe) if isinstance(bench.recipe, str) else None
     arms = arms_within(bench, budget)
     device = next(_manifests(t, "eval")["device"] for t in tasks.values() if t.kind == "run")
-    controls = bench.controls if bench.controls and set(bench.controls.named()) <= set(arms) else None
+    controls = _controls_within(bench.controls, arms)
     seeds = {name: bench.seeds_of(name, budget) for name in arms}
     known = clock["tasks"]
     results = {
@@ -62,7 +64,7 @@ def collect_results(
         "commit": commit(),
         "commits": sorted({known[n]["commit"] for n in tasks if known.get(n, {}).get("commit")}),
         "registration": registration,
-        "tuning": tuned(bench),
+        "tuning": tuning,
         "device": device,
         "jobs": jobs,
         "versions": versions(),
@@ -136,11 +138,12 @@ def measure_arms(bench: Bench, budget: str, tasks: dict[str, Task], clock: dict[
     return Measured(tasks, values, counts(table), table, budgets, seconds)
 
 
-def tuned(bench: Bench) -> dict[str, Any] | None:
-    """What learning rates were tried, and chosen; None where nothing was tuned."""
-    if bench.tuning is None or not (path := find_file(bench.tuning.results)).is_file():
+def _controls_within(section: Controls | None, arms: Iterable[str]) -> Controls | None:
+    """What of the controls a budget has arms for; None without the reference."""
+    if section is None or section.reference not in arms:
         return None
-    return read_json(path)
+    doses = {arm: share for arm, share in section.doses.items() if arm in arms}
+    return section.model_copy(update={"doses": doses, "arms": [arm for arm in section.arms if arm in arms]})
 
 
 def arm_seconds(tasks: dict[str, Task], seconds: dict[str, float]) -> dict[str, float]:
