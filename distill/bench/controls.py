@@ -36,7 +36,7 @@ BY_SEEDS = 6  # seeds, from which on halves have the three seeds that a verdict 
 def judge_controls(
     section: Controls, values: Values, counts: Counts, table: Table, seeds: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """{"metric", "unit", "nulls", "called", "called_ci95", "doses", "limit"} of what has run; `seeds` by arm."""
+    """{"metric", "seed", "unit", "nulls", "called", "called_ci95", "doses", "limit"}; `seeds`: of each arm."""
     nulls = []
     for number in range(section.nulls):
         arms = section.arms or [section.reference]
@@ -47,6 +47,7 @@ def judge_controls(
     doses = [_dose(section, arm, share, expect, values, counts) for arm, share in section.doses.items()]
     return {
         "metric": section.metric,
+        "seed": section.seed,
         "unit": metric(section.metric).unit,
         "nulls": nulls,
         "called": called,

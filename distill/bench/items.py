@@ -85,7 +85,10 @@ def _of_run(folder: Path) -> dict[str, Items]:
 
 def _items(rows: list[tuple]) -> Items:
     item, right, *numbers = zip(*sorted(rows, key=lambda row: row[0]))
-    return Items(np.array(item), np.array(right, bool), *(np.array(column, np.float64) for column in numbers))
+    tokens, nats, nats_tokens = (np.array(column, np.float64) for column in numbers)
+    # As they are kept, so that the table gives the very numbers again.
+    nats = nats.astype(np.float32).astype(np.float64)
+    return Items(np.array(item), np.array(right, bool), tokens, nats, nats_tokens)
 
 
 def counts(table: Table) -> dict[str, dict[int, tuple[int, int]]]:
