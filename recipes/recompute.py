@@ -9,8 +9,8 @@ differs from the file is printed, and the exit status is then 1. With `--page do
 stand on that page. The rules are those that docs/claims.md states in words:
 
 - an effect is a contrast within each seed; its interval is Student's over seeds, relative effects as logarithms;
-- of shares counted over problems, the standard error is at least sqrt(sum w^2 q (1 - q) / (n + 2)) with
-  q = (right + 1) / (n + 2) over all seeds, and the interval at least that of Wilson's bounds put together;
+- where that of counted shares has no width or leaves the possible, the standard error is at least
+  sqrt(sum w^2 q (1 - q) / (n + 2)) with q = (right + 1) / (n + 2) over all seeds, and the interval at least that of Wilson's bounds put together;
 - greater, less: two-sided against the margin; within: two one-sided tests; both after Holm in the claim's family;
 - a directional claim that is not decided is EQUIVALENT where two one-sided tests at its trivial size are, after Holm.
 """
@@ -112,22 +112,22 @@ def contrast(terms, values, seeds, relative=False, share=False, counts=None):
     df = len(sample) - 1
     error = stdev(sample) / math.sqrt(len(sample))
     low, high = (mean + side * stats.t.ppf(0.975, df) * error for side in (-1, 1))
-    if share and counts and all(t in counts for t in terms):
-        below = above = floor = 0.0
-        for t, w in terms.items():
-            right, n = (sum(counts[t][s][i] for s in seeds) for i in (0, 1))
-            down, up = wilson(right, n)
-            p, q = right / n, (right + 1) / (n + 2)
-            below += (w * (p - down if w > 0 else up - p)) ** 2
-            above += (w * (up - p if w > 0 else p - down)) ** 2
-            floor += w * w * q * (1 - q) / (n + 2)
-        error = max(error, math.sqrt(floor))
-        half = stats.t.ppf(0.975, df) * error
-        low = min(low, mean - half, mean - math.sqrt(below))
-        high = max(high, mean + half, mean + math.sqrt(above))
-    if share:
-        low = max(low, sum(w for w in terms.values() if w < 0))
-        high = min(high, sum(w for w in terms.values() if w > 0))
+    least, most = (math.fsum(w for w in terms.values() if side * w > 0) for side in (-1, 1))
+    if share and (low == high or low < least or high > most):
+        if counts and all(t in counts for t in terms):
+            below = above = floor = 0.0
+            for t, w in terms.items():
+                right, n = (sum(counts[t][s][i] for s in seeds) for i in (0, 1))
+                down, up = wilson(right, n)
+                p, q = right / n, (right + 1) / (n + 2)
+                below += (w * (p - down if w > 0 else up - p)) ** 2
+                above += (w * (up - p if w > 0 else p - down)) ** 2
+                floor += w * w * q * (1 - q) / (n + 2)
+            error = max(error, math.sqrt(floor))
+            half = stats.t.ppf(0.975, df) * error
+            low = min(low, mean - half, mean - math.sqrt(below))
+            high = max(high, mean + half, mean + math.sqrt(above))
+        low, high = max(low, least), min(high, most)
     found |= {"ci95": [back(low), back(high)], "error": error, "df": df}
     found["p_value"] = two_sided(found, 0.0)
     return found

@@ -11,9 +11,9 @@ interval is wide (4.3 standard errors); it is what three runs can say. An arm tr
 with the same value, and the interval then says nothing about training it again.
 
 Two kinds of numbers need more than that. *Shares of counted problems* (`counts`): seeds that agree by chance, or
-that all solve everything, would have an interval of no width, or one beyond 100 %. The standard error is at least
-what counting allows (Agresti and Caffo 2000: one right and one wrong answer added to each arm), the interval at
-least the one of Wilson's bounds put together (MOVER, Zou and Donner 2008), and neither leaves what is possible.
+that all solve everything, have an interval of no width, or one beyond 100 %. There the standard error is at least what
+counting allows (Agresti and Caffo 2000: one right and one wrong answer added to each arm), the interval at least the
+one of Wilson's bounds put together (MOVER, Zou and Donner 2008), and neither leaves what is possible.
 *Relative effects* are ratios of positive numbers: they are averaged as logarithms, so none lies below -100 %.
 """
 
@@ -83,8 +83,15 @@ def _interval(sample: Sequence[float], level: float) -> dict[str, Any]:
 
 
 def _bound(found: dict, weights: Mapping[str, float], counts: Counts, seeds: list[int], level: float) -> None:
-    """Hold an effect of shares to what counting allows and to what is possible. Changes `found`."""
+    """Hold an effect of shares to what counting allows and to what is possible. Changes `found`.
+
+    Only where Student's interval has no width or leaves the possible: elsewhere the seeds show what problems and
+    training make an effect vary, paired as they are, and bounds that know of no pairs would be far too wide.
+    """
     low, high = found["ci95"]
+    least, most = (math.fsum(w for w in weights.values() if sign * w > 0) for sign in (-1, 1))
+    if low < high and least <= low and high <= most:
+        return
     if all(term in counts for term in weights):
         below = above = variance = 0.0
         for term, weight in weights.items():
@@ -94,13 +101,12 @@ def _bound(found: dict, weights: Mapping[str, float], counts: Counts, seeds: lis
             below, above = below + (weight * down) ** 2, above + (weight * up) ** 2
             adjusted = (right + 1) / (of + 2)
             variance += weight**2 * adjusted * (1 - adjusted) / (of + 2)
-        if (floor := math.sqrt(variance)) > found["stderr"]:
-            found["stderr"], found["bounded"] = floor, True
+        found["bounded"] = True
+        found["stderr"] = max(found["stderr"], math.sqrt(variance))
         half = _t_quantile((1 + level) / 2, found["freedom"]) * found["stderr"]
         low = min(low, found["mean"] - half, found["mean"] - math.sqrt(below))
         high = max(high, found["mean"] + half, found["mean"] + math.sqrt(above))
         found["p_value"] = _two_sided(found, 0.0)
-    least, most = (sum(w for w in weights.values() if sign * w > 0) for sign in (-1, 1))
     found["ci95"] = [max(low, least), min(high, most)]
 
 

@@ -18,7 +18,7 @@ MEASURED = {
         "sequence": {"seeds": 6, "probes": "PROBES"},
         "spoilt": {"set": {"filter.completions": "shuffled"}},
     },
-    "set": {"evaluate.solutions": 5, "evaluate.levels": {"easy": 14}, "prompts.levels": {"easy": 28}},
+    "set": {"evaluate.solutions": 5, "evaluate.levels": {"easy": 14}, "evaluate.max_new_tokens": 24},
     "claims": [
         {
             "id": "gain", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy", "headline": True,
