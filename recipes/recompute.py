@@ -10,7 +10,8 @@ stand on that page. The rules are those that docs/claims.md states in words:
 
 - an effect is a contrast within each seed; its interval is Student's over seeds, relative effects as logarithms;
 - where that of counted shares has no width or leaves the possible, the standard error is at least
-  sqrt(sum w^2 q (1 - q) / (n + 2)) with q = (right + 1) / (n + 2) over all seeds, and the interval at least that of Wilson's bounds put together;
+  sqrt(sum w^2 q (1 - q) / (n + 2)) with q = (right + 1) / (n + 2) over all seeds, and the interval at least that of
+  Wilson's bounds put together;
 - greater, less: two-sided against the margin; within: two one-sided tests; both after Holm in the claim's family;
 - a directional claim that is not decided is EQUIVALENT where two one-sided tests at its trivial size are, after Holm.
 """

@@ -63,10 +63,10 @@ follows in `distill/bench/verdicts.py` and `distill/bench/judge.py`, in words:
   arms with all their settings, number of seeds. A test takes that commit from history and compares. A run is refused
   where a claim changed since, and results are where a claim came after the code that made them. A claim written when
   results could be looked at uses seeds that those do not have.
-- *Effect.* A difference taken within each seed, its mean over seeds, Student's 95 % interval. Where that of
-  shares of problems would have no width or leave the possible, it is what counting allows (binomial bounds). Relative
-  effects are averaged as logarithms. The interval covers new seeds: data, order, adapters, test problems. It does not cover another base or
-  teacher where all seeds share one; each claim names the checkpoints that it speaks of.
+- *Effect.* A difference taken within each seed, its mean over seeds, Student's 95 % interval. Where that of shares of
+  problems would have no width or leave the possible, it is what counting allows (binomial bounds). Relative effects are
+  averaged as logarithms. The interval covers new seeds: data, order, adapters, test problems. It does not cover another
+  base or teacher where all seeds share one; each claim names the checkpoints that it speaks of.
 - *Verdict.* SUPPORTED: the whole interval lies where the hypothesis says. NOT SUPPORTED: the whole of it lies
   elsewhere. EQUIVALENT: two one-sided tests at 5 % place the effect within the margin, or, for a claim of more or
   less, within the size that was called trivial. INCONCLUSIVE: anything else, and then the smallest effect stands
@@ -86,9 +86,11 @@ Measured before the claims were written anew, and kept as it was: words, arms, s
 claims were corrected together, planted ones too; intervals are Student's alone, so some reach beyond 100 % or have no
 width; the single answers were not kept. What a referee found wrong with it is why there is a second one: held-out
 loss had carried one arm's penalty (that claim is withdrawn, [LOG.md](../LOG.md), Evaluation); one base of each kind
-stood for MoE and for dense; 280 test problems were most of the noise; learning rates were at an edge; ranks differed in
-alpha too; sampling was not counted in FLOPs; sizes in bytes were called claims. SUPPORTED: the whole interval lies where the
-hypothesis says, and the p-value is below 0.05 after Holm's correction; *alone* is what the interval alone says.
+stood for MoE and for dense; 280 test problems were most of the noise; learning rates were at an edge; ranks differed
+in alpha too; sampling was not counted in FLOPs; sizes in bytes were called claims.
+
+SUPPORTED: the whole interval lies where the hypothesis says, and the p-value is below 0.05 after Holm's correction.
+*alone* is what the interval alone says.
 """
 
 
