@@ -25,12 +25,8 @@ def test_the_first_registration_would_have_been_foreseen(budget):
         check=True,
     )
     bench = Bench.model_validate({**yaml.safe_load(shown.stdout), "claims": []})
-    text = subprocess.run(
-        ["git", "-C", str(ROOT), "show", f"d5c644a:recipes/results/claims-{budget}.json"],
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    file = ROOT / "recipes" / "results" / f"claims-{budget}.json"
-    results = json.loads(text or file.read_text())
+    kept = ["git", "-C", str(ROOT), "show", f"fe7c0d3:recipes/results/claims-{budget}.json"]
+    results = json.loads(subprocess.run(kept, capture_output=True, text=True, check=True).stdout)
     tasks = plan(bench, budget, ROOT / "recipes" / "claims.yaml")
     found = forecast(bench, tasks, results)
     assert len(tasks) == results["tasks"] and found["guessed"] == []
