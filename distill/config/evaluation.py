@@ -113,6 +113,14 @@ class Evaluate(Section):
         return self
 
     @model_validator(mode="after")
+    def _solved(self):
+        if self.solutions and self.source:
+            raise ValueError(
+                "`solutions` reads those of the embedded tasks, and `source` brings none; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_split(self):
         if not self.source and self.split not in SPLITS[1:]:
             raise ValueError(
