@@ -279,5 +279,8 @@ ANSWER_SCHEMA = pa.schema(
         ("logprob", pa.float64()),  # of the whole answer, natural log, temperature 1
         ("completion_ids", pa.list_(pa.int32())),
         ("error", pa.string()),
+        # Of the worked solution, read after its problem (evaluate.solutions); null where it was not.
+        ("solution_nats", pa.float64()),
+        ("solution_tokens", pa.int32()),
     ]
 )

@@ -2,38 +2,25 @@
 
 A bench file is told from a recipe by its key `arms`. Its runs are ordinary recipes: the file named by `recipe`
 (or written in place), changed by `set` of the bench and of the arm. See recipes/claims.yaml, the reference of
-all keys in docs/recipes.md, and distill/bench/run.py for what is done with them.
-
-From it follow the runs it asks for: which recipe each is, what it needs first, what may be shared.
+all keys in docs/recipes.md, and distill/bench/plan.py for the runs that follow from it. Nothing heavy is imported here.
 
     bench, file = load_bench("recipes/claims.yaml")
-    tasks = plan(bench, "small", file)               # in an order in which each finds what it needs
-
-Three kinds of tasks: `answers` (prompts and what a teacher says of them), `rows` (the training set made of
-those) and `run` (training and measuring). Runs whose recipes agree on everything that a teacher's answers depend
-on share them, and so with rows: one generation serves all arms of a seed. Nothing heavy is imported here.
 """
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from distill.bench.metrics import METRICS, MODEL, is_metric
+from distill.bench.claims import Claim, Controls, Evidence, Fact, check_metrics
 from distill.bench.verdicts import factorial_contrasts
-from distill.config.recipe import Recipe, explain_error, make_recipe, read_recipe
+from distill.config.recipe import explain_error, read_recipe
 from distill.config.section import Count, Section
-from distill.config.training import StudentSection
 from distill.errors import UserError, nearest
-from distill.storage import fingerprint
 
 ArmName = Annotated[str, Field(pattern=r"^[\w.+=,-]+$")]
-
-
-# What two arms can have in common; the first three are known before the run.
-EQUAL = ("prompts", "steps", "rows", "tokens", "tokens_read", "flops")
 
 
 class Budget(Section):
@@ -59,8 +46,10 @@ class Arm(Section):
     )
     teacher: ArmName | None = Field(None, description="the teacher is what this arm's training made")
     checkpoint: str | None = Field(None, description="measure this model as it is; nothing is trained")
-    once: bool = Field(False, description="one run, of seed 0, for all seeds")
-    seeds: Count | None = Field(None, description="at most so many seeds, whatever the budget")
+    once: bool = Field(False, description="one run, of the first seed, for all seeds")
+    seeds: Count | dict[ArmName, Count] | None = Field(
+        None, description="so many seeds instead of the budget's, or {budget: so many}"
+    )
     seed_offset: Annotated[int, Field(ge=0)] = Field(
         0, description="added to the seed: the same recipe again"
     )
@@ -77,7 +66,9 @@ class Factorial(Section):
         description="factor: {level on: changes, level off: changes}; `start` names an arm among the changes"
     )
     set: dict[str, Any] = Field({}, description="keys of the recipe for all its arms")
-    seeds: Count | None = Field(None, description="at most so many seeds, whatever the budget")
+    seeds: Count | dict[ArmName, Count] | None = Field(
+        None, description="so many seeds instead of the budget's, or {budget: so many}"
+    )
     budget: ArmName | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
 
     @model_validator(mode="after")
@@ -112,53 +103,33 @@ class Factorial(Section):
         }
 
 
-class Claim(Section):
-    """A sentence, the hypothesis it implies here, and which difference between arms decides."""
+class Tuned(Section):
+    """Learning rates to try for one arm."""
 
-    id: ArmName = Field(description="its name in results and on the page")
-    group: str = Field("", description="heading under which the table shows it")
-    sentence: str = Field(description="what the article says")
-    hypothesis: str = Field(description="what that means for these arms; written before the run")
-    metric: str = Field(description="what is compared; distill/bench/metrics.py has the names")
-    effect: dict[str, float] = Field(
-        {}, description="arm: weight, as {student: 1, control: -1}; arm@metric takes another metric"
+    rates: list[Annotated[float, Field(gt=0)]] = Field(
+        min_length=3,
+        description="learning rates, three at least: the best should not be the first or the last",
     )
-    factorial: str | None = Field(
-        None, description="or an effect of the factorial: a factor, 'a x b', synergy"
-    )
-    relative: bool = Field(False, description="divide by the arm of weight -1")
-    expect: Literal["greater", "less", "within"] = Field(
-        description="the effect is above 0, below 0, or within +-margin"
-    )
-    margin: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="in the metric's unit; a share if relative"
-    )
-    equal: list[Literal[EQUAL]] = Field(
-        ["prompts", "steps"], description="what the arms must have in common: checked, and shown"
-    )
-    headline: bool = Field(False, description="shown in the README's table")
-    axis: str = Field("", description="where arms differ in budget on purpose: what is held equal instead")
-    budget: ArmName | None = Field(None, description="belongs to this budget and larger ones; empty: to all")
+    serves: list[ArmName] = Field([], description="other arms that take over what is best for this one")
+
+
+class Tuning(Section):
+    """Fair arms: each with the best of several learning rates, on seeds and problems that nothing else uses."""
+
+    seeds: Count = Field(2, description="how many")
+    first_seed: Annotated[int, Field(ge=0)] = Field(900, description="of them; no claim uses these")
+    metric: str = Field(description="what is best: the lowest of a loss, the highest of an accuracy")
+    set: dict[str, Any] = Field({}, description="keys of the recipe while tuning, as another held-out split")
+    arms: dict[ArmName, Tuned] = Field(description="arm: learning rates to try")
+    results: str = Field(description="where the choice is kept, and read from by every budget")
 
     @model_validator(mode="after")
-    def _one_way(self):
-        if bool(self.effect) == bool(self.factorial):
-            raise ValueError("give either `effect` (arm: weight) or `factorial` (the name of an effect)")
-        if self.relative and sum(w == -1 for w in self.effect.values()) != 1:
-            raise ValueError("`relative` needs one arm of weight -1 in `effect`, to divide by")
-        if self.expect == "within" and not self.margin:
-            raise ValueError("`expect: within` needs a `margin`")
-        for metric in [self.metric, *(t.partition("@")[2] for t in self.effect if "@" in t)]:
-            if not is_metric(metric):
-                raise ValueError(f"unknown metric '{metric}'{nearest(metric, METRICS)}")
-        if not self.equal and not self.axis:
-            raise ValueError("arms that need nothing in common are compared on an axis: say which in `axis`")
+    def _known(self):
+        check_metrics(self.metric)
+        served = [*self.arms, *(name for tuned in self.arms.values() for name in tuned.serves)]
+        if twice := {name for name in served if served.count(name) > 1}:
+            raise ValueError(f"two learning rates are chosen for {', '.join(sorted(twice))}")
         return self
-
-    def terms(self, factorial: Factorial | None) -> dict[str, float]:
-        """{arm@metric: weight}."""
-        weights = factorial.contrasts()[self.factorial] if self.factorial else self.effect
-        return {t if "@" in t else f"{t}@{self.metric}": weight for t, weight in weights.items()}
 
 
 class Curve(Section):
@@ -179,9 +150,7 @@ class Curve(Section):
 
     @model_validator(mode="after")
     def _known(self):
-        for metric in (self.x, self.y):
-            if not is_metric(metric):
-                raise ValueError(f"unknown metric '{metric}'{nearest(metric, METRICS)}")
+        check_metrics(self.x, self.y)
         return self
 
 
@@ -195,11 +164,22 @@ class Bench(Section):
     )
     set: dict[str, Any] = Field({}, description="changes to it for all arms")
     budgets: dict[ArmName, Budget] = Field({"full": Budget()}, description="from small to large")
+    first_seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="the seeds are this one and those after it"
+    )
+    looked: str = Field("", description="what had been looked at before the claims were written")
     prepare: Prepared | None = None
     arms: dict[ArmName, Arm]
     factorial: Factorial | None = None
+    tuning: Tuning | None = None
+    controls: Controls | None = None
     claims: list[Claim] = []
+    facts: list[Fact] = []
+    evidence: list[Evidence] = []
     curves: list[Curve] = []
+    # Chosen learning rates by arm (distill/bench/tuning.py).
+    _rates: dict[str, float] = PrivateAttr({})
+    _seed_cache: dict[str, Any] = PrivateAttr({})
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -215,22 +195,22 @@ class Bench(Section):
                 problems.append(
                     f"arm {name}: a checkpoint is measured as it is; of its keys leave `set` of `evaluate` alone"
                 )
-        for of in [*arms.values(), *self.claims, *self.curves]:
+        for of in [*arms.values(), *self.claims, *self.facts, *self.curves]:
             if of.budget is not None and of.budget not in self.budgets:
                 problems.append(f"unknown budget '{of.budget}'{nearest(of.budget, self.budgets)}")
         for claim in self.claims:
-            if claim.factorial and (
-                self.factorial is None or claim.factorial not in self.factorial.contrasts()
-            ):
-                known = self.factorial.contrasts() if self.factorial else {}
+            known = self.factorial.contrasts() if self.factorial else {}
+            if claim.factorial and claim.factorial not in known:
                 problems.append(
                     f"claim {claim.id}: no effect '{claim.factorial}'{nearest(claim.factorial, known)}"
                 )
                 continue
-            for term in claim.terms(self.factorial):
-                arm = term.partition("@")[0]
-                if arm not in arms:
-                    problems.append(f"claim {claim.id}: no arm '{arm}'{nearest(arm, arms)}")
+            problems += _unknown(f"claim {claim.id}", claim.terms(self.factorial), arms)
+        for fact in self.facts:
+            problems += _unknown(f"fact {fact.id}", fact.effect, arms)
+        problems += _unknown("controls", self.controls.named() if self.controls else (), arms)
+        for name, tuned in (self.tuning.arms if self.tuning else {}).items():
+            problems += _unknown("tuning", [name, *tuned.serves], arms)
         if len({c.id for c in self.claims}) < len(self.claims):
             problems.append("claims: two have the same id")
         for curve in self.curves:
@@ -241,42 +221,73 @@ class Bench(Section):
             raise ValueError("; ".join(problems))
         return self
 
-    def all_arms(self) -> dict[str, Arm]:
+    @cached_property
+    def _all_arms(self) -> dict[str, Arm]:
         return {**self.arms, **(self.factorial.arms() if self.factorial else {})}
 
+    def all_arms(self) -> dict[str, Arm]:
+        return self._all_arms
+
     def changes(self, name: str) -> dict[str, Any]:
-        """All `set` of an arm, those it is like first."""
+        """All `set` of an arm, those it is like first, and the learning rate that was chosen for it."""
+        rate = {"train.learning_rate": self._rates[name]} if name in self._rates else {}
+        return {**self._inherited(name), **rate}
+
+    def give_rate(self, arm: str, rate: float) -> None:
+        """The learning rate that tuning has chosen for an arm."""
+        self._rates[arm] = rate
+
+    def _inherited(self, name: str) -> dict[str, Any]:
         arm = self.all_arms()[name]
-        inherited = self.changes(arm.like) if arm.like else {}
-        return {**inherited, **arm.set}
+        return {**(self._inherited(arm.like) if arm.like else {}), **arm.set}
 
-    def seeds_of(self, arm: str, budget: str) -> range:
-        """The seeds in which an arm has a value: all of the budget's for one that is run once."""
-        asked, of = self.budgets[budget].seeds, self.all_arms()[arm]
-        return range(min(asked, of.seeds) if of.seeds and not of.once else asked)
+    def seeds_of(self, arm: str, budget: str) -> list[int]:
+        """The seeds in which an arm has a value: all of them for one that is run once."""
+        return sorted(self._seeds(budget)[arm])
 
-    def within(self, budget: str, of: Arm | Claim | Curve) -> bool:
+    def claim_seeds(self, claim: Claim, budget: str) -> list[int]:
+        """The seeds that decide a claim: those of its own that all of its arms have."""
+        arms = {term.partition("@")[0] for term in claim.terms(self.factorial)}
+        found = set.intersection(*(set(self._own_seeds(self.all_arms()[a], claim, budget)) for a in arms))
+        return sorted(found)
+
+    def _own_seeds(self, arm: Arm, claim: Claim | None, budget: str) -> range:
+        first = self.first_seed if claim is None or claim.first_seed is None else claim.first_seed
+        asked = self.budgets[budget].seeds
+        if isinstance(arm.seeds, dict):
+            upto = list(self.budgets)[: list(self.budgets).index(budget) + 1]
+            asked = next((arm.seeds[name] for name in reversed(upto) if name in arm.seeds), asked)
+        elif arm.seeds:
+            asked = arm.seeds
+        return range(first, first + asked)
+
+    def _seeds(self, budget: str) -> Mapping[str, Iterable[int]]:
+        """{arm: seeds}: its own, those of claims with seeds of their own, those of arms that rest on it."""
+        if budget in self._seed_cache:
+            return self._seed_cache[budget]
+        arms = self.all_arms()
+        found = {name: set(self._own_seeds(arm, None, budget)) for name, arm in arms.items()}
+        for claim in (c for c in self.claims if c.first_seed is not None and self.within(budget, c)):
+            for arm in {term.partition("@")[0] for term in claim.terms(self.factorial)}:
+                found[arm] |= set(self._own_seeds(arms[arm], claim, budget))
+        while True:
+            before = sum(map(len, found.values()))
+            for name, arm in arms.items():
+                if self.within(budget, arm):
+                    for other in filter(None, (arm.start, arm.teacher)):
+                        found[other] |= found[name]
+            if sum(map(len, found.values())) == before:
+                return self._seed_cache.setdefault(budget, found)
+
+    def within(self, budget: str, of: Arm | Claim | Fact | Curve) -> bool:
         """Whether something belongs to `budget`: budgets are listed from small to large."""
         order = list(self.budgets)
         return of.budget is None or order.index(of.budget) <= order.index(budget)
 
 
-KNOWN_BEFORE = ("prompts", "steps", "rows")  # of distill.bench.grid.EQUAL: recipes settle these
-
-
-@dataclass
-class Task:
-    kind: str  # "answers", "rows" or "run"
-    name: str
-    folder: Path
-    recipe: Recipe  # with run_dir = folder
-    needs: list[str] = field(default_factory=list)
-    arm: str = ""
-    seed: int = 0
-    rows: Path | None = None  # run: whose dataset it trains on; rows: whose answers it is made from
-    checkpoint: str | None = None  # run: measured as it is
-    merged: bool = False  # run: another run starts from its student
-    probes: str | None = None
+def _unknown(where: str, terms: Iterable[str], arms: dict[str, Arm]) -> list[str]:
+    named = dict.fromkeys(term.partition("@")[0] for term in terms)
+    return [f"{where}: no arm '{arm}'{nearest(arm, arms)}" for arm in named if arm not in arms]
 
 
 def load_bench(path: str) -> tuple[Bench, Path]:
@@ -306,136 +317,3 @@ def arms_within(bench: Bench, budget: str) -> dict[str, Arm]:
     while more := {getattr(arms[n], key) for n in wanted for key in ("start", "teacher")} - wanted - {None}:
         wanted |= more
     return {name: arm for name, arm in arms.items() if name in wanted}
-
-
-def plan(bench: Bench, budget: str, file: Path) -> dict[str, Task]:
-    """{name: task} of a budget. Raises UserError for recipes that do not hold, or claims between unequal arms."""
-    arms = arms_within(bench, budget)
-    problems: list[str] = []
-    tasks: dict[str, Task] = {}
-    root = Path(bench.run_dir)
-    wanted = {arm.start for arm in arms.values() if arm.start}
-    for name, arm in arms.items():
-        for seed in [0] if arm.once else bench.seeds_of(name, budget):
-            try:
-                run = _run(bench, name, arm, seed, root, arms, file)
-            except UserError as error:
-                problems += [f"arm {name}: {line}" for line in error.problems]
-                break
-            run.merged = name in wanted
-            if not arm.checkpoint:
-                first = name
-                while arms[first].start:
-                    first = arms[first].start
-                begun = run if first == name else _run(bench, first, arms[first], seed, root, arms, file)
-                _share(run, begun.recipe.student, root, tasks, arms)
-            tasks[run.name] = run
-    if not problems:
-        problems = [
-            p for claim in bench.claims if bench.within(budget, claim) for p in _unequal(bench, claim, tasks)
-        ]
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return tasks
-
-
-def run_name(arm: str, seed: int) -> str:
-    return f"{arm}-{seed}"
-
-
-def runs_of(bench: Bench, arm: str, seed: int, arms: dict[str, Arm]) -> str:
-    """The run that stands for `arm` in `seed`: its own, or the one that serves all seeds."""
-    return run_name(arm, 0 if arms[arm].once else seed)
-
-
-def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[str, Arm], file: Path) -> Task:
-    changes = {**bench.set, **bench.changes(name)}
-    needs, folder = [], root / run_name(name, seed)
-    if arm.start:
-        needs.append(runs_of(bench, arm.start, seed, arms))
-        changes["student.model"] = str(root / needs[-1] / "start")
-    if arm.teacher:
-        needs.append(runs_of(bench, arm.teacher, seed, arms))
-        changes["teacher.model"] = str(root / needs[-1] / "student")
-    if arm.checkpoint:
-        changes |= {"student.model": arm.checkpoint, "student.config": None}
-    fixed = {
-        "run_dir": str(folder), "seed": seed + arm.seed_offset, "control.enabled": False, "evaluate.models": [MODEL]
-    }  # fmt: skip
-    if isinstance(bench.recipe, str):
-        where, data = read_recipe(bench.recipe)
-    else:
-        where, data = file, json.loads(json.dumps(bench.recipe))
-    overrides = [f"{key}={json.dumps(value)}" for key, value in {**changes, **fixed}.items()]
-    recipe = make_recipe(data, overrides, where)
-    return Task(
-        "run", folder.name, folder, recipe, needs, name, seed, checkpoint=arm.checkpoint, probes=arm.probes
-    )
-
-
-def _share(
-    run: Task, origin: StudentSection, root: Path, tasks: dict[str, Task], arms: dict[str, Arm]
-) -> None:
-    """The tasks that make the run's training set, new ones where no other run has asked for the same.
-
-    `origin`: the student that the run's chain of `start` begins with. Rows are in its tokenizer, and it is there
-    before anything has been trained.
-    """
-    recipe = run.recipe
-    whole: dict[str, Any] = {
-        "prompts": recipe.prompts.identity(),
-        "seed": recipe.seed,
-        "teacher": recipe.teacher.identity() if recipe.teacher else None,
-        "generate": recipe.generate.model_dump(mode="json") if recipe.teacher else None,
-    }
-    taught = [
-        need for need in run.needs if arms[run.arm].teacher and need.startswith(f"{arms[run.arm].teacher}-")
-    ]
-    answers = _shared("answers", fingerprint(whole), run, root, tasks, taught)
-    tokenizer = origin.model or origin.tokenizer
-    made = {**whole, "filter": recipe.filter.model_dump(mode="json"), "tokenizer": tokenizer}
-    if recipe.evaluate.source or recipe.filter.decontaminate:
-        made["held_out"] = recipe.evaluate.model_dump(mode="json")
-    rows = _shared("rows", fingerprint(made), run, root, tasks, [answers.name])
-    rows.recipe = rows.recipe.model_copy(update={"student": origin})
-    rows.rows = answers.folder
-    run.rows = rows.folder
-    run.needs = [*run.needs, rows.name]
-
-
-def _shared(kind: str, key: str, run: Task, root: Path, tasks: dict[str, Task], needs: list[str]) -> Task:
-    name = f"{kind}-{key[:12]}"
-    if name not in tasks:
-        folder = root / "shared" / name
-        recipe = run.recipe.model_copy(update={"run_dir": str(folder)})
-        tasks[name] = Task(kind, name, folder, recipe, needs)
-    return tasks[name]
-
-
-def _unequal(bench: Bench, claim: Claim, tasks: dict[str, Task]) -> list[str]:
-    """What the arms of a claim should have in common and their recipes say they do not."""
-    arms = dict.fromkeys(term.partition("@")[0] for term in claim.terms(bench.factorial))
-    first = [next((t for t in tasks.values() if t.arm == arm), None) for arm in arms]
-    trained = [task for task in first if task is not None and not task.checkpoint]
-    problems = []
-    for key in (key for key in claim.equal if key in KNOWN_BEFORE):
-        values = {task.arm: known_budget(task)[key] for task in trained}
-        if len(set(values.values())) > 1:
-            shown = ", ".join(f"{arm} {value}" for arm, value in values.items())
-            problems.append(
-                f"claim {claim.id}: arms differ in {key} ({shown}), so the comparison is not of the technique alone; "
-                f"make them equal, or take {key} out of `equal` and say in `axis` what is held equal instead"
-            )
-    return problems
-
-
-def known_budget(task: Task) -> dict[str, Any]:
-    """What a recipe settles of a run's budget: which prompts (a fingerprint), steps, rows of all steps."""
-    train = task.recipe.train
-    # The worked solutions of the embedded tasks are another text for the same prompts.
-    prompts = task.recipe.prompts.identity(exclude={"solutions"})
-    return {
-        "prompts": fingerprint([prompts, task.seed])[:8],
-        "steps": train.steps,
-        "rows": train.steps * train.batch_size,
-    }

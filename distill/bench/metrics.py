@@ -32,6 +32,9 @@ METRICS = {
     "accuracy.medium": Metric("%", "medium problems solved"),
     "accuracy.hard": Metric("%", "hard problems solved"),
     "accuracy.mean": Metric("%", "problems solved, mean of the levels"),
+    "nll.easy": Metric("nats/token", "worked solutions of easy test problems, read after the question"),
+    "nll.medium": Metric("nats/token", "worked solutions of medium test problems, read after the question"),
+    "nll.hard": Metric("nats/token", "worked solutions of hard test problems, read after the question"),
     "tokens.answer": Metric("tokens", "mean length of an answer"),
     "loss.train": Metric("nats/token", "training loss, smoothed"),
     "loss.held_out": Metric("nats/token", "loss on held-out rows"),
@@ -40,6 +43,7 @@ METRICS = {
     "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean"),
     "train.flops": Metric("FLOPs", "training FLOPs"),
     "train.tokens": Metric("tokens", "completion tokens trained on"),
+    "train.tokens_sampled": Metric("tokens", "tokens that the student read and wrote to make its own rows"),
     "train.seconds": Metric("s", "training seconds"),
     "train.steps": Metric("", "optimizer steps"),
     "parameters.total": Metric("", "parameters"),
@@ -92,6 +96,7 @@ def _measured(model: dict[str, Any]) -> dict[str, float | None]:
     scores = {f"accuracy.{level}": score["accuracy"] for level, score in tasks.items()}
     found = {
         **scores,
+        **{f"nll.{level}": score["nll_per_token"] for level, score in (model.get("solutions") or {}).items()},
         "accuracy.mean": statistics.fmean(scores.values()),
         "tokens.answer": statistics.fmean(score["mean_tokens"] for score in tasks.values()),
         "parameters.total": about["parameters_total"],
@@ -138,6 +143,7 @@ def _trained(folder: Path) -> dict[str, float | None]:
         "loss.held_out": held_out[-1] if held_out else None,
         "train.flops": manifest["flops"],
         "train.tokens": counts["tokens"],
+        "train.tokens_sampled": counts.get("tokens_sampled"),
         "train.seconds": manifest["seconds"],
         "train.steps": counts["steps"],
         "parameters.trainable": trainable,

@@ -20,7 +20,13 @@ from distill.report import drawing, numbers
 from distill.report.pages import page_environment
 from distill.storage import write_atomic
 
-MARKS = {"SUPPORTED": "✓", "NOT SUPPORTED": "✗", "INCONCLUSIVE": "?", "NOT COMPARABLE": "–"}
+MARKS = {
+    "SUPPORTED": "✓",
+    "NOT SUPPORTED": "✗",
+    "EQUIVALENT": "=",
+    "INCONCLUSIVE": "?",
+    "NOT COMPARABLE": "–",
+}
 
 
 def amount(value: float | None, unit: str, sign: bool = False) -> str:
@@ -53,6 +59,51 @@ def shown_effect(claim: dict[str, Any]) -> str:
     return f"{text} {words}".rstrip().replace("-", "−")
 
 
+def shown_size(value: float | None, claim: dict[str, Any]) -> str:
+    """A size in the unit of a claim's effect: `3.1 points`."""
+    unit = claim["unit"]
+    words = {"%": "%" if claim.get("relative") else "points"}.get(unit, unit)
+    return f"{amount(value, unit)} {words}".rstrip()
+
+
+def limit_text(controls: dict[str, Any] | None) -> str:
+    """What the planted claims say of the judge, in sentences; empty where there were none."""
+    if not controls:
+        return ""
+    size = {"unit": controls["unit"], "relative": False}
+    found = []
+    if controls["doses"]:
+        judged = ", ".join(
+            f"{dose['dose']:.0%} {dose['verdict']} ({shown_effect({**dose, **size})})"
+            for dose in controls["doses"]
+        )
+        limit = controls["limit"]
+        dose = f"{limit['dose']:.0%} of spoilt answers" if limit["dose"] else "no dose at all"
+        found.append(
+            f"Answers spoilt on purpose, by share: {judged}. Detection limit: {dose}, and an effect of "
+            f"{shown_size(limit['effect'], size)} is found four times in five."
+        )
+    if controls["nulls"]:
+        low, high = (100 * bound for bound in controls["called_ci95"])
+        n = len(controls["nulls"])
+        found.append(
+            f"Of {n} claims of no difference {controls['called']} were called, where {n / 20:g} are expected at 5 % "
+            f"(95 % interval of the rate: {low:.0f} to {high:.0f} %)."
+        )
+    return " ".join(found)
+
+
+def fact_text(fact: dict[str, Any]) -> str:
+    """A fact's number: the mean, and the range of the seeds where they differ."""
+    text = amount(fact["mean"], fact["unit"], sign=True)
+    if fact["range"] and (low := amount(fact["range"][0], fact["unit"], True)) != (
+        high := amount(fact["range"][1], fact["unit"], True)
+    ):
+        text += f" ({low} to {high})"
+    words = {"%": "%" if fact["relative"] else "points"}.get(fact["unit"], fact["unit"])
+    return f"{text} {words}".rstrip().replace("-", "−")
+
+
 def claims_text(results: dict[str, Any]) -> str:
     """The claims table in plain text, one claim a line, with what it rests on."""
     lines, group = [], None
@@ -64,6 +115,14 @@ def claims_text(results: dict[str, Any]) -> str:
             f"  {claim['verdict']:14} {claim['id']:24} {shown_effect(claim)}  ({claim['hypothesis']})"
         )
         lines += [f"{'':17}not comparable: {why}" for why in claim["unequal"]]
+        if claim["verdict"] == "INCONCLUSIVE" and claim.get("detectable") is not None:
+            lines.append(f"{'':17}could have decided {shown_size(claim['detectable'], claim)}")
+    if results.get("facts"):
+        lines += ["", "Facts"]
+    for fact in results.get("facts", ()):
+        lines.append(f"  {'':14} {fact['id']:24} {fact_text(fact)}  ({fact['statement']})")
+    if limit := limit_text(results.get("controls")):
+        lines += ["", limit]
     count = {v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS}
     seconds = results["seconds"]
     return "\n".join(
@@ -99,6 +158,9 @@ def build_bench_page(results: dict[str, Any], path: Path) -> None:
             figures=figures,
             curves=curves,
             arms=_arms(results),
+            limit=limit_text(results.get("controls")),
+            facts=[{**fact, "shown": fact_text(fact)} for fact in results.get("facts", ())],
+            sizes={c["id"]: shown_size(c["detectable"], c) for c in results["claims"] if c.get("detectable")},
             counts={v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS},
         )
     )
@@ -123,10 +185,17 @@ def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
 _FACES = {
     "SUPPORTED": drawing.ACCENT,
     "NOT SUPPORTED": "#d55e00",
+    "EQUIVALENT": "#56b4e9",
     "INCONCLUSIVE": drawing.CARD,
     "NOT COMPARABLE": drawing.CARD,
 }
-_SHAPES = {"SUPPORTED": "o", "NOT SUPPORTED": "X", "INCONCLUSIVE": "o", "NOT COMPARABLE": "s"}
+_SHAPES = {
+    "SUPPORTED": "o",
+    "NOT SUPPORTED": "X",
+    "EQUIVALENT": "D",
+    "INCONCLUSIVE": "o",
+    "NOT COMPARABLE": "s",
+}
 
 
 def forest(title: str, claims: list[dict[str, Any]]) -> str:

@@ -1,102 +1,177 @@
 """The results of a grid: claims with verdicts, what each arm used, curves; as JSON, Parquet and a page.
 
-    results = collect(bench, "small", file, tasks, clock, jobs=2)      # from finished run folders alone
-    write_results(results, Path("checkpoints/claims"))
+    results = collect_results(bench, "small", file, tasks, clock, jobs=2)      # from finished run folders alone
+    write_results(results, table, Path("checkpoints/claims"))
 
-results.json: `claims` (sentence, hypothesis, terms, `effect` with n, per_seed, mean, ci95, p_value of no effect;
-`p_value` of the verdict, `p_value_holm`, `verdict`, `alone`, `equal`, `comparable`, `cost`), `arms` (`about`, `metrics`
-with mean, sd, values by seed, and `budget`), `curves`, and what they rest on: `bench`, `recipes` (hashes of the files),
-`commit`, `device`, `versions`, `seconds`.
-
-One in twenty true nulls passes a test by its own 95 % interval, so with sixty claims a few would be called by chance:
-a verdict also needs the claim's p-value below 0.05 after Holm's correction for all claims of the file. `alone` is
-what its interval alone would say. Arms that do not have in common what the claim says they have get NOT COMPARABLE.
+results.json, version 2: `claims` (distill/bench/judge.py says what a row has), `controls`
+(distill/bench/controls.py), `facts`, `evidence`, `arms` (`about`, `metrics` with mean, sd and the value of every seed,
+`budget`), `curves`, and what they rest on: `bench`, `recipes` (hashes of the files), `commit` (whose code judged) and
+`commits` (whose code trained and measured), `registration`, `tuning`, `device`, `versions`, `seconds`, `arm_seconds`.
+items.parquet has every answer. Version 1 had no registration, controls, facts and evidence, and corrected all claims
+together; pages show it as it is.
 """
 
+import math
 import os
 import statistics
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill.bench.grid import (
-    EQUAL,
-    KNOWN_BEFORE,
-    Bench,
-    Claim,
-    Curve,
-    Task,
-    arms_within,
-    known_budget,
-    runs_of,
-)
+from distill.bench.claims import Controls, Fact
+from distill.bench.controls import judge_controls
+from distill.bench.grid import Bench, Curve, arms_within
+from distill.bench.items import ITEMS, Table, counts, read_items, write_items
+from distill.bench.judge import EQUAL_AFTER, Measured, decide, judge_claim
 from distill.bench.metrics import metric, read_metrics
-from distill.bench.verdicts import (
-    INCONCLUSIVE,
-    effect,
-    fit_curve,
-    hypothesis_verdict,
-    pareto_front,
-    verdict_p,
-)
-from distill.evaluation.stats import holm
+from distill.bench.plan import Task, known_budget, runs_of
+from distill.bench.registration import History, unregistered
+from distill.bench.tuning import apply_rates
+from distill.bench.verdicts import fit_curve, pareto_front
+from distill.errors import UserError
 from distill.files import replacing
 from distill.stages import versions
 from distill.storage import MANIFEST, PROJECT_ROOT, find_file, hash_yaml, read_json, write_json
 
-RESULTS_VERSION = 1
-NOT_COMPARABLE = "NOT COMPARABLE"
-SAME = (
-    0.02  # trained tokens and FLOPs count as equal up to this share: answers differ by a token here and there
-)
-EQUAL_AFTER = tuple(key for key in EQUAL if key not in KNOWN_BEFORE)
+RESULTS_VERSION = 2
 
 
 def collect_results(
     bench: Bench, budget: str, file: Path, tasks: dict[str, Task], clock: dict[str, Any], jobs: int
-) -> dict[str, Any]:
-    """The results of finished runs. Raises UserError where one is missing."""
-    values, budgets = read_values(bench, budget, tasks)
-    seconds = {name: kept["seconds"] for name, kept in clock["tasks"].items()}
-    claims = [
-        judge_claim(bench, claim, budget, tasks, values, budgets, seconds)
-        for claim in bench.claims
-        if bench.within(budget, claim)
-    ]
-    _decide(claims)
+) -> tuple[dict[str, Any], Table]:
+    """(results, single answers) of finished runs. Raises UserError where one is missing, or a claim came too late."""
+    measured = measure_arms(bench, budget, tasks, clock)
+    claims = [claim for claim in bench.claims if bench.within(budget, claim)]
+    code = {claim.id: code_of(bench, claim.terms(bench.factorial), budget, tasks, clock) for claim in claims}
+    registration = check_registration(bench, file, code)
+    tuning = apply_rates(bench)
+    rows = [judge_claim(bench, claim, budget, measured, tuning) for claim in claims]
+    decide(rows)
     recipe = find_file(bench.recipe) if isinstance(bench.recipe, str) else None
     arms = arms_within(bench, budget)
     device = next(_manifests(t, "eval")["device"] for t in tasks.values() if t.kind == "run")
-    return {
+    controls = _controls_within(bench.controls, arms)
+    seeds = {name: bench.seeds_of(name, budget) for name in arms}
+    known = clock["tasks"]
+    results = {
         "schema_version": RESULTS_VERSION,
         "title": bench.title,
-        "bench": _shown(file),
-        "recipes": {_shown(path): hash_yaml(path) for path in filter(None, (file, recipe))},
+        "bench": shown_path(file),
+        "recipes": {shown_path(path): hash_yaml(path) for path in filter(None, (file, recipe))},
         "budget": budget,
         "seeds": bench.budgets[budget].seeds,
+        "first_seed": bench.first_seed,
         "commit": commit(),
+        "commits": sorted({known[n]["commit"] for n in tasks if known.get(n, {}).get("commit")}),
+        "registration": registration,
+        "tuning": tuning,
         "device": device,
         "jobs": jobs,
         "versions": versions(),
         "seconds": {
             "wall": _wall(bench, budget, clock),
-            "work": round(sum(seconds[n] for n in tasks if n in seconds), 1),
+            "work": round(sum(measured.seconds[n] for n in tasks if n in measured.seconds), 1),
         },
+        "arm_seconds": arm_seconds(tasks, measured.seconds),
         "tasks": len(tasks),
-        "claims": claims,
-        "arms": {name: _arm(arms[name].about, name, values, budgets) for name in arms},
-        "curves": [_curve(c, values) for c in bench.curves if bench.within(budget, c)],
+        "claims": rows,
+        "controls": judge_controls(controls, measured.values, measured.counts, measured.table, seeds)
+        if controls
+        else None,
+        "facts": [_fact(f, measured.values) for f in bench.facts if bench.within(budget, f)],
+        "evidence": [evidence.model_dump() for evidence in bench.evidence],
+        "arms": {name: _arm(arms[name].about, name, measured.values, measured.budgets) for name in arms},
+        "curves": [_curve(c, measured.values) for c in bench.curves if bench.within(budget, c)],
     }
+    return results, measured.table
 
 
-def _decide(claims: list[dict[str, Any]]) -> None:
-    """Verdicts of claims judged together: `verdict` in place of what each would be `alone`."""
-    for claim, corrected in zip(claims, holm([claim["p_value"] for claim in claims])):
-        claim["p_value_holm"] = corrected
-        if claim["comparable"]:
-            claim["verdict"] = hypothesis_verdict(
-                claim["effect"], claim["expect"], claim["margin"], corrected
+def check_registration(
+    bench: Bench, file: Path, code: dict[str, Iterable[str]] | None = None
+) -> dict[str, Any]:
+    """{"checked", "claims"}: whether history could be asked, and how many claims name a commit.
+
+    `code`: of each claim the commits that measured it; None before any run. Raises UserError with every claim
+    that was not registered before.
+    """
+    named = sum(claim.registered is not None for claim in bench.claims)
+    path, history = shown_path(file), History(PROJECT_ROOT)
+    checked = bool(named and history.available and not path.startswith(".."))
+    if checked and (PROJECT_ROOT / path).is_file():
+        last = list(bench.budgets)[-1]
+        seeds = {claim.id: bench.claim_seeds(claim, last) for claim in bench.claims}
+        if problems := unregistered(path, history, seeds, code):
+            raise UserError(
+                *(f"claim {claim}: {why}" for claim, why in problems.items()),
+                f"to try something without a registration, copy {path} out of the project",
             )
+    return {"checked": checked, "claims": named}
+
+
+def code_of(
+    bench: Bench, terms: Iterable[str], budget: str, tasks: dict[str, Task], clock: dict[str, Any]
+) -> list[str]:
+    """The commits whose code made the runs of these arms, and what those runs rest on."""
+    arms, found = arms_within(bench, budget), set()
+    names = {term.partition("@")[0] for term in terms}
+    left = [runs_of(bench, arm, seed, arms) for arm in names for seed in bench.seeds_of(arm, budget)]
+    seen: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += tasks[name].needs
+            found.add(clock["tasks"].get(name, {}).get("commit") or "an unknown commit")
+    return sorted(found)
+
+
+def measure_arms(bench: Bench, budget: str, tasks: dict[str, Task], clock: dict[str, Any]) -> Measured:
+    """What the finished runs of a budget have."""
+    values, budgets = read_values(bench, budget, tasks)
+    arms = arms_within(bench, budget)
+    runs = {
+        name: {seed: tasks[runs_of(bench, name, seed, arms)] for seed in bench.seeds_of(name, budget)}
+        for name in arms
+    }
+    table = read_items(runs)
+    seconds = {name: kept["seconds"] for name, kept in clock["tasks"].items()}
+    return Measured(tasks, values, counts(table), table, budgets, seconds)
+
+
+def _controls_within(section: Controls | None, arms: Iterable[str]) -> Controls | None:
+    """What of the controls a budget has arms for; None without the reference."""
+    if section is None or section.reference not in arms:
+        return None
+    doses = {arm: share for arm, share in section.doses.items() if arm in arms}
+    return section.model_copy(update={"doses": doses, "arms": [arm for arm in section.arms if arm in arms]})
+
+
+def arm_seconds(tasks: dict[str, Task], seconds: dict[str, float]) -> dict[str, float]:
+    """Mean seconds of a task by arm, and of `answers` and `rows`: what the next forecast is made of."""
+    found: dict[str, list[float]] = {}
+    for name, task in tasks.items():
+        if name in seconds:
+            found.setdefault(task.arm or task.kind, []).append(seconds[name])
+    return {arm: round(statistics.fmean(of), 2) for arm, of in found.items()}
+
+
+def _fact(fact: Fact, values: dict) -> dict[str, Any]:
+    """A number without a verdict: the mean, and the least and the most of the seeds."""
+    terms = {t if "@" in t else f"{t}@{fact.metric}": weight for t, weight in fact.effect.items()}
+    reference = next((t for t, w in terms.items() if w == -1), None) if fact.relative else None
+    seeds = sorted(set.intersection(*(set(values.get(t, {})) for t in terms)))
+    each = [math.fsum(w * values[t][s] for t, w in terms.items()) for s in seeds]
+    if reference:
+        each = [total / values[reference][s] for s, total in zip(seeds, each)]
+    return {
+        **fact.model_dump(include={"id", "sentence", "statement", "because", "metric", "relative"}),
+        "unit": "%" if fact.relative else metric(fact.metric).unit,
+        "terms": terms,
+        "mean": statistics.fmean(each) if each else None,
+        "range": [min(each), max(each)] if each else None,
+        "n": len(each),
+    }
 
 
 def _wall(bench: Bench, budget: str, clock: dict[str, Any]) -> float:
@@ -143,68 +218,6 @@ def _used(task: Task) -> dict[str, Any]:
 
 def _manifests(task: Task, stage: str) -> dict[str, Any]:
     return read_json(task.folder / stage / MANIFEST)
-
-
-def judge_claim(
-    bench: Bench,
-    claim: Claim,
-    budget: str,
-    tasks: dict[str, Task],
-    values: dict,
-    budgets: dict,
-    seconds: dict,
-) -> dict[str, Any]:
-    """One row of the claims table, its `verdict` still without the others'."""
-    terms = claim.terms(bench.factorial)
-    reference = next(t for t, w in terms.items() if w == -1) if claim.relative else None
-    found = effect(terms, {**{t: {} for t in terms}, **values}, reference)
-    names = list(dict.fromkeys(term.partition("@")[0] for term in terms))
-    unequal = [f"{key}: {why}" for key in claim.equal if (why := _differ(key, names, budgets))]
-    arms = arms_within(bench, budget)
-    runs = {runs_of(bench, arm, seed, arms) for arm in names for seed in bench.seeds_of(arm, budget)}
-    flops = sum(_manifests(tasks[r], "student")["flops"] for r in runs if not tasks[r].checkpoint)
-    return {
-        **claim.model_dump(
-            include={
-                "id",
-                "group",
-                "sentence",
-                "hypothesis",
-                "metric",
-                "expect",
-                "margin",
-                "relative",
-                "headline",
-            }
-        ),
-        "unit": "%" if claim.relative else metric(claim.metric).unit,
-        "terms": terms,
-        "effect": found,
-        "verdict": NOT_COMPARABLE if unequal else INCONCLUSIVE,
-        "alone": NOT_COMPARABLE if unequal else hypothesis_verdict(found, claim.expect, claim.margin),
-        "p_value": None if unequal else verdict_p(found, claim.expect, claim.margin),
-        "means": {term: statistics.fmean(values[term].values()) for term in terms if values.get(term)},
-        "equal": claim.equal,
-        "axis": claim.axis,
-        "unequal": unequal,
-        "comparable": not unequal,
-        "cost": {
-            "runs": len(runs),
-            "seconds": round(sum(seconds.get(r, 0.0) for r in runs), 1),
-            "flops": flops,
-        },
-    }
-
-
-def _differ(key: str, arms: list[str], budgets: dict[str, dict[str, list]]) -> str | None:
-    """How the arms' values of a budget key differ, seed by seed; None if they do not. Checkpoints have none."""
-    columns = {arm: budgets[arm][key] for arm in arms if budgets[arm][key][0] is not None}
-    for row in zip(*columns.values()):
-        low, high = min(row), max(row)
-        same = low == high if key not in EQUAL_AFTER else high - low <= SAME * high
-        if not same:
-            return ", ".join(f"{arm} {value}" for arm, value in zip(columns, row))
-    return None
 
 
 def _arm(about: str, name: str, values: dict, budgets: dict) -> dict[str, Any]:
@@ -275,7 +288,7 @@ def shown_commit(results: dict[str, Any]) -> str:
     return "unknown" if not found else found["id"] + ("" if found["clean"] else " with uncommitted files")
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """A file of the project by its path in it, any other by its own."""
     whole = path.resolve()
     return (
@@ -283,8 +296,8 @@ def _shown(path: Path) -> str:
     )
 
 
-def write_results(results: dict[str, Any], root: Path) -> None:
-    """results.json, results.parquet and bench.html in `root`."""
+def write_results(results: dict[str, Any], table: Table, root: Path) -> None:
+    """results.json, results.parquet, items.parquet and bench.html in `root`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -300,7 +313,8 @@ def write_results(results: dict[str, Any], root: Path) -> None:
     schema = pa.schema(
         [("arm", pa.string()), ("seed", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
     )
-    table = pa.Table.from_pylist(rows, schema=schema)
-    with replacing(root / "results.parquet", table.nbytes) as temporary:
-        pq.write_table(table, temporary)
+    found = pa.Table.from_pylist(rows, schema=schema)
+    with replacing(root / "results.parquet", found.nbytes) as temporary:
+        pq.write_table(found, temporary)
+    write_items(table, root / ITEMS)
     build_bench_page(results, root / "bench.html")

@@ -2,12 +2,13 @@
 
     distill bench recipes/claims.yaml --budget small             (2 CPU cores: recipes/results/claims-small.json says
     distill bench recipes/claims.yaml --budget full --jobs 8      how long it took)
-    distill bench recipes/claims.yaml --dry-run                  the runs, and what they share
+    distill bench recipes/claims.yaml --dry-run                  the runs, what they share, and how long they take
+    distill bench recipes/claims.yaml --tune                     learning rates, chosen on seeds of their own
 
 Runs go to worker processes, `--jobs` at a time (as many as cores by default, one thread each; with a GPU one). A
 failed run does not stop the others, and the same command does what is left. It leaves in the bench's `run_dir`
-`results.json` (distill/bench/results.py describes it), `results.parquet` (arm, seed, metric, value) and
-`bench.html`.
+`results.json` (distill/bench/results.py describes it), `results.parquet` (arm, seed, metric, value),
+`items.parquet` (every answer) and `bench.html`.
 
 One task of a grid runs in a worker process: ordinary stages in ordinary run folders, nothing printed.
 
@@ -32,13 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from distill import console
-from distill.bench.grid import Prepared, Task, load_bench, pick_budget, plan
+from distill.bench.forecast import describe
+from distill.bench.grid import Bench, Prepared, load_bench, pick_budget
 from distill.bench.metrics import MODEL, read_metrics
-from distill.bench.results import collect_results, write_results
+from distill.bench.plan import Task, plan
+from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
+from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_results
 from distill.errors import DistillError, RunError, UserError
 from distill.files import replacing, sync_all
 from distill.integrity import entries, record_entries, write_sealed
-from distill.storage import MANIFEST, read_json, write_json
+from distill.storage import MANIFEST, find_file, read_json, write_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
 
@@ -53,10 +57,49 @@ def run_bench(
     """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed."""
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
+    if apply_rates(recipe) is None and recipe.tuning:
+        console.warn(
+            "warning: learning rates are those of the file; `--tune` chooses them among several first"
+        )
     tasks = plan(recipe, budget, file)
+    check_registration(recipe, file)
+    jobs = jobs or _jobs()
+    root = Path(recipe.run_dir)
+    clock = _finish(recipe, budget, tasks, jobs, redo, say)
+    results, table = collect_results(recipe, budget, file, tasks, clock.data, jobs)
+    write_results(results, table, root)
+    return results
+
+
+def run_tuning(
+    path: str, jobs: int = 0, redo: bool = False, say: Callable[[str], None] = console.say
+) -> dict[str, Any]:
+    """Train every arm of `tuning` with each of its learning rates; writes `tuning.results` and returns it."""
+    whole, file = load_bench(path)
+    recipe = tuning_bench(whole)
+    tasks = plan(recipe, BUDGET, file)
+    jobs = jobs or _jobs()
+    clock = _finish(recipe, BUDGET, tasks, jobs, redo, say)
+    device = next(
+        read_json(t.folder / "eval" / MANIFEST)["device"] for t in tasks.values() if t.kind == "run"
+    )
+    about = {"commit": commit(), "device": device, "seconds": clock.data["wall"].get(BUDGET, 0.0)}
+    found = tuning_results(whole, file, read_values(recipe, BUDGET, tasks)[0], about)
+    write_json(find_file(whole.tuning.results), found)
+    return found
+
+
+def _finish(
+    recipe: Bench,
+    budget: str,
+    tasks: dict[str, Task],
+    jobs: int,
+    redo: bool,
+    say: Callable[[str], None],
+) -> "_Clock":
+    """Do what is left of the tasks. UserError before anything has begun, RunError where some failed."""
     prepare(recipe.prepare)  # first: recipes name these files
     _check({n: t for n, t in tasks.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
-    jobs = jobs or _jobs()
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
     clock = _Clock(root / CLOCK, budget)
@@ -70,9 +113,7 @@ def run_bench(
             "finished is kept, and the same command does the rest:",
             *lines,
         )
-    results = collect_results(recipe, budget, file, tasks, clock.data, jobs)
-    write_results(results, root)
-    return results
+    return clock
 
 
 def _jobs() -> int:
@@ -151,7 +192,7 @@ def run_tasks(
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     task = running.pop(future)
-                    _take(task, future, done, failed, clock)
+                    _take(task, future, done, failed, clock, redo)
                     left = [*waiting.values(), *running.values()]
                     say(_line(task, len(done), len(tasks), failed, clock, left, jobs))
         except KeyboardInterrupt:
@@ -160,9 +201,9 @@ def run_tasks(
     return failed
 
 
-def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock") -> None:
+def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock", redo: bool) -> None:
     try:
-        clock.add(task, future.result())
+        clock.add(task, future.result(), redo)
         done.add(task.name)
     except DistillError as error:
         failed[task.name] = error.problems
@@ -212,9 +253,15 @@ class _Clock:
         if path.is_file():
             self.data = read_json(path)
         self._begun = time.perf_counter()
+        self._commit = (commit() or {}).get("id")
 
-    def add(self, task: Task, seconds: float) -> None:
-        kept = self.data["tasks"].setdefault(task.name, {"arm": task.arm or task.kind, "seconds": 0.0})
+    def add(self, task: Task, seconds: float, redone: bool = False) -> None:
+        """`commit` is that of the code which began the task: a claim written later does not count as registered."""
+        known = self.data["tasks"]
+        made = {"arm": task.arm or task.kind, "seconds": 0.0, "commit": self._commit}
+        kept = known.setdefault(task.name, made)
+        if redone:
+            kept |= {"commit": self._commit}
         kept["seconds"] = round(kept["seconds"] + seconds, 2)
         now = time.perf_counter()
         wall = self.data["wall"]
@@ -249,6 +296,7 @@ def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
     """What a budget would run, for --dry-run: arms, seeds, tasks, steps and rows, from recipes alone."""
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
+    apply_rates(recipe)
     tasks = plan(recipe, budget, file)
     runs = [t for t in tasks.values() if t.kind == "run"]
     trained = [t for t in runs if not t.checkpoint]
@@ -261,6 +309,8 @@ def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
         "shared_datasets": sum(t.kind == "rows" for t in tasks.values()),
         "optimizer_steps": sum(t.recipe.train.steps for t in trained),
         "rows_trained": sum(t.recipe.train.steps * t.recipe.train.batch_size for t in trained),
+        "forecast": describe(recipe, file, tasks),
+        "registered": sum(c.registered is not None for c in recipe.claims if recipe.within(budget, c)),
         "finished": sum((t.folder / "eval" / MANIFEST).is_file() for t in runs),
         "claims": [c.id for c in recipe.claims if recipe.within(budget, c)],
     }
@@ -381,5 +431,6 @@ def _probe(task: Task, model: str, redo: bool) -> None:
     probes = embedded_probes() if task.probes == "embedded" else load_probes(task.probes)
     loaded = load_model(model, device=device), load_tokenizer(model)
     limit = task.recipe.evaluate.max_new_tokens
-    _rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
-    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws})
+    rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
+    items = [[p.flaw, p.probe_id, row["outcome"] == "flaw"] for p, row in zip(probes, rows)]
+    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws, "items": items})

@@ -271,7 +271,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", metavar="NAME", help="which of its budgets, as small or full; the first if not given")
     add("--jobs", type=whole, default=0, metavar="N", help="runs at a time; one per core if not given")
     add("--redo", action="store_true", help="rebuild what was made from other inputs")
-    add("--dry-run", action="store_true", help="print the runs it would make, and what they share")
+    add("--tune", action="store_true", help="choose learning rates first, on seeds of their own")
+    add("--dry-run", action="store_true", help="print the runs it would make, and how long they will take")
     add("--out", metavar="FILE", help="write the JSON there too")
     json_argument(parser)
 
@@ -291,7 +292,8 @@ def bench_command(arguments: argparse.Namespace) -> int:
 
 def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
     from distill.bench.page import claims_text
-    from distill.bench.run import describe_plan, run_bench
+    from distill.bench.run import describe_plan, run_bench, run_tuning
+    from distill.bench.tuning import tuning_text
 
     if arguments.dry_run:
         import yaml
@@ -300,6 +302,9 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
         return found, yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
     # With --json, standard output is the JSON alone.
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if arguments.json else console.say
+    if arguments.tune:
+        found = run_tuning(arguments.recipe, arguments.jobs, arguments.redo, say)
+        return found, tuning_text(found)
     found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say)
     return found, claims_text(found)
 

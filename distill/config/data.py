@@ -108,6 +108,9 @@ class Filter(Section):
         description="what of a kept answer is trained on: all of it, its final answer, the public one, or (as a "
         "control) another prompt's",
     )
+    shuffled_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="shuffled: of the prompts, this share alone; a larger one contains the smaller"
+    )
     keep_unverified: bool = Field(
         False, description="with correct_only: keep answers to prompts without a reference, nothing to verify"
     )

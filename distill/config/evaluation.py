@@ -4,7 +4,7 @@ Read and checked as part of a `Recipe` (distill/config/recipe.py); `distill eval
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,6 +45,8 @@ class Interventions(Section):
 class Evaluate(Section):
     """Which held-out problems, how they are answered, and what else is measured."""
 
+    later: ClassVar = ("solutions",)
+
     levels: dict[str, Whole] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
@@ -77,6 +79,9 @@ class Evaluate(Section):
     likelihood: bool = Field(
         False, description="multiple choice: score each option's log-likelihood as well as the written answer"
     )
+    solutions: Whole = Field(
+        0, description="embedded tasks: of each level so many worked solutions are read, in nats; 0 is off"
+    )
     text: list[str] = Field([], description=".txt or .jsonl (column `text`) files for nats and bits per byte")
     text_window: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(
         1024, description="tokens of text in view at once, half of them scored; at most the model's context"
@@ -106,6 +111,14 @@ class Evaluate(Section):
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
                 f"{self.samples} greedy answers are one answer; set `temperature`, for example 0.7, or samples 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _solved(self):
+        if self.solutions and self.source:
+            raise ValueError(
+                "`solutions` reads those of the embedded tasks, and `source` brings none; leave one out"
             )
         return self
 

@@ -19,6 +19,7 @@ another prompt of its family and level: all of the form, none of the content. Al
 same order, so that runs that differ in this alone differ in nothing else.
 """
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,11 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])
         rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
         rows = reduced(
-            rows, recipe.filter.completions, prompts, lambda row, text: _remade(row, text, tokenizer)
+            rows,
+            recipe.filter.completions,
+            prompts,
+            lambda row, text: _remade(row, text, tokenizer),
+            recipe.filter.shuffled_share,
         )
     else:
         rows = (
@@ -277,16 +282,19 @@ Row = dict
 Make = Callable[[Row, str], Row]  # (row, text) -> the row with that text in place of its own
 
 
-def reduced(rows: Iterable[Row], how: str, prompts: dict[str, Row], make: Make) -> Iterator[Row]:
+def reduced(
+    rows: Iterable[Row], how: str, prompts: dict[str, Row], make: Make, share: float = 1.0
+) -> Iterator[Row]:
     """Kept rows (those without `rule`) with their completions as `how` says; dropped rows pass unchanged.
 
     An answer without a final result (`teacher_answer`) or a prompt without a reference is dropped, with the rule
-    `no_final_answer`. `shuffled` holds all rows in memory, and drops those of a cell with a single prompt.
+    `no_final_answer`. `shuffled` holds all rows in memory, and drops those of a cell with a single prompt; `share`
+    of the prompts, chosen by their ids, get another's answer, and the rest keep theirs.
     """
     if how == "whole":
         yield from rows
     elif how == "shuffled":
-        yield from _shuffled(rows, make)
+        yield from _shuffled(rows, make, share)
     else:
         for row in rows:
             if "rule" in row:
@@ -297,7 +305,7 @@ def reduced(rows: Iterable[Row], how: str, prompts: dict[str, Row], make: Make) 
             yield make(row, text) if text else _refused(row, "no_final_answer")
 
 
-def _shuffled(rows: Iterable[Row], make: Make) -> Iterator[Row]:
+def _shuffled(rows: Iterable[Row], make: Make, share: float) -> Iterator[Row]:
     """Each row with the text of a row further on in its (family, level), the last with those of the first."""
     kept: list[Row] = []
     for row in rows:
@@ -319,8 +327,16 @@ def _shuffled(rows: Iterable[Row], make: Make) -> Iterator[Row]:
                 text = other[i % len(other)]["text"] if other is not group else None
                 donors[row["prompt_id"], row["sample_idx"]] = text
     for row in kept:
+        if not _drawn(row["prompt_id"], share):
+            yield row
+            continue
         text = donors[row["prompt_id"], row["sample_idx"]]
         yield _refused(row, "no_other_prompt") if text is None else make(row, text)
+
+
+def _drawn(prompt_id: str, share: float) -> bool:
+    """Whether a prompt belongs to `share` of all: by its id, so that a dose is the same on every machine."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big") < share * 2**64
 
 
 def _refused(row: Row, rule: str) -> Row:

@@ -95,6 +95,8 @@ def identity(section: Filter, guard: HeldOut | None) -> dict[str, Any]:
         del settings["charset_share"]
     if not section.keep_unverified:  # off, a dataset is what it was before there was the key
         del settings["keep_unverified"]
+    if section.completions != "shuffled" or section.shuffled_share == 1:  # as before there was the key
+        del settings["shuffled_share"]
     if guard is None:
         del settings["decontaminate_ngram"], settings["decontaminate_share"]
     return {"filter": settings, **({"held_out": guard.fingerprint} if guard else {})}

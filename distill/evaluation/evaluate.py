@@ -90,7 +90,10 @@ def _stage_of(
     redo: bool,
     sources: list[tuple[dict[str, Any], str]] = (),
 ) -> dict:
-    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
+    prompts = recipe.prompts
+    if recipe.evaluate.solutions:
+        prompts = prompts.model_copy(update={"solutions": True})
+    problems = held_out(recipe.evaluate, prompts, recipe.seed)
     device = pick_device(recipe.device, recipe.threads)
     plan = _plan(problems, recipe.evaluate, device, recipe.prices.usd_per_device_hour)
     asked = {BASE: recipe.student.chat_template_kwargs}  # control and student were saved with theirs
@@ -151,6 +154,11 @@ def check_measured(problems: list[dict] | None, section: Evaluate) -> None:
             )
         for problem in choice_problems(problems):
             letters_of(problem)
+    if section.solutions and not any(p["solution"] for p in problems):
+        raise UserError(
+            "evaluate.solutions reads the worked solutions of the embedded tasks, and these problems have none; "
+            "leave it out, or name levels of the embedded tasks"
+        )
     if section.harness:
         from distill.evaluation.harness import check_harness
 
@@ -166,7 +174,7 @@ def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     later |= {"date": template_date().isoformat()} if dated else {}
     return later | {
         "schema_version": METRICS_VERSION,
-        "evaluate": plan.section.model_dump(mode="json"),
+        "evaluate": plan.section.identity(),
         "usd_per_hour": plan.usd_per_hour,
         "checkpoints": checkpoints,
         "problems": fingerprint([tuple(p[key] for key in keys) for p in plan.problems]),

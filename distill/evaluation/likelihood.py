@@ -208,6 +208,32 @@ def answers_nll(
     return _result(*found, size, len(rows)) | {"window": None, "stride": None}
 
 
+def solutions_nll(
+    model, tokenizer, problems: list[dict], answers: list[dict], limit: int
+) -> dict[str, dict[str, Any]]:
+    """{level: `TextScore`} of the worked solutions of each level's first `limit` problems, end token included.
+
+    A score without floor or ceiling: how likely the right working is, whatever the model would have written. The
+    rows of `answers` get `solution_nats` and `solution_tokens` of theirs, so that two models can be compared
+    problem by problem. Problems without a solution are left out.
+    """
+    first = {row["prompt_id"]: row for row in answers if row["sample_idx"] == 0}
+    found = {}
+    for level in dict.fromkeys(p["level"] for p in problems):
+        chosen = [p for p in problems if p["level"] == level and p["solution"]][:limit]
+        if not chosen:
+            continue
+        texts = [[*completion_ids(tokenizer, p["solution"]), tokenizer.eos_token_id] for p in chosen]
+        rows = [(prompt_ids(tokenizer, p["messages"]), ids) for p, ids in zip(chosen, texts)]
+        nats, counts, lost = _score(model, tokenizer, rows, list(range(len(rows))), 64)
+        for problem, nll, tokens in zip(chosen, nats.tolist(), counts.tolist()):
+            first[problem["prompt_id"]] |= {"solution_nats": nll, "solution_tokens": int(tokens)}
+        size = sum(len(p["solution"].encode()) for p in chosen)
+        score = _result(nats, counts, lost, size, len(rows))
+        found[level] = score | {"window": None, "stride": None}
+    return found
+
+
 def _score(model, tokenizer, rows: list[tuple], groups: list[int], batch_size: int) -> tuple:
     """(nats per group, finite tokens per group, tokens that are not)."""
     scored = score_rows(

@@ -19,7 +19,7 @@ import torch
 from distill.config.evaluation import Evaluate
 from distill.evaluation.answers import answer_problems
 from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
-from distill.evaluation.likelihood import answers_nll, likelihoods, text_names, text_nll
+from distill.evaluation.likelihood import answers_nll, likelihoods, solutions_nll, text_names, text_nll
 from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import usage_cost
@@ -129,6 +129,8 @@ def measure_model(
         result["calibration"] = {**result.get("calibration", {}), "answers": answers}
     if text := _text(model, tokenizer, plan, reference, first if is_teacher else None):
         result["text"] = text
+    if section.solutions:
+        result["solutions"] = solutions_nll(model, tokenizer, problems, rows, section.solutions)
     if section.likelihood:
         result["likelihood"] = likelihoods(model, tokenizer, problems)
     if section.harness:

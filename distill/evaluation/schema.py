@@ -233,6 +233,9 @@ class ModelMetrics(Block):
     tasks: dict[str, TaskScore]
     families: dict[str, dict[str, TaskScore]] = Field(description="the same, per family and task")
     likelihood: dict[str, list[LikelihoodScore]] | None = Field(None, description="per multiple-choice task")
+    solutions: dict[str, TextScore] | None = Field(
+        None, description="per level: the worked solutions of its first problems, read after their questions"
+    )
     text: dict[str, TextScore] | None = Field(
         None, description="per file, and `teacher_answers`: the teacher's answers after their prompts"
     )

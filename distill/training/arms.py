@@ -199,7 +199,8 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
     """FLOPs of the whole arm: 3 forward passes a token for full training (Kaplan et al. 2020, section 2.1).
 
     With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
-    share; a live teacher adds one forward pass of its own.
+    share; a live teacher adds one forward pass of its own. Text that the student writes while it trains costs one
+    forward pass a token, prompts included (each token is read once, from the cache of those before it).
     """
     tokens, context = counts["tokens_read"], max(1, counts["tokens_read"] // (2 * counts["rows"]))
     passes = 3 if counts["parameters_trainable"] == counts["parameters_total"] else 2
@@ -208,7 +209,10 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
         flops += 6 * counts["parameters_trainable"]
     if teacher:
         flops += teacher.flops_per_token(context)
-    return int(flops * tokens)
+    sampled = counts.get("tokens_sampled", 0)
+    if sampled:
+        sampled *= describe_model(student.model, context)["flops_per_token"]
+    return int(flops * tokens + sampled)
 
 
 def _final_loss(folder: Path) -> float:

@@ -48,6 +48,7 @@ class Lot:
 
 class Source(Protocol):
     stats: dict[str, float]  # what to log beside the loss; {} for nothing
+    passed: int  # tokens that went through the student before the step, to write its rows; 0 for stored ones
 
     def lot(self, step: int, rank: int, world: int) -> Lot:
         """The rows of 0-based optimizer step `step`; the same on every call with the same arguments."""
@@ -62,7 +63,7 @@ class StoredRows:
     """A dataset on disk: which rows make a step is a pure function of (seed, step)."""
 
     def __init__(self, rows: TokenRows, batch_size: int, seed: int):
-        self.stats = {}
+        self.stats, self.passed = {}, 0
         self.rows, self.plan = rows, BatchPlan(rows.lengths, batch_size, seed)
 
     def lot(self, step: int, rank: int = 0, world: int = 1) -> Lot:
@@ -118,6 +119,7 @@ class OnPolicyRows:
         self.filled = (0, 0)  # the buffer holds what the student writes in steps from .. to - 1
         self.bad_buffers = 0
         self.stats: dict[str, float] = {}
+        self.passed = 0  # tokens that went through the student to be sampled, prompts too, over all processes
 
     # ---- the source ------------------------------------------------------------------------------------
 
@@ -145,12 +147,18 @@ class OnPolicyRows:
         """The buffers of all processes: a resumed run trains on the very text that was sampled."""
         everyone = [item for items in self.gather(list(self.buffer.items())) for item in items]
         buffer = [[*key, ids] for key, ids in dict(everyone).items()]
-        return {"buffer": buffer, "filled": list(self.filled), "bad_buffers": self.bad_buffers}
+        return {
+            "buffer": buffer,
+            "filled": list(self.filled),
+            "bad_buffers": self.bad_buffers,
+            "passed": self.passed,
+        }
 
     def restore(self, state: dict[str, Any] | None) -> None:
         if state:
             self.buffer = {(step, place): ids for step, place, ids in state["buffer"]}
             self.filled, self.bad_buffers = tuple(state["filled"]), state["bad_buffers"]
+            self.passed = state.get("passed", 0)
 
     # ---- sampling --------------------------------------------------------------------------------------
 
@@ -188,14 +196,15 @@ class OnPolicyRows:
             )
         self.buffer = {place: list(map(int, c.ids)) for place, c in zip(places, found)}
         self.filled = (first, stop)
-        self._look_at(first, found)
+        self._look_at(first, found, sum(map(len, prompts)))
 
-    def _look_at(self, step: int, found: list) -> None:
+    def _look_at(self, step: int, found: list, prompt_tokens: int = 0) -> None:
         """Lengths, and the alarm: answers that do not end, twice in a row."""
         cut = sum(c.finish_reason == "length" for c in found)
         lengths = [len(c.ids) for c in found]
-        everyone = self.gather((len(found), cut, sum(lengths)))
-        n, cut, total = (sum(column) for column in zip(*everyone))
+        everyone = self.gather((len(found), cut, sum(lengths), prompt_tokens))
+        n, cut, total, asked = (sum(column) for column in zip(*everyone))
+        self.passed += total + asked
         if not n:
             return
         self.stats = {"sampled": n, "truncated": round(cut / n, 4), "mean_tokens": round(total / n, 2)}

@@ -160,6 +160,7 @@ def train_student(
         **validator.close(step_module),
         "tokens": log.tokens,  # trained: completion tokens
         "tokens_read": log.read,  # passed through the model: prompts too
+        "tokens_sampled": source.passed,  # passed through it before, to write what it trains on: prompts too
         "head": step_module.head_form,
         "micro_batch_size": micro.size,
         "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass

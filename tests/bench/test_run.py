@@ -4,72 +4,15 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from conftest import ROOT
+from grid_example import TINY, written
 
-from distill.bench.grid import load_bench, pick_budget, plan
+from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
+from distill.bench.plan import plan
 from distill.bench.run import describe_plan, run_bench
 from distill.commands.cli import main
 from distill.errors import RunError, UserError
-
-TINY = {
-    "title": "Tiny",
-    "recipe": str(ROOT / "recipes" / "demo.yaml"),
-    "set": {
-        "teacher.model": str(ROOT / "checkpoints" / "teacher"),
-        "student.model": str(ROOT / "checkpoints" / "base"),
-        "prompts.levels": {"easy": 14},
-        "generate.samples": 1,
-        "train.objectives": [{"name": "cross_entropy"}],
-        "train.steps": 2,
-        "train.warmup_steps": 1,
-        "train.batch_size": 4,
-        "evaluate.levels": {"easy": 7},
-        "evaluate.speed": False,
-        "evaluate.max_new_tokens": 40,
-        "prices.usd_per_device_hour": 0.05,
-    },
-    "budgets": {"small": {"seeds": 1}, "full": {"seeds": 3}},
-    "arms": {
-        "base": {"checkpoint": str(ROOT / "checkpoints" / "base")},
-        "teacher": {
-            "checkpoint": str(ROOT / "checkpoints" / "teacher"),
-            "set": {"evaluate.interventions.top_k": [1, 2], "evaluate.interventions.problems": 7},
-        },
-        "control": {"set": {"filter.completions": "reference_answer"}},
-        "sequence": {},
-        "more": {"start": "sequence", "set": {"train.steps": 3}, "budget": "full"},
-    },
-    "claims": [
-        {
-            "id": "gain", "group": "G", "sentence": "s <b>", "hypothesis": "h", "metric": "accuracy.easy",
-            "effect": {"sequence": 1, "control": -1}, "expect": "greater",
-        },
-        {
-            "id": "tokens", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "train.tokens",
-            "effect": {"sequence": 1, "control": -1}, "expect": "greater", "equal": ["tokens"],
-        },
-        {
-            "id": "later", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
-            "effect": {"more": 1, "sequence": -1}, "expect": "greater", "equal": ["prompts"], "axis": "more steps",
-            "budget": "full",
-        },
-    ],
-    "curves": [
-        {"title": "C", "x": "train.flops", "y": "accuracy.easy", "series": {"s": ["sequence", "more"]}},
-        {
-            "title": "D", "x": "cost.usd_per_million", "y": "accuracy.easy", "front": True,
-            "series": {"base": ["base"], "s": ["sequence"], "teacher": ["teacher@k1", "teacher@k2"]},
-        },
-    ],
-}  # fmt: skip
-
-
-def written(tmp_path, **changes) -> str:
-    path = tmp_path / "bench.yaml"
-    path.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "grid"), **TINY, **changes}, sort_keys=False))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -204,21 +147,55 @@ def test_commands_know_a_grid_from_a_recipe(tmp_path, capsys):
 
 
 def test_the_shipped_claims_hold_together():
-    """Both budgets plan; the full one contains the small one; headline arms have three seeds or more."""
-    recipe, file = load_bench(str(ROOT / "recipes" / "claims.yaml"))
+    """Both budgets plan; the full one contains the small one; every claim has the seeds that a verdict needs."""
+    path = str(ROOT / "recipes" / "claims.yaml")
+    recipe, file = load_bench(path)
     small, full = (plan(recipe, budget, file) for budget in ("small", "full"))
-    assert set(small) < set(full)
-    assert pick_budget(recipe, None) == "small" and recipe.budgets["small"].seeds >= 3
-    assert sum(t.arm == "sequence" for t in small.values()) == 3
-    found = describe_plan(str(ROOT / "recipes" / "claims.yaml"), "full")
+    assert set(small) < set(full) and pick_budget(recipe, None) == "small"
+    found = describe_plan(path, "full")
     groups = {claim.group for claim in recipe.claims}
     assert len(groups) >= 8 and set(found["claims"]) == {claim.id for claim in recipe.claims}
     # One generation serves all arms of a seed that ask the same teacher the same questions.
     asked = {
-        t.needs[-1]: None for t in small.values() if t.arm in ("sequence", "control", "unfiltered", "full")
+        t.needs[-1]: None for t in small.values() if t.arm in ("sequence", "control", "shuffled", "full")
     }
     answers = {tuple(small[rows].needs) for rows in asked}
-    assert len(answers) == recipe.budgets["small"].seeds
+    assert len(answers) == recipe.budgets["small"].seeds >= 5
+    for claim in recipe.claims:
+        seeds = recipe.claim_seeds(claim, "full")
+        assert len(seeds) >= 6 and min(seeds) >= 100, "the first registration used seeds 0 to 4"
+        assert claim.why or not (claim.margin or claim.trivial), f"{claim.id}: why this margin?"
+    assert recipe.claim_seeds(next(c for c in recipe.claims if c.id == "distillation"), "full") == [
+        *range(100, 110)
+    ]
+    bases = {t.seed for t in full.values() if t.arm == "base-moe"}
+    assert len(bases) == 6, "a base of each kind per seed"
+
+
+def test_the_shipped_claims_are_what_a_referee_asked_for():
+    recipe, _ = load_bench(str(ROOT / "recipes" / "claims.yaml"))
+    assert sum(recipe.set["evaluate.levels"].values()) >= 2800
+    assert "bf16" not in recipe.factorial.factors and set(recipe.controls.doses.values()) == {0.1, 0.25, 1.0}
+    assert recipe.controls.nulls == 20
+    balanced = {c.id for c in recipe.claims if c.id.startswith("bias-")}
+    weights = ("1e-4", "1e-3", "1e-2")
+    assert balanced == {f"bias-{how}-{w}" for how in ("as-batch", "below-sequence") for w in weights} | {
+        "bias-as-none"
+    }
+    for arm in ("lora-2", "lora-64", "sequence"):
+        assert "student.lora.alpha" not in recipe.changes(arm)
+    tuned = {name for arm, of in recipe.tuning.arms.items() for name in (arm, *of.serves)}
+    assert {"sequence", "control", "full", "scratch", "lora-2", "lora-64", "on-policy", "off-policy"} <= tuned
+    tuning = range(recipe.tuning.first_seed, recipe.tuning.first_seed + recipe.tuning.seeds)
+    used = {seed for arm in recipe.all_arms() for seed in recipe.seeds_of(arm, "full")}
+    assert not used & set(tuning)
+
+
+@pytest.mark.parametrize("budget, minutes", [("small", 45), ("full", 240)])
+def test_a_budget_is_planned_to_end_in_time(budget, minutes):
+    found = describe_plan(str(ROOT / "recipes" / "claims.yaml"), budget)["forecast"]
+    assert 0.3 * minutes < found["wall_minutes"] < minutes and found["jobs"] == 2
+    assert found["from"].startswith("recipes/results/claims-") and "EPYC" in found["on"]
 
 
 @pytest.mark.parametrize("budget", ["small", "full"])

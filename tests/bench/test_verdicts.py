@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats as reference
 
 from distill.bench.verdicts import (
+    EQUIVALENT,
     INCONCLUSIVE,
     NOT_SUPPORTED,
     SUPPORTED,
+    detectable,
     effect,
+    equivalence_p,
     factorial_contrasts,
     fit_curve,
     hypothesis_verdict,
@@ -57,7 +60,15 @@ def test_few_and_equal_values():
 
 
 def found(low: float, high: float, n: int = 3) -> dict:
-    return {"ci95": [low, high], "n": n}
+    """An effect whose 95 % interval is that."""
+    mean, half = (low + high) / 2, (high - low) / 2
+    error = half / reference.t.ppf(0.975, n - 1)
+    known = {"estimate": mean, "stderr": error, "freedom": n - 1, "scale": "linear"}
+    return {"ci95": [low, high], "n": n, "mean": mean, **known}
+
+
+def of(sample) -> dict:
+    return effect({"a": 1}, {"a": dict(enumerate(sample))})
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,7 @@ def found(low: float, high: float, n: int = 3) -> dict:
         ((-0.2, -0.01), "less", 0.0, SUPPORTED),
         ((-0.2, -0.06), "less", 0.05, SUPPORTED),
         ((0.01, 0.2), "less", 0.0, NOT_SUPPORTED),
-        ((-0.01, 0.02), "within", 0.05, SUPPORTED),
+        ((-0.01, 0.02), "within", 0.05, EQUIVALENT),
         ((0.06, 0.2), "within", 0.05, NOT_SUPPORTED),
         ((-0.2, -0.06), "within", 0.05, NOT_SUPPORTED),
         ((-0.01, 0.2), "within", 0.05, INCONCLUSIVE),
@@ -89,7 +100,7 @@ def test_a_verdict_follows_from_where_the_interval_lies(interval, expect, margin
 )
 def test_the_p_value_of_a_verdict_agrees_with_the_interval(sample, margin, expect):
     margin = margin or (0.2 if expect == "within" else 0.0)
-    effect_ = {"n": len(sample), **mean_interval(sample)}
+    effect_ = of(sample)
     p_value = verdict_p(effect_, expect, margin)
     if abs(p_value - 0.05) > 1e-9:
         assert (p_value < 0.05) == (hypothesis_verdict(effect_, expect, margin) != INCONCLUSIVE)
@@ -103,13 +114,117 @@ def test_a_table_of_nulls_is_rarely_called_in_any_row():
     rng = np.random.default_rng(1)
     called = alone = 0
     for table in rng.normal(0, 0.03, (400, 60, 5)).tolist():
-        effects = [{"n": 5, **mean_interval(row)} for row in table]
+        effects = [of(row) for row in table]
         corrected = holm([verdict_p(e, "greater") for e in effects])
         called += any(
             hypothesis_verdict(e, "greater", 0.0, p) != INCONCLUSIVE for e, p in zip(effects, corrected)
         )
         alone += any(hypothesis_verdict(e, "greater") != INCONCLUSIVE for e in effects)
     assert called <= 400 * 0.08 and alone >= 400 * 0.9
+
+
+def test_equivalence_is_two_one_sided_tests_at_their_usual_level():
+    """EQUIVALENT just where the 90 % interval lies inside; against scipy's own one-sided tests."""
+    rng = np.random.default_rng(2)
+    verdicts = set()
+    for row in rng.normal(0.0, 0.02, (200, 5)).tolist():
+        p = equivalence_p(of(row), 0.03)
+        above, below = (
+            reference.ttest_1samp(row, bound, alternative=side).pvalue
+            for bound, side in ((-0.03, "greater"), (0.03, "less"))
+        )
+        assert p == pytest.approx(max(above, below), rel=1e-9)
+        low, high = reference.ttest_1samp(row, 0).confidence_interval(0.90)
+        verdict = hypothesis_verdict(of(row), "within", 0.03)
+        assert (verdict == EQUIVALENT) == (low > -0.03 and high < 0.03)
+        verdicts.add(verdict)
+    assert verdicts == {EQUIVALENT, INCONCLUSIVE}
+
+
+def test_equivalence_is_rarely_claimed_of_an_effect_at_the_margin():
+    rng = np.random.default_rng(3)
+    called = [hypothesis_verdict(of(r), "within", 0.03) for r in rng.normal(0.03, 0.02, (4000, 5)).tolist()]
+    assert 0.04 < np.mean([v == EQUIVALENT for v in called]) < 0.06
+
+
+def test_a_claim_of_more_that_finds_nothing_is_equivalent_where_that_was_asked():
+    small = found(-0.01, 0.012)
+    assert hypothesis_verdict(small, "greater") == INCONCLUSIVE
+    p = equivalence_p(small, 0.03)
+    assert p < 0.05 and hypothesis_verdict(small, "greater", equivalence_p=p) == EQUIVALENT
+    clear = found(0.005, 0.02)  # above 0 and trivial: the hypothesis is what was asked first
+    assert hypothesis_verdict(clear, "greater", equivalence_p=equivalence_p(clear, 0.03)) == SUPPORTED
+    assert hypothesis_verdict(small, "greater", equivalence_p=0.05) == INCONCLUSIVE
+
+
+COUNTED = st.lists(st.tuples(st.integers(0, 80), st.integers(0, 80)), min_size=3, max_size=6)
+
+
+@given(COUNTED)
+def test_shares_have_intervals_of_some_width_within_what_is_possible(pairs):
+    values = {name: {s: pair[i] / 80 for s, pair in enumerate(pairs)} for i, name in enumerate("ab")}
+    counts = {name: {s: (pair[i], 80) for s, pair in enumerate(pairs)} for i, name in enumerate("ab")}
+    bound = effect({"a": 1, "b": -1}, values, counts=counts, share=True)
+    low, high = bound["ci95"]
+    assert -1 <= low < high <= 1 and low <= bound["mean"] <= high and 0 <= bound["p_value"] <= 1
+    free = effect({"a": 1, "b": -1}, values)["ci95"]
+    assert low <= max(free[0], -1) + 1e-12 and high >= min(free[1], 1) - 1e-12
+
+
+def test_all_right_against_all_wrong_is_bounded_by_counting():
+    """80 of 80 in every seed against 0 of 80: the interval was [100, 100], its p-value 0."""
+    values = {"a": dict.fromkeys(range(5), 1.0), "b": dict.fromkeys(range(5), 0.0)}
+    counts = {"a": dict.fromkeys(range(5), (80, 80)), "b": dict.fromkeys(range(5), (0, 80))}
+    sure = effect({"a": 1, "b": -1}, values, counts=counts, share=True)
+    one = 1 - 400 / (400 + reference.norm.ppf(0.975) ** 2)  # Wilson's bound of one arm
+    assert sure["ci95"] == pytest.approx([1 - math.sqrt(2) * one, 1.0], rel=1e-6) and sure["bounded"]
+    assert 0 < sure["p_value"] < 1e-6
+    nothing = effect(
+        {"a": 1, "b": -1}, {**values, "a": values["b"]}, counts={**counts, "a": counts["b"]}, share=True
+    )
+    assert nothing["ci95"][0] < 0 < nothing["ci95"][1] and nothing["p_value"] == 1.0
+
+
+def test_a_counted_difference_covers_at_the_edge():
+    """Both arms near 100 %: 20,000 tables of three seeds of 80; without the bounds most intervals miss or vanish."""
+    rng = np.random.default_rng(4)
+    hits = rng.binomial(80, (0.995, 0.98), (4000, 3, 2))
+    covered = free = 0
+    for table in hits.tolist():
+        values = {n: {s: row[i] / 80 for s, row in enumerate(table)} for i, n in enumerate("ab")}
+        counts = {n: {s: (row[i], 80) for s, row in enumerate(table)} for i, n in enumerate("ab")}
+        low, high = effect({"a": 1, "b": -1}, values, counts=counts, share=True)["ci95"]
+        covered += low <= 0.015 <= high
+        low, high = effect({"a": 1, "b": -1}, values)["ci95"]
+        free += low < high
+    assert covered > 4000 * 0.94 and free < 4000
+
+
+@given(st.lists(st.floats(0.001, 0.5), min_size=3, max_size=6))
+def test_a_relative_effect_never_falls_below_what_is_possible(shares):
+    values = {"a": dict(enumerate(shares)), "b": dict.fromkeys(range(len(shares)), 1.0)}
+    ratio = effect({"a": 1, "b": -1}, values, relative_to="b")
+    assert -1 < ratio["ci95"][0] <= ratio["mean"] * (1 - 1e-12) <= ratio["ci95"][1] * (1 - 1e-12) + 1e-12
+    assert ratio["mean"] == pytest.approx(math.exp(np.mean(np.log(shares))) - 1)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.05 / 20])
+def test_an_effect_of_the_detectable_size_is_found_four_times_in_five(level):
+    rng = np.random.default_rng(5)
+    seen = detectable(found(-0.05, 0.05, n=5), "greater", level=level)
+    sd = found(-0.05, 0.05, n=5)["stderr"] * math.sqrt(5)
+    rows = rng.normal(seen, sd, (4000, 5))
+    p = reference.ttest_1samp(rows, 0, axis=1).pvalue
+    assert np.mean(p < level) == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_detectable_margin_of_an_equivalence_is_found_four_times_in_five():
+    rng = np.random.default_rng(6)
+    at = found(-0.05, 0.05, n=5)
+    margin = detectable(at, "within")
+    rows = rng.normal(0, at["stderr"] * math.sqrt(5), (3000, 5)).tolist()
+    # The margin is worked out for a spread that is known; here each table has its own.
+    assert np.mean([equivalence_p(of(r), margin) < 0.05 for r in rows]) == pytest.approx(0.8, abs=0.08)
 
 
 def test_too_few_seeds_decide_nothing():
@@ -139,7 +254,7 @@ def test_intervals_cover_and_equal_arms_are_rarely_called_different(seeds):
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.94 < covered < 0.96
     null = [mean_interval(row)["ci95"] for row in (difference - truth).tolist()]
-    verdicts = [hypothesis_verdict({"ci95": ci, "n": seeds}, "greater") for ci in null]
+    verdicts = [hypothesis_verdict(found(*ci, n=seeds), "greater") for ci in null]
     assert np.mean([v == INCONCLUSIVE for v in verdicts]) > 0.94
 
 

@@ -47,3 +47,26 @@ def test_what_cannot_go_together_is_refused():
         load_recipe(demo, ["filter.completions=shuffled", sparse, "generate.signal={kind: top_k, k: 4}"])
     with pytest.raises(UserError, match="this recipe has no control; leave it out"):
         load_recipe(demo, ["control.enabled=false", "evaluate.models=[control, student]"])
+
+
+def test_a_dose_spoils_its_share_and_a_larger_one_contains_it():
+    """The planted positives: 10, 25 and 100 % of the prompts with the answer of another."""
+    many = {f"p{i}": {"answer": "x"} for i in range(1000)}
+    rows = [row(i) for i in range(1000)]
+    spoilt = {}
+    for share in (0.1, 0.25, 1.0):
+        found = list(reduced(rows, "shuffled", many, make, share))
+        assert [r["prompt_id"] for r in found] == [r["prompt_id"] for r in rows]
+        spoilt[share] = {r["prompt_id"] for r, old in zip(found, rows) if r["text"] != old["text"]}
+        assert len(spoilt[share]) / 1000 == pytest.approx(share, abs=0.03)
+    assert spoilt[0.1] < spoilt[0.25] < spoilt[1.0]
+
+
+def test_a_dataset_without_a_dose_is_what_it_was_before_there_was_the_key():
+    from distill.config.data import Filter
+    from distill.data.filter_rules import identity
+
+    assert "shuffled_share" not in identity(Filter(completions="shuffled"), None)["filter"]
+    assert (
+        identity(Filter(completions="shuffled", shuffled_share=0.1), None)["filter"]["shuffled_share"] == 0.1
+    )

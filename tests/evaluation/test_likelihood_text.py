@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.evaluation.likelihood import answers_nll, read_documents, text_names, text_nll, windows
+from distill.evaluation.likelihood import (
+    answers_nll,
+    read_documents,
+    solutions_nll,
+    text_names,
+    text_nll,
+    windows,
+)
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
@@ -186,3 +193,36 @@ def test_on_the_command_line(run_cli, hub, tmp_path):
         "evaluate", hub["llama"], "--text", tmp_path / "missing.txt", "--out", tmp_path / "no"
     )
     assert code == 2 and "missing.txt" in err
+
+
+def test_worked_solutions_are_read_problem_by_problem(hub):
+    """The first of each level, after their questions, end token included; every answer keeps its own nats."""
+    model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
+    problems = [
+        {
+            "prompt_id": f"p{i}",
+            "level": level,
+            "messages": [{"role": "user", "content": f"{i}+1?"}],
+            "solution": text,
+        }
+        for i, (level, text) in enumerate(
+            [("easy", "one"), ("easy", "no"), ("hard", "three"), ("easy", "left out")]
+        )
+    ]
+    answers = [{"prompt_id": p["prompt_id"], "sample_idx": s} for p in problems for s in (0, 1)]
+    found = solutions_nll(model, tokenizer, problems, answers, 2)
+    assert {level: score["documents"] for level, score in found.items()} == {"easy": 2, "hard": 1}
+    kept = {a["prompt_id"]: a for a in answers if "solution_nats" in a}
+    assert set(kept) == {"p0", "p1", "p2"} and all(a["sample_idx"] == 0 for a in kept.values())
+    for problem in problems[:3]:
+        prompt = prompt_ids(tokenizer, problem["messages"])
+        ids = [*tokenizer(problem["solution"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logs = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+        nats = -sum(float(logs[len(prompt) - 1 + i, t]) for i, t in enumerate(ids))
+        assert kept[problem["prompt_id"]]["solution_nats"] == pytest.approx(nats, rel=1e-5)
+        assert kept[problem["prompt_id"]]["solution_tokens"] == len(ids)
+    easy = [kept["p0"], kept["p1"]]
+    mean = sum(a["solution_nats"] for a in easy) / sum(a["solution_tokens"] for a in easy)
+    assert found["easy"]["nll_per_token"] == pytest.approx(mean)
+    assert solutions_nll(model, tokenizer, [{**problems[0], "solution": None}], answers, 2) == {}

@@ -240,6 +240,25 @@ def test_a_resume_trains_on_the_text_that_was_sampled(trained, monkeypatch):
     resumed, run_dir = trained("stopped", *options)
     assert losses_of(run_dir) == losses_of(whole_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    counts = [
+        json.loads((d / "student" / "manifest.json").read_text())["counts"] for d in (whole_dir, run_dir)
+    ]
+    assert counts[0]["tokens_sampled"] == counts[1]["tokens_sampled"] > 0
+
+
+def test_what_the_student_writes_is_in_its_training_flops(trained):
+    """One forward pass for every token that it read or wrote to make a row, beside those of training."""
+    found = {}
+    for name, extra in (("own", ON_POLICY), ("stored", "seed=0")):
+        _, run_dir = trained(name, REVERSE, extra, "control.enabled=false")
+        found[name] = json.loads((run_dir / "student" / "manifest.json").read_text())
+    stored = found["stored"]
+    per_token = stored["flops"] / stored["counts"]["tokens_read"]
+    sampled = found["own"]["counts"]["tokens_sampled"]
+    assert stored["counts"]["tokens_sampled"] == 0 < sampled
+    forward = (found["own"]["flops"] - per_token * found["own"]["counts"]["tokens_read"]) / sampled
+    # Full training reads each token for three forward passes of the student and one of the teacher.
+    assert per_token / 6 < forward < per_token / 3
 
 
 def test_another_end_token_is_refused_before_anything_is_sampled(hub):

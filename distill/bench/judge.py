@@ -1,0 +1,254 @@
+"""Claims judged: the effect, the verdict in its family, what else a reader must know to believe it.
+
+    row = judge_claim(bench, claim, budget, measured); decide(rows)      # a row of the table; verdicts of all together
+
+One in twenty true nulls passes a test by its own 95 % interval, so a claim is corrected with those of its family
+(Holm): the headline claims are one family, the others of a group are one each, and exploratory. `alone` is what
+the claim's own interval says. Two questions are asked of a claim of greater or less, each corrected by itself: is
+the effect where the hypothesis says, and, if not, is it shown to be trivial (EQUIVALENT). Arms that do not have in
+common what the claim says they have get NOT COMPARABLE.
+
+Beside the verdict: `detectable`, the smallest effect that would have been decided four times in five at the family's
+first step; `items`, how much of the noise is the choice of test problems; `fixed`, the checkpoints that all seeds
+share and the claim speaks of; and the referee's questions: what would falsify it, what differs between the arms.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from distill.bench.claims import EQUAL, Claim
+from distill.bench.grid import Bench, arms_within
+from distill.bench.items import Table, item_noise
+from distill.bench.metrics import metric
+from distill.bench.plan import KNOWN_BEFORE, Task, runs_of
+from distill.bench.tuning import edges
+from distill.bench.verdicts import (
+    INCONCLUSIVE,
+    SIGNIFICANCE,
+    Counts,
+    Values,
+    detectable,
+    effect,
+    equivalence_p,
+    hypothesis_verdict,
+    verdict_p,
+)
+from distill.evaluation.stats import holm
+from distill.storage import MANIFEST, read_json
+
+NOT_COMPARABLE = "NOT COMPARABLE"
+SAME = (
+    0.02  # trained tokens and FLOPs count as equal up to this share: answers differ by a token here and there
+)
+EQUAL_AFTER = tuple(key for key in EQUAL if key not in KNOWN_BEFORE)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What finished runs have: values and counts by "arm@metric" and seed, single answers, budgets, seconds."""
+
+    tasks: dict[str, Task]
+    values: dict[str, dict[int, float]]
+    counts: dict[str, dict[int, tuple[int, int]]]
+    table: Table
+    budgets: dict[str, dict[str, list]]
+    seconds: dict[str, float]
+
+
+def of_seeds(values: Values | Counts, terms: list[str], seeds: list[int]) -> dict[str, dict[int, Any]]:
+    """Those of `terms` that are there, in those seeds."""
+    return {t: {s: values[t][s] for s in seeds if s in values[t]} for t in terms if t in values}
+
+
+def judge_claim(
+    bench: Bench, claim: Claim, budget: str, measured: Measured, tuning: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One row of the claims table, its `verdict` still without the others'. `tuning`: how rates were chosen."""
+    seeds = bench.claim_seeds(claim, budget)
+    terms = claim.terms(bench.factorial)
+    found = _effect(claim, terms, seeds, measured)
+    names = list(dict.fromkeys(term.partition("@")[0] for term in terms))
+    own = {name: bench.seeds_of(name, budget) for name in names}
+    unequal = [f"{key}: {why}" for key in claim.equal if (why := _differ(key, own, seeds, measured.budgets))]
+    unequal += _unmatched(claim, names, seeds, measured.values)
+    kept = ("id", "group", "source", "sentence", "hypothesis", "metric", "expect", "margin", "trivial", "why")
+    kept += ("relative", "headline", "equal", "matched", "axis", "scope", "registered")
+    return {
+        **claim.model_dump(include=set(kept)),
+        "family": claim.family,
+        "unit": claim.unit,
+        "terms": terms,
+        "seeds": seeds,
+        "effect": found,
+        "verdict": NOT_COMPARABLE if unequal else INCONCLUSIVE,
+        "alone": NOT_COMPARABLE if unequal else _alone(claim, found),
+        "p_value": None if unequal else verdict_p(found, claim.expect, claim.margin),
+        "p_value_equivalent": None if unequal or not claim.trivial else equivalence_p(found, claim.trivial),
+        "means": _means(measured.values, list(terms), seeds),
+        "second": _second(claim, bench, seeds, measured),
+        "items": _items(found, terms, seeds, measured.table),
+        "unequal": unequal,
+        "comparable": not unequal,
+        "edges": edges(tuning, names),
+        "fixed": fixed_checkpoints(bench, names, budget, measured.tasks),
+        "differs": differences(bench, names),
+        "falsified": falsified(claim),
+        "looked": claim.looked or bench.looked,
+        "cost": _cost(bench, names, budget, seeds, measured),
+    }
+
+
+def _means(values: Values, terms: list[str], seeds: list[int]) -> dict[str, float]:
+    return {t: statistics.fmean(v.values()) for t, v in of_seeds(values, terms, seeds).items() if v}
+
+
+def _effect(claim: Claim, terms: dict[str, float], seeds: list[int], measured: Measured) -> dict[str, Any]:
+    reference = next(t for t, w in terms.items() if w == -1) if claim.relative else None
+    values = {**{t: {} for t in terms}, **of_seeds(measured.values, list(terms), seeds)}
+    shares = all(metric(t.partition("@")[2]).unit == "%" for t in terms)
+    counted = of_seeds(measured.counts, list(terms), seeds)
+    return effect(terms, values, reference, counts=counted, share=shares and not claim.relative)
+
+
+def _alone(claim: Claim, found: dict[str, Any]) -> str:
+    trivial = equivalence_p(found, claim.trivial) if claim.trivial else None
+    return hypothesis_verdict(found, claim.expect, claim.margin, equivalence_p=trivial)
+
+
+def _second(claim: Claim, bench: Bench, seeds: list[int], measured: Measured) -> dict[str, Any] | None:
+    """The same arms by the claim's second metric; it has no verdict."""
+    if not claim.second:
+        return None
+    terms = claim.terms(bench.factorial, claim.second)
+    values = {**{t: {} for t in terms}, **of_seeds(measured.values, list(terms), seeds)}
+    share = metric(claim.second).unit == "%"
+    found = effect(terms, values, counts=of_seeds(measured.counts, list(terms), seeds), share=share)
+    return {"metric": claim.second, "unit": metric(claim.second).unit, "terms": terms, "effect": found}
+
+
+def _items(found: dict, terms: dict[str, float], seeds: list[int], table: Table) -> dict[str, Any] | None:
+    """What the test problems contribute, and `share` of the variance that the seeds show."""
+    noise = item_noise(table, terms, seeds)
+    if noise is None or not found["stderr"] or found["scale"] == "log":
+        return noise
+    return {**noise, "share": (noise["stderr"] / found["stderr"]) ** 2}
+
+
+def _differ(key: str, own: dict[str, list[int]], seeds: list[int], budgets: dict) -> str | None:
+    """How the arms' values of a budget key differ, seed by seed; None if they do not. Checkpoints have none."""
+    columns = {}
+    for arm, there in own.items():
+        column = dict(zip(there, budgets[arm][key]))
+        if next(iter(column.values())) is not None:
+            columns[arm] = [column[seed] for seed in seeds if seed in column]
+    for row in zip(*columns.values()):
+        low, high = min(row), max(row)
+        same = low == high if key not in EQUAL_AFTER else high - low <= SAME * high
+        if not same:
+            return ", ".join(f"{arm} {value}" for arm, value in zip(columns, row))
+    return None
+
+
+def _unmatched(claim: Claim, arms: list[str], seeds: list[int], values: dict) -> list[str]:
+    """What of `matched` the arms' means do not hold."""
+    found = []
+    for name, most in claim.matched.items():
+        means = _means(values, [f"{arm}@{name}" for arm in arms], seeds)
+        if means and max(means.values()) - min(means.values()) > most:
+            shown = ", ".join(f"{term.partition('@')[0]} {mean:.3f}" for term, mean in means.items())
+            found.append(f"{name} should agree to {most:g}: {shown}")
+    return found
+
+
+def _cost(bench: Bench, arms: list[str], budget: str, seeds: list[int], measured: Measured) -> dict[str, Any]:
+    known = arms_within(bench, budget)
+    runs = {runs_of(bench, arm, seed, known) for arm in arms for seed in seeds}
+    flops = sum(
+        read_json(measured.tasks[r].folder / "student" / MANIFEST)["flops"]
+        for r in runs
+        if not measured.tasks[r].checkpoint
+    )
+    seconds = math.fsum(measured.seconds.get(r, 0.0) for r in runs)
+    return {"runs": len(runs), "seconds": round(seconds, 1), "flops": flops}
+
+
+def decide(claims: list[dict[str, Any]]) -> None:
+    """Verdicts of claims judged together: `verdict` in place of what each would be `alone`, and what else follows."""
+    for family in dict.fromkeys(claim["family"] for claim in claims):
+        own = [claim for claim in claims if claim["family"] == family]
+        tested = sum(claim["p_value"] is not None for claim in own)
+        equivalent = holm([claim["p_value_equivalent"] for claim in own])
+        for claim, corrected, trivial in zip(own, holm([claim["p_value"] for claim in own]), equivalent):
+            claim["p_value_holm"] = corrected
+            claim["p_value_equivalent_holm"] = trivial
+            level = SIGNIFICANCE / max(1, tested)
+            found, expect, margin = claim["effect"], claim["expect"], claim["margin"]
+            claim["detectable"] = detectable(found, expect, margin, level) if claim["comparable"] else None
+            if claim["comparable"] and corrected is not None:
+                claim["verdict"] = hypothesis_verdict(found, expect, margin, corrected, trivial)
+
+
+# ----------------------------------------------------------------------------------------- what a referee asks
+
+
+def fixed_checkpoints(bench: Bench, arms: list[str], budget: str, tasks: dict[str, Task]) -> list[str]:
+    """Models that the arms of every seed start from, are taught by or are: a claim speaks of these alone."""
+    known, found = arms_within(bench, budget), {}
+    for arm in arms:
+        runs = [tasks[runs_of(bench, arm, seed, known)] for seed in bench.seeds_of(arm, budget)]
+        for task in runs:
+            teacher = task.recipe.teacher.model if task.recipe.teacher else None
+            for model in (task.checkpoint or task.recipe.student.model, teacher):
+                if model:
+                    found.setdefault((arm, model), []).append(task.seed)
+        if known[arm].once:
+            found[arm, f"the one run of {arm}"] = [0, 0]
+    one = len(bench.seeds_of(arms[0], budget)) == 1
+    several = {model for (_, model), seeds in found.items() if len(seeds) > 1 or one}
+    root = f"{bench.run_dir}/"
+    return sorted(
+        model.removeprefix(root).removesuffix("/start").removesuffix("/student") for model in several
+    )
+
+
+def differences(bench: Bench, arms: list[str]) -> list[str]:
+    """What the recipes of the arms have not in common, as `key: value (arm); value (arm)`; tuned rates too."""
+    known = bench.all_arms()
+    settings = {}
+    for name in arms:
+        arm = known[name]
+        own = {key: getattr(arm, key) for key in ("checkpoint", "start", "teacher") if getattr(arm, key)}
+        settings[name] = {**bench.set, **bench.changes(name), **own}
+    keys = dict.fromkeys(key for of in settings.values() for key in of)
+    found = []
+    for key in keys:
+        column = {name: of.get(key, "as the recipe has it") for name, of in settings.items()}
+        if len({repr(value) for value in column.values()}) > 1:
+            by_value: dict[str, list[str]] = {}
+            for name, value in column.items():
+                by_value.setdefault(_shown(value), []).append(name)
+            found.append(
+                f"{key}: " + "; ".join(f"{value} ({', '.join(of)})" for value, of in by_value.items())
+            )
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def falsified(claim: Claim) -> str:
+    """What the interval would have to be for the hypothesis to be refuted."""
+    unit = {"%": " %" if claim.relative else " points"}.get(claim.unit, f" {claim.unit}".rstrip())
+    size = 100 if claim.unit == "%" else 1
+    if claim.expect == "within":
+        return f"a 95 % interval wholly outside ±{size * claim.margin:g}{unit}"
+    bound = size * claim.margin * (1 if claim.expect == "greater" else -1)
+    side = "below" if claim.expect == "greater" else "above"
+    words = f"a 95 % interval wholly {side} {bound:g}{unit}"
+    if claim.trivial:
+        words += f", or two one-sided tests that place the effect within ±{size * claim.trivial:g}{unit}"
+    return words

@@ -1,0 +1,172 @@
+"""The runs that a grid asks for: which recipe each is, what it needs first, what may be shared.
+
+    bench, file = load_bench("recipes/claims.yaml")
+    tasks = plan(bench, "small", file)               # in an order in which each finds what it needs
+
+Three kinds of tasks: `answers` (prompts and what a teacher says of them), `rows` (the training set made of
+those) and `run` (training and measuring). Runs whose recipes agree on everything that a teacher's answers depend
+on share them, and so with rows: one generation serves all arms of a seed. Nothing heavy is imported here.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.bench.claims import Claim
+from distill.bench.grid import Arm, Bench, arms_within
+from distill.bench.metrics import MODEL
+from distill.config.recipe import Recipe, make_recipe, read_recipe
+from distill.config.training import StudentSection
+from distill.errors import UserError
+from distill.storage import fingerprint
+
+KNOWN_BEFORE = ("prompts", "steps", "rows")  # of distill.bench.claims.EQUAL: recipes settle these
+
+
+@dataclass
+class Task:
+    kind: str  # "answers", "rows" or "run"
+    name: str
+    folder: Path
+    recipe: Recipe  # with run_dir = folder
+    needs: list[str] = field(default_factory=list)
+    arm: str = ""
+    seed: int = 0
+    rows: Path | None = None  # run: whose dataset it trains on; rows: whose answers it is made from
+    checkpoint: str | None = None  # run: measured as it is
+    merged: bool = False  # run: another run starts from its student
+    probes: str | None = None
+
+
+def plan(bench: Bench, budget: str, file: Path) -> dict[str, Task]:
+    """{name: task} of a budget. Raises UserError for recipes that do not hold, or claims between unequal arms."""
+    arms = arms_within(bench, budget)
+    problems: list[str] = []
+    tasks: dict[str, Task] = {}
+    root = Path(bench.run_dir)
+    wanted = {arm.start for arm in arms.values() if arm.start}
+    for name, arm in arms.items():
+        for seed in [bench.first_seed] if arm.once else bench.seeds_of(name, budget):
+            try:
+                run = _run(bench, name, arm, seed, root, arms, file)
+            except UserError as error:
+                problems += [f"arm {name}: {line}" for line in error.problems]
+                break
+            run.merged = name in wanted
+            if not arm.checkpoint:
+                first = name
+                while arms[first].start:
+                    first = arms[first].start
+                begun = run if first == name else _run(bench, first, arms[first], seed, root, arms, file)
+                _share(run, begun.recipe.student, root, tasks, arms)
+            tasks[run.name] = run
+    if not problems:
+        problems = [
+            p for claim in bench.claims if bench.within(budget, claim) for p in _unequal(bench, claim, tasks)
+        ]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return tasks
+
+
+def run_name(arm: str, seed: int) -> str:
+    return f"{arm}-{seed}"
+
+
+def runs_of(bench: Bench, arm: str, seed: int, arms: dict[str, Arm]) -> str:
+    """The run that stands for `arm` in `seed`: its own, or the one that serves all seeds."""
+    return run_name(arm, bench.first_seed if arms[arm].once else seed)
+
+
+def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[str, Arm], file: Path) -> Task:
+    changes = {**bench.set, **bench.changes(name)}
+    needs, folder = [], root / run_name(name, seed)
+    if arm.start:
+        needs.append(runs_of(bench, arm.start, seed, arms))
+        changes["student.model"] = str(root / needs[-1] / "start")
+    if arm.teacher:
+        needs.append(runs_of(bench, arm.teacher, seed, arms))
+        changes["teacher.model"] = str(root / needs[-1] / "student")
+    if arm.checkpoint:
+        changes |= {"student.model": arm.checkpoint, "student.config": None}
+    fixed = {
+        "run_dir": str(folder), "seed": seed + arm.seed_offset, "control.enabled": False, "evaluate.models": [MODEL]
+    }  # fmt: skip
+    if isinstance(bench.recipe, str):
+        where, data = read_recipe(bench.recipe)
+    else:
+        where, data = file, json.loads(json.dumps(bench.recipe))
+    overrides = [f"{key}={json.dumps(value)}" for key, value in {**changes, **fixed}.items()]
+    recipe = make_recipe(data, overrides, where)
+    return Task(
+        "run", folder.name, folder, recipe, needs, name, seed, checkpoint=arm.checkpoint, probes=arm.probes
+    )
+
+
+def _share(
+    run: Task, origin: StudentSection, root: Path, tasks: dict[str, Task], arms: dict[str, Arm]
+) -> None:
+    """The tasks that make the run's training set, new ones where no other run has asked for the same.
+
+    `origin`: the student that the run's chain of `start` begins with. Rows are in its tokenizer, and it is there
+    before anything has been trained.
+    """
+    recipe = run.recipe
+    whole: dict[str, Any] = {
+        "prompts": recipe.prompts.identity(),
+        "seed": recipe.seed,
+        "teacher": recipe.teacher.identity() if recipe.teacher else None,
+        "generate": recipe.generate.model_dump(mode="json") if recipe.teacher else None,
+    }
+    taught = [
+        need for need in run.needs if arms[run.arm].teacher and need.startswith(f"{arms[run.arm].teacher}-")
+    ]
+    answers = _shared("answers", fingerprint(whole), run, root, tasks, taught)
+    tokenizer = origin.model or origin.tokenizer
+    made = {**whole, "filter": recipe.filter.model_dump(mode="json"), "tokenizer": tokenizer}
+    if recipe.evaluate.source or recipe.filter.decontaminate:
+        made["held_out"] = recipe.evaluate.model_dump(mode="json")
+    rows = _shared("rows", fingerprint(made), run, root, tasks, [answers.name])
+    rows.recipe = rows.recipe.model_copy(update={"student": origin})
+    rows.rows = answers.folder
+    run.rows = rows.folder
+    run.needs = [*run.needs, rows.name]
+
+
+def _shared(kind: str, key: str, run: Task, root: Path, tasks: dict[str, Task], needs: list[str]) -> Task:
+    name = f"{kind}-{key[:12]}"
+    if name not in tasks:
+        folder = root / "shared" / name
+        recipe = run.recipe.model_copy(update={"run_dir": str(folder)})
+        tasks[name] = Task(kind, name, folder, recipe, needs)
+    return tasks[name]
+
+
+def _unequal(bench: Bench, claim: Claim, tasks: dict[str, Task]) -> list[str]:
+    """What the arms of a claim should have in common and their recipes say they do not."""
+    arms = dict.fromkeys(term.partition("@")[0] for term in claim.terms(bench.factorial))
+    first = [next((t for t in tasks.values() if t.arm == arm), None) for arm in arms]
+    trained = [task for task in first if task is not None and not task.checkpoint]
+    problems = []
+    for key in (key for key in claim.equal if key in KNOWN_BEFORE):
+        values = {task.arm: known_budget(task)[key] for task in trained}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{arm} {value}" for arm, value in values.items())
+            problems.append(
+                f"claim {claim.id}: arms differ in {key} ({shown}), so the comparison is not of the technique alone; "
+                f"make them equal, or take {key} out of `equal` and say in `axis` what is held equal instead"
+            )
+    return problems
+
+
+def known_budget(task: Task) -> dict[str, Any]:
+    """What a recipe settles of a run's budget: which prompts (a fingerprint), steps, rows of all steps."""
+    train = task.recipe.train
+    # The worked solutions of the embedded tasks are another text for the same prompts.
+    prompts = task.recipe.prompts.identity(exclude={"solutions"})
+    return {
+        "prompts": fingerprint([prompts, task.seed])[:8],
+        "steps": train.steps,
+        "rows": train.steps * train.batch_size,
+    }
