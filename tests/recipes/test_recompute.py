@@ -12,49 +12,52 @@ from grid_example import written
 from distill.bench.run import run_bench
 
 MEASURED = {
+    # Models as they are for the seeds, and two that train for two steps: runs of a second.
     "arms": {
-        "base": {"checkpoint": str(ROOT / "checkpoints" / "base")},
-        "control": {"set": {"filter.completions": "reference_answer"}, "seeds": 6, "probes": "PROBES"},
-        "sequence": {"seeds": 6, "probes": "PROBES"},
-        "spoilt": {"set": {"filter.completions": "shuffled"}},
+        "base": {"checkpoint": str(ROOT / "checkpoints" / "base"), "seeds": 6, "probes": "PROBES"},
+        "teacher": {"checkpoint": str(ROOT / "checkpoints" / "teacher"), "seeds": 6, "probes": "PROBES"},
+        "worked": {"set": {"teacher": None, "prompts.solutions": True}},
+        "longer": {"like": "worked", "set": {"train.steps": 3}},
     },
-    "set": {"evaluate.solutions": 5, "evaluate.levels": {"easy": 14}, "evaluate.max_new_tokens": 24},
+    "set": {"evaluate.solutions": 5, "evaluate.levels": {"easy": 14}},
     "claims": [
         {
             "id": "gain", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy", "headline": True,
-            "second": "nll.easy", "effect": {"sequence": 1, "control": -1}, "expect": "greater", "trivial": 0.5,
+            "second": "nll.easy", "effect": {"teacher": 1, "base": -1}, "expect": "greater", "trivial": 0.5,
+            "equal": [], "axis": "checkpoints",
         },
         {
             "id": "tokens", "group": "G", "sentence": "s", "hypothesis": "h", "metric": "train.tokens",
-            "effect": {"sequence": 1, "control": -1}, "expect": "greater", "headline": True, "relative": True,
+            "effect": {"longer": 1, "worked": -1}, "expect": "greater", "headline": True, "relative": True,
+            "equal": ["prompts"], "axis": "steps",
         },
         {
             "id": "same-loss", "group": "H", "sentence": "s", "hypothesis": "h", "metric": "nll.easy", "margin": 5.0,
-            "effect": {"sequence": 1, "control": -1}, "expect": "within",
+            "effect": {"longer": 1, "worked": -1}, "expect": "within", "equal": ["prompts"], "axis": "steps",
         },
         {
             "id": "below", "group": "H", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
-            "effect": {"sequence": 1, "base": -1}, "expect": "less", "equal": [], "axis": "a checkpoint",
+            "effect": {"worked": 1, "base": -1}, "expect": "less", "equal": [], "axis": "a checkpoint",
         },
         {
             "id": "unequal", "group": "H", "sentence": "s", "hypothesis": "h", "metric": "accuracy.easy",
-            "effect": {"sequence": 1, "control": -1}, "expect": "greater", "equal": ["tokens"],
+            "effect": {"longer": 1, "worked": -1}, "expect": "greater", "equal": ["tokens"],
         },
         {
             "id": "flaw", "group": "I", "sentence": "s", "hypothesis": "h", "metric": "flaw.even",
-            "effect": {"sequence": 1, "control": -1}, "expect": "greater",
+            "effect": {"teacher": 1, "base": -1}, "expect": "greater", "equal": [], "axis": "checkpoints",
         },
     ],
     "facts": [
         {
             "id": "flops", "sentence": "s", "statement": "t", "because": "b", "metric": "cost.flops_per_token",
-            "effect": {"sequence": 1, "base": -1}, "relative": True,
+            "effect": {"base": 1, "teacher": -1}, "relative": True,
         }
     ],
     "evidence": [{"sentence": "s", "evidence": "e", "ends": "there"}],
     "controls": {
-        "metric": "accuracy.easy", "reference": "sequence", "doses": {"spoilt": 1.0}, "nulls": 4,
-        "arms": ["sequence", "spoilt"],
+        "metric": "accuracy.easy", "reference": "base", "doses": {"worked": 1.0}, "nulls": 4,
+        "arms": ["base", "worked"],
     },
     "curves": [],
     "budgets": {"small": {"seeds": 3}},
@@ -77,7 +80,8 @@ def grid(tmp_path_factory):
     ]
     (folder / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
     path = Path(written(folder, **MEASURED))
-    path.write_text(path.read_text().replace("PROBES", str(folder / "probes.jsonl")))
+    text = path.read_text().replace("PROBES", str(folder / "probes.jsonl"))
+    path.write_text(text.replace(f"  teacher.model: {ROOT / 'checkpoints' / 'teacher'}\n", ""))
     results = run_bench(str(path), jobs=1, say=lambda line: None)
     return folder / "grid", results
 
@@ -102,7 +106,7 @@ def test_every_number_of_a_grid_is_worked_out_again(grid):
         ("claims", 3, "verdict"),
         ("claims", 0, "second", "effect", "mean"),
         ("claims", 0, "items", "stderr"),
-        ("arms", "sequence", "metrics", "accuracy.easy", "values", "41"),
+        ("arms", "base", "metrics", "accuracy.easy", "values", "41"),
         ("controls", "called"),
         ("controls", "nulls", 1, "effect", "mean"),
         ("controls", "doses", 0, "detectable"),
@@ -128,15 +132,15 @@ def test_the_results_say_what_a_referee_asks(grid):
     rows = {claim["id"]: claim for claim in results["claims"]}
     gain = rows["gain"]
     assert gain["family"] == "headline" and rows["below"]["family"] == "exploratory: H"
-    assert any(line.startswith("filter.completions: ") for line in gain["differs"])
+    assert any(line.startswith("checkpoint: ") for line in gain["differs"])
+    assert rows["tokens"]["differs"] == ["train.steps: 2 (worked); 3 (longer)"] or rows["tokens"][
+        "differs"
+    ] == ["train.steps: 3 (longer); 2 (worked)"]
     assert gain["falsified"].startswith("a 95 % interval wholly below 0 points, or two one-sided")
     assert any("checkpoints/base" in name for name in gain["fixed"])
     assert any("checkpoints/teacher" in name for name in gain["fixed"])
     assert rows["unequal"]["verdict"] == "NOT COMPARABLE"
-    assert (
-        gain["items"]["n"] == 6 * 14
-        and len(results["arms"]["sequence"]["metrics"]["nll.easy"]["values"]) == 6
-    )
+    assert gain["items"]["n"] == 6 * 14 and len(results["arms"]["base"]["metrics"]["nll.easy"]["values"]) == 6
     assert {null["halves"] for null in results["controls"]["nulls"]} == {"seeds", "problems"}
     low, high = gain["effect"]["ci95"]
     assert -1 <= low < high <= 1
