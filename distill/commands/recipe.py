@@ -75,15 +75,19 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
     quiet_libraries()
     if arguments.dry_run:
         from distill.commands.plan import derived
+        from distill.training.start import planned_base
 
         print(resolved(recipe))
-        for name, value in derived(recipe).items():
-            print(f"# {name}: {_shown(value)}")
+        with planned_base(recipe) as planned:
+            for name, value in derived(planned).items():
+                print(f"# {name}: {_shown(value)}")
         return 0
     if command != "report":
         from distill.doctor.checks import check_recipe
         from distill.storage import write_atomic
 
+        if recipe.student.made_from:  # what is checked next is what starts from it
+            pipeline.run(recipe, "base", arguments.redo, say=console.say)
         check_recipe(recipe, command)
         if console.first_process():
             write_atomic(recipe.path / "recipe.yaml", resolved(recipe))

@@ -21,6 +21,8 @@ from distill.errors import UserError, nearest
 from distill.storage import PROJECT_ROOT, find_file
 from distill.tasks.benchmarks import held_out_preset
 
+BASE_FOLDER = "base"  # of a run: the student as made from another model, before it trains
+
 
 class Recipe(Section):
     """One page, one whole experiment."""
@@ -54,6 +56,20 @@ class Recipe(Section):
     @classmethod
     def _held_out_preset(cls, data: Any):
         return held_out_preset(data)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _made_base(cls, data: Any):
+        """A student that is made from a model starts from the folder `base/` of its run, where it is made first."""
+        student = data.get("student") if isinstance(data, dict) else None
+        if isinstance(student, dict) and student.get("from") is not None and data.get("run_dir"):
+            made = str(Path(str(data["run_dir"])) / BASE_FOLDER)
+            if student.get("model") not in (None, made):
+                raise ValueError(
+                    "student: give one of `model` and `from`; `from.model` is what it is made from"
+                )
+            return {**data, "student": {**student, "model": made}}
+        return data
 
     @model_validator(mode="after")
     def _teacher_or_solutions(self):
@@ -216,7 +232,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
         section: Any = root or Recipe
         for part in error["loc"][:-1]:
             section = _section_type(section, part)
-        name, fields = str(error["loc"][-1]), getattr(section, "model_fields", {})
+        name = str(error["loc"][-1])
+        fields = {f.alias or n: f for n, f in getattr(section, "model_fields", {}).items()}
         within = [
             f"{key}.{name}"
             for key in fields
@@ -235,7 +252,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
 
 def _section_type(section: Any, part: Any) -> Any:
     """The Section class behind a field, looking through Optional and list annotations."""
-    field = getattr(section, "model_fields", {}).get(part)
+    fields = getattr(section, "model_fields", {})
+    field = next((f for name, f in fields.items() if part in (name, f.alias)), None)
     if field is None:
         return section
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
