@@ -21,7 +21,7 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
     from distill.training.arms import train_arms
     from distill.training.start import make_base
 
-    asked = [("generations", generate)] if recipe.teacher else []
+    asked = [("generations", generate)] if recipe.teacher and not recipe.prompts.documents else []
     made = [("base", make_base)] if recipe.student.made_from else []
     return [
         *made,

@@ -73,7 +73,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _teacher_or_solutions(self):
-        if self.prompts.solutions == (self.teacher is not None):
+        if self.prompts.solutions == (self.teacher is not None) and not self.prompts.documents:
             raise ValueError(
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
             )
@@ -83,11 +83,24 @@ class Recipe(Section):
                 "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
                 "equally often: leave out `train.teachers` and `teacher.quantize`, or set `teacher.device: auto`"
             )
-        if self.prompts.source != "tasks" and not self.evaluate.source:
+        if self.prompts.documents and (unfit := self._needs_answers()):
+            raise ValueError(f"`prompts.documents` has no questions: leave out {', '.join(unfit)}")
+        if self.prompts.source != "tasks" and not (self.evaluate.source or self.prompts.documents):
             raise ValueError(
                 "prompts come from a file: name held-out problems in `evaluate.source`, of the same form"
             )
         return self
+
+    def _needs_answers(self) -> list[str]:
+        """What of this recipe is about answers to questions."""
+        asked = {
+            "generate.signal": self.generate.signal.kind != "none",
+            "train.on_policy": bool(self.train.on_policy.fraction),
+            "teacher.endpoint": bool(self.teacher and self.teacher.endpoint),
+            "prompts.completion_column": bool(self.prompts.completion_column),
+            "filter.completions": self.filter.completions != "whole",
+        }
+        return [key for key, given in asked.items() if given]
 
     @model_validator(mode="after")
     def _signals_of_whole_answers(self):

@@ -82,7 +82,7 @@ class Phase:
 def phases(pair: Pair) -> list[Phase]:
     """The stages that this command runs, each on its own: nothing of one stays for the next."""
     found = []
-    if pair.teacher and pair.does("generate"):
+    if pair.teacher and pair.does("generate") and not pair.recipe.prompts.documents:
         found.append(_generation(pair))
     if pair.does("train"):
         found.append(_training(pair))
@@ -227,6 +227,8 @@ def _training(pair: Pair) -> Phase:
     trained = facts["parameters_total"] if full else pair.adapter_parameters
     dtype = "auto" if not full and low == 2 else "fp32"
     length = _prompt(pair, student) + recipe.generate.max_new_tokens
+    if recipe.prompts.documents:
+        length = recipe.prompts.window
     length = min(
         length, train.max_length or length, recipe.filter.max_tokens or length, student.context or length
     )
@@ -263,7 +265,9 @@ def _evaluation(pair: Pair) -> Phase:
     """The student beside the teacher it is compared with; each model in the dtype it is stored in."""
     recipe = pair.recipe
     tokens = _prompt(pair, pair.student, held_out=True) + recipe.evaluate.max_new_tokens
-    rows = recipe.evaluate.batch_size
+    rows = min(recipe.evaluate.batch_size, max(1, len(pair.test_prompts or [])) * recipe.evaluate.samples)
+    if pair.test_prompts is None or not recipe.evaluate.source:  # on the hub, or looked at in part
+        rows = recipe.evaluate.batch_size
     parts, per_row = {"weights": 0.0}, 0.0
     for side in pair.sides:
         parts["weights"] += _weights(side, "auto")

@@ -8,6 +8,8 @@ rows in any batch and after any interruption. Every problem leaves its rows; one
 that ran out of tokens is `truncated`, and neither is silently a wrong answer.
 """
 
+import itertools
+import re
 import time
 from typing import Any
 
@@ -16,7 +18,10 @@ from distill.config.evaluation import Evaluate
 from distill.models.chat import prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
 from distill.models.load import eos_ids
+from distill.tasks.benchmarks import LETTERS
 from distill.tasks.verify import extract_answer, final_answer, judge
+
+_OPTION = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]\s*(\S.*?)\s*$")
 
 
 def answer_problems(
@@ -78,7 +83,9 @@ def _row(name: str, problem: dict, sample: int, tokenizer, prompt: list[int], co
         "text": text,
         "answer": extract_answer(text),
         "final": final_answer(problem["verifier"], text) if reason == "stop" else None,
-        "verdict": judge(problem["verifier"], text, problem["answer"], reason, error),
+        "verdict": judge(
+            problem["verifier"], text, problem["answer"], reason, error, options=options_of(problem)
+        ),
         "finish_reason": reason,
         "tokens": len(completion.ids),
         "thinking_tokens": thinking_tokens(tokenizer, prompt, completion.ids, generated),
@@ -86,6 +93,17 @@ def _row(name: str, problem: dict, sample: int, tokenizer, prompt: list[int], co
         "completion_ids": completion.ids,
         "error": error,
     }
+
+
+def options_of(problem: dict) -> list[str] | None:
+    """The words of a multiple choice: its list of choices, else the lines `A. ...` of its prompt, from A on."""
+    if problem["verifier"] != "choice":
+        return None
+    if problem.get("choices"):
+        return problem["choices"]
+    listed = dict(_OPTION.findall(problem["messages"][-1]["content"]))
+    found = list(itertools.takewhile(listed.__contains__, LETTERS))
+    return [listed[letter] for letter in found] if len(found) > 1 else None
 
 
 def thinking_tokens(tokenizer, prompt: list[int], ids: list[int], text: str) -> int:

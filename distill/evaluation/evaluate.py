@@ -22,7 +22,7 @@ from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, pick_device
 from distill.errors import UserError
-from distill.evaluation.likelihood import choice_problems, letters_of, read_documents
+from distill.evaluation.likelihood import choice_problems, letters_of
 from distill.evaluation.measure import Plan, TeacherReference, measure_model
 from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
@@ -32,6 +32,7 @@ from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, read_json, read_table, write_json
+from distill.tasks.documents import documents
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
 
@@ -120,7 +121,7 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
         from distill.evaluation.harness import check_harness
 
         check_harness(section)
-    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+    return Plan(problems, section, device, [documents(path) for path in section.text], usd_per_hour)
 
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:

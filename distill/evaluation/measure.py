@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from distill.config.evaluation import Evaluate
+from distill.data.batches import TokenRows
 from distill.evaluation.answers import answer_problems
 from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
-from distill.evaluation.likelihood import answers_nll, likelihoods, text_names, text_nll
+from distill.evaluation.likelihood import answers_nll, likelihoods, text_names, text_nll, text_rows
 from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import usage_cost
@@ -151,6 +152,11 @@ def _text(model, tokenizer, plan: Plan, reference: TeacherReference | None, own:
         name: text_nll(model, tokenizer, documents, plan.section.text_window)
         for name, documents in zip(text_names(plan.section.text), plan.documents)
     }
+    if reference and own is None and same_vocabulary(reference.tokenizer, tokenizer):
+        for name, documents in zip(found, plan.documents):
+            rows, _, _ = text_rows(model, tokenizer, documents, plan.section.text_window)
+            read = TokenRows([context for context, _ in rows], [tokens for _, tokens in rows])
+            found[name]["teacher"] = fidelity(model, reference.model, read, tokenizer.pad_token_id)
     if reference and reference.limit:
         same = own is not None or same_vocabulary(reference.tokenizer, tokenizer)
         answers = reference.answers if own is None else own
@@ -208,6 +214,14 @@ def warnings(rows: list[dict], result: dict, section: Evaluate, routing_error: s
         found.append(f"{len(failed) - broken} of {len(rows)} answers failed: {other}")
     if routing_error:
         found.append(f"routing was not measured: {routing_error}")
+    for task in result["tasks"]:
+        own = [row for row in rows if row["level"] == task]
+        unread = sum(row["verdict"] == "no_answer" for row in own)
+        if unread:
+            found.append(
+                f"{unread} of {len(own)} answers to {task} state nothing that the verifier can read, and count as not "
+                "solved (verdict no_answer in answers/)"
+            )
     for task, score in result["tasks"].items():
         if score["truncated"] and score["truncated"] == score["n"] * score["samples"]:
             found.append(
