@@ -93,6 +93,7 @@ class Stage:
         self._start = time.perf_counter()
         self._earlier_seconds = 0.0
         self._meter: EnergyMeter | None = None
+        self.elsewhere = "set another run_dir"  # how to keep what is in the folder
         self._earlier_energy: dict[str, Any] = {"seconds": 0.0, "kwh": {}}
 
     def done(self, redo: bool = False) -> bool:
@@ -228,7 +229,7 @@ class Stage:
         shown = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
         return UserError(
             f"{self.folder} was made from other inputs ({shown}); "
-            "rebuild it with --redo, or keep it and set another run_dir"
+            f"rebuild it with --redo, or keep it and {self.elsewhere}"
         )
 
 

@@ -116,7 +116,7 @@ def _report(run_dir: Path) -> None:
 # Options of `distill evaluate` that are keys of the recipe section of that name.
 _EVALUATE_KEYS = (
     "samples", "temperature", "top_p", "seed", "level", "max_new_tokens", "likelihood", "text",
-    "precisions", "harness", "harness_include", "harness_limit",
+    "precisions", "harness", "harness_include", "harness_limit", "batch_size", "stop", "speed",
 )  # fmt: skip
 
 
@@ -125,7 +125,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("targets", nargs="+", metavar="TARGET", help="a RECIPE and key=value changes to it, or checkpoints")
     add("--tasks", nargs="+", metavar="T",
         help="checkpoints: level, FILE, PRESET[:FILE], hub:org/name; prompts.key=value")  # fmt: skip
-    add("--problems", type=int, metavar="N", help="checkpoints: problems per level, 210")
+    add("--problems", "--limit", dest="problems", type=int, metavar="N",
+        help="checkpoints: problems per level (210), first rows of a file, preset or hub set (all)")  # fmt: skip
+    add("--threads", type=int, default=None, metavar="N", help="CPU threads; every core if not given")
     _section_arguments(parser)
     add("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     pair_arguments(parser)
@@ -136,6 +138,9 @@ def _section_arguments(parser: argparse.ArgumentParser) -> None:
     """Keys of the recipe section `evaluate`, with its defaults."""
     add = parser.add_argument
     add("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    add("--batch-size", type=int, metavar="N", help="answers at a time, at most; fewer where memory is short")
+    add("--stop", nargs="+", metavar="TEXT", help="an answer also ends before one of these")
+    add("--no-speed", dest="speed", action="store_false", default=None, help="without timing the model")
     add(
         "--samples", type=int, metavar="N", help="answers per problem, with --temperature: pass@k, majority@k"
     )
@@ -190,6 +195,8 @@ def evaluate_overrides(arguments: argparse.Namespace) -> list[str]:
     # One by one, so that the keys of the recipe that no option names stay.
     options |= {f"interventions.{key}": value for key, value in options.pop("interventions", {}).items()}
     overrides = [f"evaluate.{key}={json.dumps(value)}" for key, value in options.items()]
+    if arguments.threads is not None:
+        overrides.append(f"threads={arguments.threads}")
     if arguments.usd_per_hour is not None:
         overrides.append(f"prices.usd_per_device_hour={arguments.usd_per_hour}")
     return overrides
@@ -218,6 +225,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
         missing.append(f"'{keys[0]}' says how to read a file, preset or hub dataset; name one with --tasks")
     if missing:
         raise UserError(*missing)
+    if not arguments.tasks and arguments.problems is None and arguments.harness:
+        tasks = []  # the harness alone: its tasks are what was asked for
     problems = 210 if arguments.problems is None else arguments.problems
     levels = dict.fromkeys((t for t in tasks if t in LEVELS), problems)
     names: dict[str, str] = {}
@@ -227,6 +236,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
     section = load_evaluate({"levels": levels, **evaluate_options(arguments)})
     prompts = load_prompts(keys)
+    if arguments.problems is not None and prompts.limit is None:
+        prompts = load_prompts([*keys, f"prompts.limit={arguments.problems}"])
     from distill.console import quiet_libraries
     from distill.devices import pick_device
     from distill.doctor.checks import check_checkpoints
@@ -237,9 +248,20 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     judged = names if arguments.teacher is None else {**names, "teacher": arguments.teacher}
-    check_checkpoints(judged, section, pick_device())
+    threads = arguments.threads or 0
+    if threads < 0:
+        raise UserError(f"--threads {threads}: at least 1")
+    check_checkpoints(judged, section, pick_device(threads=threads))
     evaluate_checkpoints(
-        names, arguments.teacher, out, section, sources, arguments.redo, prompts, arguments.usd_per_hour
+        names,
+        arguments.teacher,
+        out,
+        section,
+        sources,
+        arguments.redo,
+        prompts,
+        arguments.usd_per_hour,
+        threads,
     )
     page = build_dossier(out)
     print()

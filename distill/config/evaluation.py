@@ -4,7 +4,7 @@ Read and checked as part of a `Recipe` (distill/config/recipe.py); `distill eval
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -45,6 +45,8 @@ class Interventions(Section):
 class Evaluate(Section):
     """Which held-out problems, how they are answered, and what else is measured."""
 
+    later: ClassVar = ("stop",)
+
     levels: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
@@ -61,7 +63,14 @@ class Evaluate(Section):
         [], description="of a recipe's checkpoints, these alone; empty: all it has"
     )
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
-    batch_size: Count = Field(256, description="answers decoded together")
+    batch_size: Count = Field(
+        256, description="answers decoded together, at most: as many as memory holds the keys and values of"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="an answer also ends before one of these; empty: for models without a chat template of their own, "
+        "which run on, an empty line or the next 'User:'",
+    )
     samples: Count = Field(1, description="answers per problem; above 1 needs a temperature")
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1 is off")

@@ -11,10 +11,8 @@ width. On a CPU everything shares main memory with the program itself.
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-
+from distill.devices import device_memory, free_memory
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Pair, Side
 from distill.models.precision import resolve_precision
@@ -28,29 +26,6 @@ _ROUNDED = {"4bit": 0.516, "8bit": 1.0}
 _PROGRAM = 700e6  # torch, transformers and their libraries in a process of this project
 _UNKNOWN_PROMPT = 256  # tokens, where prompts cannot be counted
 HELD = ("weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights")
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes the device has: of the GPU, or main memory within the limit of this container."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes nobody uses at this moment, or None where that is not told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
 
 
 def gigabytes(amount: float) -> str:

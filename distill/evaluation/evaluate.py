@@ -85,6 +85,7 @@ def evaluate_checkpoints(
     redo: bool = False,
     prompts: Prompts | None = None,
     usd_per_hour: float | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """The same without a recipe: named checkpoints, optionally against a teacher, into the folder `out`.
 
@@ -100,15 +101,18 @@ def evaluate_checkpoints(
         if not found:
             raise UserError(f"--tasks {task}: it has no problems; give a file with at least one row")
         problems += found
-    plan = _plan(problems, section, pick_device(), usd_per_hour)
+    plan = _plan(problems, section, pick_device(threads=threads), usd_per_hour)
     stage = Stage(out.parent, out.name, _identity(plan, checkpoints), inputs={})
+    stage.elsewhere = "give another --out"
     return _run(stage, checkpoints, plan, "teacher" if teacher else None, redo)
 
 
 def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float | None) -> Plan:
     """Everything that can be wrong with what is asked, found before any model is loaded. Raises UserError."""
-    if not problems:
+    if not problems and not (section.harness or section.text):
         raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
+    if not problems and (further := _of_answers(section)):
+        raise UserError(f"{further} needs problems that are answered; name levels or files with --tasks")
     if section.likelihood:
         if not choice_problems(problems):
             raise UserError(
@@ -124,6 +128,16 @@ def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float |
     return Plan(problems, section, device, [documents(path) for path in section.text], usd_per_hour)
 
 
+def _of_answers(section: Evaluate) -> str | None:
+    """What was asked for that only answers can tell."""
+    asked = {
+        "--precision": section.precisions,
+        "an intervention on the routing": section.interventions.any,
+        "--samples": section.samples > 1,
+    }
+    return next((name for name, given in asked.items() if given), None)
+
+
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     keys = ("prompt_id", "messages", "answer", "verifier")
     dated = any(_reads_the_clock(plan, name, path) for name, path in checkpoints.items())
@@ -131,7 +145,7 @@ def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:
     later |= {"date": template_date().isoformat()} if dated else {}
     return later | {
         "schema_version": METRICS_VERSION,
-        "evaluate": plan.section.model_dump(mode="json"),
+        "evaluate": plan.section.identity(),
         "usd_per_hour": plan.usd_per_hour,
         "checkpoints": checkpoints,
         "problems": fingerprint([tuple(p[key] for key in keys) for p in plan.problems]),
