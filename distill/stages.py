@@ -227,10 +227,11 @@ class Stage:
 
     def _refusal(self, changed: list[str]) -> UserError:
         shown = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
-        return UserError(
+        message = (
             f"{self.folder} was made from other inputs ({shown}); "
-            f"rebuild it with --redo, or keep it and {self.elsewhere}"
+            "rebuild it with --redo, or keep it and set another run_dir"
         )
+        return UserError(message.replace("set another run_dir", self.elsewhere))
 
 
 def _differences(old: Any, new: Any, where: str = ""):

@@ -236,7 +236,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or f"checkpoints/eval-{'-'.join(names)}")
     section = load_evaluate({"levels": levels, **evaluate_options(arguments)})
     prompts = load_prompts(keys)
-    if arguments.problems is not None and prompts.limit is None:
+    if sources and arguments.problems is not None and prompts.limit is None:
         prompts = load_prompts([*keys, f"prompts.limit={arguments.problems}"])
     from distill.console import quiet_libraries
     from distill.devices import pick_device

@@ -285,8 +285,9 @@ def summary_table(metrics: dict) -> str:
         head.append(f"{task} (n={'-'.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))})")
     cells = [[percent(score).replace(NB, " ") for score in column] for column in columns.values()]
     rows = [head, *([model, *row] for model, *row in zip(models, *cells))]
-    tables = [rows] if columns else []
-    return "\n\n".join(map(_aligned, [*tables, *_text_tables(metrics, models)]))
+    texts = _text_tables(metrics, models)
+    tables = [rows] if columns or not texts else []
+    return "\n\n".join(map(_aligned, [*tables, *texts]))
 
 
 def _text_tables(metrics: dict, models: list[str]) -> list[list[list[str]]]:
