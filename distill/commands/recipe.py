@@ -86,14 +86,18 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
     quiet_libraries()
     if arguments.dry_run:
         from distill.commands.plan import derived
+        from distill.training.start import planned_base
 
         print(resolved(recipe))
-        for name, value in derived(recipe).items():
-            print(f"# {name}: {_shown(value)}")
+        with planned_base(recipe) as planned:
+            for name, value in derived(planned).items():
+                print(f"# {name}: {_shown(value)}")
         return 0
     if command != "report":
         from distill.doctor.checks import check_recipe
 
+        if recipe.student.made_from:  # what is checked next is what starts from it
+            pipeline.run(recipe, "base", arguments.redo, say=console.say)
         check_recipe(recipe, command)
         pipeline.run(recipe, command, arguments.redo, say=console.say)
     if command in ("run", "report"):
@@ -128,7 +132,7 @@ def _report(run_dir: Path, language: str) -> None:
 # Options of `distill evaluate` that are keys of the recipe section of that name.
 _EVALUATE_KEYS = (
     "samples", "temperature", "top_p", "seed", "level", "max_new_tokens", "likelihood", "text",
-    "precisions", "harness", "harness_include", "harness_limit",
+    "precisions", "harness", "harness_include", "harness_limit", "batch_size", "stop", "speed",
 )  # fmt: skip
 
 
@@ -137,7 +141,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("targets", nargs="+", metavar="TARGET", help="a RECIPE and key=value changes to it, or checkpoints")
     add("--tasks", nargs="+", metavar="T",
         help="checkpoints: level, FILE, PRESET[:FILE], hub:org/name; prompts.key=value")  # fmt: skip
-    add("--problems", type=whole, metavar="N", help="checkpoints: problems per level, 210")
+    add("--problems", "--limit", dest="problems", type=whole, metavar="N",
+        help="checkpoints: problems per level (210), first rows of a file, preset or hub set (all)")  # fmt: skip
+    add("--threads", type=whole, default=None, metavar="N", help="CPU threads; every core if not given")
     _section_arguments(parser)
     add("--out", metavar="DIR", help="checkpoints: folder for metrics.json and answers/")
     pair_arguments(parser)
@@ -149,6 +155,14 @@ def _section_arguments(parser: argparse.ArgumentParser) -> None:
     """Keys of the recipe section `evaluate`, with its defaults."""
     add = parser.add_argument
     add("--max-new-tokens", type=whole, metavar="N", help="longest answer")
+    add(
+        "--batch-size",
+        type=whole,
+        metavar="N",
+        help="answers at a time, at most; fewer where memory is short",
+    )
+    add("--stop", nargs="+", metavar="TEXT", help="an answer also ends before one of these")
+    add("--no-speed", dest="speed", action="store_false", default=None, help="without timing the model")
     add(
         "--samples",
         type=whole,
@@ -206,6 +220,8 @@ def evaluate_overrides(arguments: argparse.Namespace) -> list[str]:
     # One by one, so that the keys of the recipe that no option names stay.
     options |= {f"interventions.{key}": value for key, value in options.pop("interventions", {}).items()}
     overrides = [f"evaluate.{key}={json.dumps(value)}" for key, value in options.items()]
+    if arguments.threads is not None:
+        overrides.append(f"threads={arguments.threads}")
     if arguments.usd_per_hour is not None:
         overrides.append(f"prices.usd_per_device_hour={arguments.usd_per_hour}")
     return overrides
@@ -234,6 +250,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
         missing.append(f"'{keys[0]}' says how to read a file, preset or hub dataset; name one with --tasks")
     if missing:
         raise UserError(*missing)
+    if not arguments.tasks and arguments.problems is None and arguments.harness:
+        tasks = []  # the harness alone: its tasks are what was asked for
     problems = 210 if arguments.problems is None else arguments.problems
     levels = dict.fromkeys((t for t in tasks if t in LEVELS), problems)
     names: dict[str, str] = {}
@@ -244,6 +262,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     check_targets(folder_out=out)
     section = load_evaluate({"levels": levels, **evaluate_options(arguments)})
     prompts = load_prompts(keys)
+    if sources and arguments.problems is not None and prompts.limit is None:
+        prompts = load_prompts([*keys, f"prompts.limit={arguments.problems}"])
     from distill.console import quiet_libraries
     from distill.devices import pick_device
     from distill.doctor.checks import check_checkpoints
@@ -254,9 +274,20 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     judged = names if arguments.teacher is None else {**names, "teacher": arguments.teacher}
-    check_checkpoints(judged, section, pick_device())
+    threads = arguments.threads or 0
+    if threads < 0:
+        raise UserError(f"--threads {threads}: at least 1")
+    check_checkpoints(judged, section, pick_device(threads=threads))
     evaluate_checkpoints(
-        names, arguments.teacher, out, section, sources, arguments.redo, prompts, arguments.usd_per_hour
+        names,
+        arguments.teacher,
+        out,
+        section,
+        sources,
+        arguments.redo,
+        prompts,
+        arguments.usd_per_hour,
+        threads,
     )
     page = build_dossier(out, arguments.lang)
     print()

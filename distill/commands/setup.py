@@ -45,9 +45,11 @@ def doctor(arguments: argparse.Namespace) -> int:
     from distill.console import quiet_libraries
     from distill.doctor.checks import examine
     from distill.doctor.findings import as_json, format_findings
+    from distill.training.start import planned_base
 
     quiet_libraries()
-    findings = examine(recipe)
+    with planned_base(recipe) as planned:
+        findings = examine(planned)
     report = as_json(findings)
     print(json.dumps(report, indent=2) if arguments.json else format_findings(findings))
     return 0 if report["ok"] else UserError.exit_code

@@ -20,7 +20,7 @@ PresetName = Literal[tuple(PRESETS)]
 class Prompts(Section):
     """Where training questions come from: the embedded tasks, a local file, or a dataset on the hub."""
 
-    later: ClassVar = ("last_turn",)
+    later: ClassVar = ("last_turn", "documents", "window")
 
     source: str = Field(
         "tasks",
@@ -43,6 +43,12 @@ class Prompts(Section):
         True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
     )
     limit: Count | None = Field(None, description="files and hub: use the first rows only")
+    documents: bool = Field(
+        False,
+        description="plain text instead of questions: `source` is a .txt file, a .jsonl file with a column `text`, or "
+        "'python-docs', English that every Python has; a live teacher scores it",
+    )
+    window: Annotated[int, Field(ge=8)] = Field(128, description="with `documents`: tokens of a training row")
     prompt_column: str = Field(
         "prompt", description="files: column with the question: text, or a conversation (a list of messages)"
     )
@@ -54,7 +60,7 @@ class Prompts(Section):
     answer_column: str = Field("answer", description="files: column with the final answer ('' if none)")
     completion_column: str | None = Field(None, description="files: score these texts instead of sampling")
     template: str | None = Field(None, description="prompt made of columns, as '{question}\\n{choices}'")
-    verifier: Literal["exact", "numeric", "choice", "regex", "math"] = Field(
+    verifier: Literal["exact", "contains", "numeric", "choice", "regex", "math"] = Field(
         "exact", description="rule that compares answers"
     )
     pattern: str | None = Field(
@@ -88,6 +94,17 @@ class Prompts(Section):
                 "`solutions: true` on a file needs `solution_column`, the completions to train on, and nothing "
                 "else has one: give both or neither"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_text(self):
+        if self.documents and (self.source == "tasks" or self.source.startswith("hub:") or self.solutions):
+            raise ValueError(
+                "`documents: true` needs a `source` of plain text (a .txt or .jsonl file, or python-docs) and no "
+                "`solutions`"
+            )
+        if self.source == "python-docs" and not self.documents:
+            raise ValueError("`source: python-docs` is plain text: set `documents: true`")
         return self
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ class Interventions(Section):
 class Evaluate(Section):
     """Which held-out problems, how they are answered, and what else is measured."""
 
-    later: ClassVar = ("solutions",)
+    later: ClassVar = ("solutions", "stop")
 
     levels: dict[str, Whole] = Field(
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
@@ -63,7 +63,14 @@ class Evaluate(Section):
         [], description="of a recipe's checkpoints, these alone; empty: all it has"
     )
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
-    batch_size: Count = Field(256, description="answers decoded together")
+    batch_size: Count = Field(
+        256, description="answers decoded together, at most: as many as memory holds the keys and values of"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="an answer also ends before one of these; empty: for models without a chat template of their own, "
+        "which run on, an empty line or the next 'User:'",
+    )
     samples: Annotated[int, Field(ge=1, le=100_000)] = Field(
         1, description="answers per problem; above 1 needs a temperature"
     )

@@ -24,6 +24,8 @@ from distill.integrity import unsealed
 from distill.storage import PROJECT_ROOT, find_file
 from distill.tasks.benchmarks import held_out_preset
 
+BASE_FOLDER = "base"  # of a run: the student as made from another model, before it trains
+
 
 class Recipe(Section):
     """One page, one whole experiment."""
@@ -60,9 +62,23 @@ class Recipe(Section):
     def _held_out_preset(cls, data: Any):
         return held_out_preset(data)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _made_base(cls, data: Any):
+        """A student that is made from a model starts from the folder `base/` of its run, where it is made first."""
+        student = data.get("student") if isinstance(data, dict) else None
+        if isinstance(student, dict) and student.get("from") is not None and data.get("run_dir"):
+            made = str(Path(str(data["run_dir"])) / BASE_FOLDER)
+            if student.get("model") not in (None, made):
+                raise ValueError(
+                    "student: give one of `model` and `from`; `from.model` is what it is made from"
+                )
+            return {**data, "student": {**student, "model": made}}
+        return data
+
     @model_validator(mode="after")
     def _teacher_or_solutions(self):
-        if self.prompts.solutions == (self.teacher is not None):
+        if self.prompts.solutions == (self.teacher is not None) and not self.prompts.documents:
             raise ValueError(
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
             )
@@ -72,11 +88,24 @@ class Recipe(Section):
                 "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
                 "equally often: leave out `train.teachers` and `teacher.quantize`, or set `teacher.device: auto`"
             )
-        if self.prompts.source != "tasks" and not self.evaluate.source:
+        if self.prompts.documents and (unfit := self._needs_answers()):
+            raise ValueError(f"`prompts.documents` has no questions: leave out {', '.join(unfit)}")
+        if self.prompts.source != "tasks" and not (self.evaluate.source or self.prompts.documents):
             raise ValueError(
                 "prompts come from a file: name held-out problems in `evaluate.source`, of the same form"
             )
         return self
+
+    def _needs_answers(self) -> list[str]:
+        """What of this recipe is about answers to questions."""
+        asked = {
+            "generate.signal": self.generate.signal.kind != "none",
+            "train.on_policy": bool(self.train.on_policy.fraction),
+            "teacher.endpoint": bool(self.teacher and self.teacher.endpoint),
+            "prompts.completion_column": bool(self.prompts.completion_column),
+            "filter.completions": self.filter.completions != "whole",
+        }
+        return [key for key, given in asked.items() if given]
 
     @model_validator(mode="after")
     def _states_of_one_teacher(self):
@@ -258,7 +287,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
         section: Any = root or Recipe
         for part in error["loc"][:-1]:
             section = _section_type(section, part)
-        name, fields = str(error["loc"][-1]), getattr(section, "model_fields", {})
+        name = str(error["loc"][-1])
+        fields = {f.alias or n: f for n, f in getattr(section, "model_fields", {}).items()}
         within = [
             f"{key}.{name}"
             for key in fields
@@ -279,7 +309,8 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
 
 def _section_type(section: Any, part: Any) -> Any:
     """The Section class behind a field, looking through Optional and list annotations."""
-    field = getattr(section, "model_fields", {}).get(part)
+    fields = getattr(section, "model_fields", {})
+    field = next((f for name, f in fields.items() if part in (name, f.alias)), None)
     if field is None:
         return section
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]

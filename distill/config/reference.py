@@ -51,6 +51,7 @@ def entries(
     """(path, section class, its own keys), then the same for every section below it, depth first."""
     own, below = [], []
     for name, field in section.model_fields.items():
+        name = field.alias or name
         inner = section_of(field.annotation)
         if inner is not None and inner is not Objective:
             many = {dict: ".NAME", list: ".0"}.get(get_origin(field.annotation), "")

@@ -5,7 +5,7 @@ Read and checked as part of a `Recipe` (distill/config/recipe.py), which names t
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from distill.config import objectives
 from distill.config.section import Count, Fraction, Section, TemplateArguments, Whole
@@ -58,12 +58,23 @@ class Lora(Section):
         return self
 
 
+class From(Section):
+    """A student made from a model before it trains (distill/convert/derive.py)."""
+
+    model: str = Field(description="folder or hub name of the model it is made from")
+    layers: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        description="decoder layers that are kept: so many, evenly with the first and the last, or a list from 0"
+    )
+
+
 class StudentSection(Section):
     """The model that trains: where it starts and what of it moves."""
 
     later: ClassVar = ("chat_template_kwargs",)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     model: str | None = Field(None, description="folder or hub name to start from")
+    made_from: From | None = Field(None, alias="from", description="or a model to make it from")
     config: dict[str, Any] | None = Field(
         None, description="or a transformers config (with model_type) to start from random weights"
     )
@@ -80,10 +91,22 @@ class StudentSection(Section):
         description="keep the frozen base in 4 bits (QLoRA, arXiv 2305.14314) or 8; needs bitsandbytes",
     )
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler):
+        """`from` by its own name; left out where there is none, as in recipes from before there was the key."""
+        values = handler(self)
+        for name in ("made_from", "from"):
+            if name in values and (found := values.pop(name)) is not None:
+                values["from"] = found
+        return values
+
     @model_validator(mode="after")
     def _one_start(self):
         if (self.model is None) == (self.config is None):
-            raise ValueError("give exactly one of `model` (start from weights) and `config` (from scratch)")
+            raise ValueError(
+                "give exactly one of `model` (start from weights), `from` (a model to make it from) and `config` (from "
+                "scratch)"
+            )
         if self.config is not None:
             if "model_type" not in self.config:
                 raise ValueError("`config` needs a `model_type`, for example qwen3 or deepseek_v3")

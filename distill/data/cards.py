@@ -19,6 +19,7 @@ from distill.console import parameters
 from distill.data.ledger import run_ledger
 from distill.data.terms import in_card, terms_lines
 from distill.storage import MANIFEST, read_json, write_atomic
+from distill.tasks.documents import text_version
 
 OWN_LICENCE = "mit"
 MEASURED_HEADING = "\n## Measured\n"  # where the part begins that `refresh_cards` writes anew
@@ -28,7 +29,16 @@ def student_card(recipe: Recipe, arm: str, counts: dict, terms: dict[str, Any] |
     """Markdown with the front matter the hub reads. `terms`: the decision recorded with the dataset."""
     base = in_card(recipe.student.model or f"random weights ({recipe.student.config['model_type']})")
     losses = " + ".join(f"{o.weight:g} x {o.name}" for o in recipe.train.objectives)
-    if recipe.teacher and arm != "control":
+    if recipe.prompts.documents:
+        taught = f" against the next-token distributions of the teacher `{in_card(recipe.teacher.model)}`"
+        live = recipe.teacher and any(o.live for o in recipe.train.objectives)
+        how = taught if live else ", without a teacher"
+        origin = f"Trained on plain text ({in_card(text_version(recipe.prompts.source))}){how}."
+        terms_apply = "\n".join(terms_lines(terms)) + "\n" if terms and live else ""
+        licence = (
+            f"{terms_apply}Terms of the text: those of its source; check them before sharing this model."
+        )
+    elif recipe.teacher and arm != "control":
         origin = (
             f"Trained on outputs of the teacher `{in_card(recipe.teacher.model)}`, filtered by a verifier."
         )

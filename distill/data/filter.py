@@ -29,13 +29,15 @@ from typing import Any
 from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
+from distill.data.plain_text import check_documents, document_rows
 from distill.data.signals import HEAD, HIDDEN, SignalFormat
+from distill.data.terms import require_permission
 from distill.errors import UserError
 from distill.files import replacing
 from distill.integrity import verify_folder
 from distill.models.chat import completion_ids, prompt_ids
 from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
-from distill.models.student import student_tokenizer
+from distill.models.student import student_config, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
     DATASET_SCHEMA,
@@ -55,7 +57,8 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     """Run the stage `dataset/`; returns its manifest."""
     tokenizer = student_tokenizer(recipe.student)
     inputs = {"prompts": input_fingerprint(recipe.path / "prompts", "generate RECIPE")}
-    if recipe.teacher:
+    texts = recipe.prompts.documents
+    if recipe.teacher and not texts:
         inputs["generations"] = input_fingerprint(recipe.path / "generations", "generate RECIPE")
     guard = held_out_questions(recipe)
     config = {
@@ -63,6 +66,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "control": recipe.control.enabled,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
+    if texts:
+        config["window"] = recipe.prompts.window
+        check_documents(recipe.prompts, _context(recipe))
     stage = Stage(recipe.path, "dataset", config, inputs, resolved(recipe))
     if stage.done(redo):
         return stage.manifest
@@ -72,7 +78,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         with replacing(stage.folder / HEAD) as temporary:
             shutil.copyfile(recipe.path / "generations" / HEAD, temporary)
     prompts = {row["prompt_id"]: row for row in read_rows(recipe.path / "prompts")}
-    if recipe.teacher:
+    if texts:
+        rows = document_rows(prompts, tokenizer, recipe.prompts.window)
+    elif recipe.teacher:
         answers = read_rows(recipe.path / "generations", [*_READ, *(SIGNAL_COLUMNS if signal else ())])
         rows = apply_filters(answers, prompts, recipe, tokenizer, guard)
         rows = reduced(
@@ -100,7 +108,10 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         raise
     # The terms of the answers are those decided on when they were made.
     answered = recipe.path / "generations" / MANIFEST
-    terms = read_json(answered).get("terms") if recipe.teacher else None
+    if texts:
+        terms = require_permission(recipe)
+    else:
+        terms = read_json(answered).get("terms") if recipe.teacher else None
     write_card(recipe, stage.folder, counts, terms)
     return stage.finish(counts, device="cpu", tokenizer=config["tokenizer"], terms=terms, signal=signal)
 
@@ -154,8 +165,10 @@ def _write(
         totals["tokens"] += len(row["completion_ids"])
         totals["prompt_tokens"] += len(row["prompt_ids"])
         prompt = prompts[row["prompt_id"]]
-        totals["unanswered"] += not prompt["answer"]
-        if control and prompt["answer"]:
+        totals["unanswered"] += bool(prompt["messages"]) and not prompt["answer"]
+        if control and not prompt["messages"]:  # plain text: the same rows, to be read without a teacher
+            answers.add({name: value for name, value in row.items() if name not in SIGNAL_COLUMNS})
+        elif control and prompt["answer"]:
             completion = _completion(prompt["answer"], tokenizer)
             answers.add(_row(prompt, row["sample_idx"], prompt["answer"], row["prompt_ids"], completion))
     if not kept.rows:
@@ -229,9 +242,15 @@ def _cut(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def _context(recipe: Recipe) -> int | None:
+    """Tokens that the student reads at most."""
+    config = student_config(recipe.student).get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
+
+
 def _usable_signal(recipe: Recipe, tokenizer: dict[str, str]) -> dict[str, Any] | None:
     """What the generations' manifest says of stored signals, if the student reads the very same tokens."""
-    if recipe.teacher is None or recipe.filter.completions != "whole":
+    if recipe.teacher is None or recipe.prompts.documents or recipe.filter.completions != "whole":
         return None
     stored = read_json(recipe.path / "generations" / MANIFEST).get("signal")
     form = SignalFormat.from_manifest(stored)

@@ -82,7 +82,7 @@ def held_out_questions(recipe: Recipe) -> HeldOut | None:
     """
     section = recipe.filter
     wanted = recipe.prompts.source != "tasks" if section.decontaminate is None else section.decontaminate
-    if not wanted or not recipe.teacher:
+    if not wanted or not recipe.teacher or recipe.prompts.documents:
         return None
     problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     return HeldOut(map(question, problems), section.decontaminate_ngram)

@@ -20,12 +20,14 @@ from distill import console
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
+from distill.data.plain_text import document_prompts
 from distill.errors import UserError
 from distill.files import like_it
 from distill.stages import Stage
-from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, parts, read_rows
+from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, fingerprint, parts, read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
 from distill.tasks.conversations import conversation, with_system
+from distill.tasks.documents import is_embedded, python_docs
 from distill.tasks.problems import sample_problems
 from distill.tasks.reading import FORMS, Problems, Table, arrow_rows, read_table, text_of
 from distill.tasks.verify import extract_answer, letter, require_package
@@ -64,7 +66,7 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
 
 
 def _is_file(section: Prompts) -> bool:
-    return section.source != "tasks" and not section.source.startswith("hub:")
+    return not section.documents and section.source != "tasks" and not section.source.startswith("hub:")
 
 
 def _read_otherwise(stage: Stage, recipe: Recipe) -> str | None:
@@ -81,6 +83,8 @@ def _read_otherwise(stage: Stage, recipe: Recipe) -> str | None:
 
 def training_prompts(section: Prompts, seed: int) -> list[dict]:
     """The rows of the stage `prompts/` (keys as above), drawn or read as the section says. Raises UserError."""
+    if section.documents:
+        return document_prompts(section)
     if section.source != "tasks":
         return file_prompts(section.source, section, split="train")
     return task_prompts("train", section.levels, section, seed)
@@ -313,6 +317,8 @@ def _hash_source(source: str) -> str | None:
     """The content of a local file; a hub dataset is known by its name, config, split and revision."""
     if source.startswith("hub:"):
         return None
+    if is_embedded(source):  # another Python has another text
+        return fingerprint(python_docs("train"))
     path = find_file(source)
     if not path.is_file():
         raise UserError(

@@ -109,7 +109,7 @@ def score_rows(
     # Not the numbers that chose the text: given those, draws would be no fair sample.
     seeds = [row_seed(("signal", *key)) for key in keys]
     with KeptLogits(model) as kept:
-        for indices in _batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
+        for indices in row_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
             logits = kept(batch.input_ids, batch.attention_mask, batch.keep)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
@@ -128,7 +128,7 @@ def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocab
     device, at = next(model.parameters()).device, _plain_head(model, form.k)
     head = at.head()
     most = max(1, BATCH_LOGITS // form.k)  # states of one forward pass; logits exist a chunk at a time
-    for indices in _batches(rows, batch_size, most):
+    for indices in row_batches(rows, batch_size, most):
         batch = rows.collate(indices, pad_id).to(device)
         keep = batch.keep
         states = at(lambda hidden, keep=keep: hidden[keep], **batch.inputs())  # [N, d]
@@ -152,7 +152,7 @@ def _encoded(form: SignalFormat | None, logprobs: np.ndarray, *signal: np.ndarra
     return RowScore(logprobs.tolist(), *encode(form, *signal))
 
 
-def _batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
+def row_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
     """Row numbers by length, in groups of at most `batch_size` rows and (but for one row) `tokens`."""
     group, held = [], 0
     for i in np.argsort(rows.lengths, kind="stable"):

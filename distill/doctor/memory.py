@@ -11,10 +11,8 @@ width. On a CPU everything shares main memory with the program itself.
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-
+from distill.devices import device_memory, free_memory
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Pair, Side
 from distill.models.precision import resolve_precision
@@ -28,29 +26,6 @@ _ROUNDED = {"4bit": 0.516, "8bit": 1.0}
 _PROGRAM = 700e6  # torch, transformers and their libraries in a process of this project
 _UNKNOWN_PROMPT = 256  # tokens, where prompts cannot be counted
 HELD = ("weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights")
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes the device has: of the GPU, or main memory within the limit of this container."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes nobody uses at this moment, or None where that is not told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return None
 
 
 def gigabytes(amount: float) -> str:
@@ -82,7 +57,7 @@ class Phase:
 def phases(pair: Pair) -> list[Phase]:
     """The stages that this command runs, each on its own: nothing of one stays for the next."""
     found = []
-    if pair.teacher and pair.does("generate"):
+    if pair.teacher and pair.does("generate") and not pair.recipe.prompts.documents:
         found.append(_generation(pair))
     if pair.does("train"):
         found.append(_training(pair))
@@ -227,6 +202,8 @@ def _training(pair: Pair) -> Phase:
     trained = facts["parameters_total"] if full else pair.adapter_parameters
     dtype = "auto" if not full and low == 2 else "fp32"
     length = _prompt(pair, student) + recipe.generate.max_new_tokens
+    if recipe.prompts.documents:
+        length = recipe.prompts.window
     length = min(
         length, train.max_length or length, recipe.filter.max_tokens or length, student.context or length
     )
@@ -263,7 +240,9 @@ def _evaluation(pair: Pair) -> Phase:
     """The student beside the teacher it is compared with; each model in the dtype it is stored in."""
     recipe = pair.recipe
     tokens = _prompt(pair, pair.student, held_out=True) + recipe.evaluate.max_new_tokens
-    rows = recipe.evaluate.batch_size
+    rows = min(recipe.evaluate.batch_size, max(1, len(pair.test_prompts or [])) * recipe.evaluate.samples)
+    if pair.test_prompts is None or not recipe.evaluate.source:  # on the hub, or looked at in part
+        rows = recipe.evaluate.batch_size
     parts, per_row = {"weights": 0.0}, 0.0
     for side in pair.sides:
         parts["weights"] += _weights(side, "auto")

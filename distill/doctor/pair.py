@@ -27,6 +27,7 @@ from distill.models.describe import describe_config
 from distill.models.load import check_adapter_base, load_config, load_tokenizer, resolve_model
 from distill.models.lora import LoraPlan, plan_lora, wrap_lora
 from distill.models.student import student_config, student_skeleton, student_tokenizer
+from distill.tasks.documents import documents
 
 SAMPLE = 256  # of the prompts, the longest in characters and the shortest are counted in tokens
 _TASKS = 40  # embedded problems per level that are looked at: their lengths hardly vary
@@ -35,9 +36,16 @@ _TASKS = 40  # embedded problems per level that are looked at: their lengths har
 class Side:
     """One of the two: `role` is "teacher" or "student", `name` what the recipe calls it."""
 
-    def __init__(self, role: str, name: str | None, config: Callable[[], Any], tokenizer: Callable[[], Any]):
-        """`name` None: from scratch."""
-        self.role, self.name = role, name
+    def __init__(
+        self,
+        role: str,
+        name: str | None,
+        config: Callable[[], Any],
+        tokenizer: Callable[[], Any],
+        made_from: str | None = None,
+    ):
+        """`name` None: from scratch. `made_from`: the model that it is going to be made from."""
+        self.role, self.name, self.made_from = role, name, made_from
         self._config, self._tokenizer = config, tokenizer
 
     @cached_property
@@ -55,6 +63,8 @@ class Side:
 
     @property
     def label(self) -> str:
+        if self.made_from:
+            return f"{self.role} made from '{self.made_from}'"
         return f"{self.role} '{self.name or 'from scratch'}'"
 
     @property
@@ -125,7 +135,11 @@ class Pair:
         )
         start = recipe.student
         self.student = Side(
-            "student", start.model, lambda: student_config(start), lambda: student_tokenizer(start)
+            "student",
+            start.model,
+            lambda: student_config(start),
+            lambda: student_tokenizer(start),
+            start.made_from and start.made_from.model,
         )
 
     @property
@@ -165,6 +179,9 @@ class Pair:
         if section.source == "tasks":
             few = {level: min(n, _TASKS) for level, n in section.levels.items()}
             return task_prompts("train", few, section, self.recipe.seed)
+        if section.documents:
+            documents(section.source, "train", "prompts.source")  # that it can be read
+            return None
         if section.source.startswith("hub:"):
             return None
         with console.slow(f"reading {section.source}"):

@@ -265,7 +265,8 @@ def _needs(pair: Pair) -> list[_Need]:
     recipe = pair.recipe
     made, answered = recipe.generate.max_new_tokens, recipe.evaluate.max_new_tokens
     needs = []
-    if pair.does("generate", "train") and not (recipe.prompts.solutions or recipe.prompts.completion_column):
+    given = recipe.prompts.solutions or recipe.prompts.completion_column or recipe.prompts.documents
+    if pair.does("generate", "train") and not given:
         sides = pair.sides if pair.does("generate") else [pair.student]
         needs += [(side, "generate.max_new_tokens", made, "training") for side in sides]
     if pair.does("train") and recipe.train.on_policy.fraction:

@@ -22,7 +22,7 @@ from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, pick_device
 from distill.errors import UserError
-from distill.evaluation.likelihood import choice_problems, letters_of, read_documents
+from distill.evaluation.likelihood import choice_problems, letters_of
 from distill.evaluation.measure import Plan, TeacherReference, measure_model
 from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
@@ -42,6 +42,7 @@ from distill.storage import (
     read_table,
     write_json,
 )
+from distill.tasks.documents import documents
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
 
@@ -113,6 +114,7 @@ def evaluate_checkpoints(
     redo: bool = False,
     prompts: Prompts | None = None,
     usd_per_hour: float | None = None,
+    threads: int = 0,
 ) -> dict[str, Any]:
     """The same without a recipe: named checkpoints, optionally against a teacher, into the folder `out`.
 
@@ -128,17 +130,20 @@ def evaluate_checkpoints(
         if not found:
             raise UserError(f"--tasks {task}: it has no problems; give a file with at least one row")
         problems += found
-    plan = _plan(problems, section, pick_device(), usd_per_hour)
+    plan = _plan(problems, section, pick_device(threads=threads), usd_per_hour)
     stage = Stage(out.parent, out.name, _identity(plan, checkpoints), inputs={})
+    stage.elsewhere = "give another --out"
     return _run(stage, checkpoints, plan, "teacher" if teacher else None, redo)
 
 
 def _plan(problems: list[dict], section: Evaluate, device, usd_per_hour: float | None) -> Plan:
     """Everything that can be wrong with what is asked, found before any model is loaded. Raises UserError."""
-    if not problems:
+    if not problems and not (section.harness or section.text):
         raise UserError("there are no problems to evaluate on; name levels or files with --tasks")
+    if not problems and (further := _of_answers(section)):
+        raise UserError(f"{further} needs problems that are answered; name levels or files with --tasks")
     check_measured(problems, section)
-    return Plan(problems, section, device, [read_documents(path) for path in section.text], usd_per_hour)
+    return Plan(problems, section, device, [documents(path) for path in section.text], usd_per_hour)
 
 
 def check_measured(problems: list[dict] | None, section: Evaluate) -> None:
@@ -164,7 +169,17 @@ def check_measured(problems: list[dict] | None, section: Evaluate) -> None:
 
         check_harness(section)
     for path in section.text:
-        read_documents(path)
+        documents(path)
+
+
+def _of_answers(section: Evaluate) -> str | None:
+    """What was asked for that only answers can tell."""
+    asked = {
+        "--precision": section.precisions,
+        "an intervention on the routing": section.interventions.any,
+        "--samples": section.samples > 1,
+    }
+    return next((name for name, given in asked.items() if given), None)
 
 
 def _identity(plan: Plan, checkpoints: dict[str, str]) -> dict[str, Any]:

@@ -37,12 +37,14 @@ import torch
 from torch import Tensor
 
 from distill.data.batches import TokenRows
+from distill.data.scoring import row_batches
 from distill.evaluation.stats import ratio
 from distill.models.head import KeptLogits
 from distill.training.losses.divergences import forward_kl, reverse_kl
 from distill.training.losses.fused import match_vocabulary
 
 BINS = 15
+MOST_LOGITS = 2**25  # of one pass of two models, whose divergences make several copies: 128 MiB in float32
 
 
 class Reliability:
@@ -128,6 +130,11 @@ def answer_calibration(rows: list[dict]) -> dict[str, Any] | None:
     }
 
 
+def model_vocabulary(model) -> int:
+    """The width of its logits."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
 _MEASURES = ("top1_agreement", "forward_kl", "reverse_kl")
 
 
@@ -150,10 +157,9 @@ def fidelity(
     ask_student, ask_teacher = KeptLogits(student), KeptLogits(teacher)
     device = next(student.parameters()).device
     sums, counts = np.zeros((3, len(rows))), np.zeros(len(rows))
-    order = np.argsort(rows.lengths, kind="stable")
+    most = max(1, MOST_LOGITS // model_vocabulary(student))
     with ask_student, ask_teacher:
-        for start in range(0, len(order), batch_size):
-            picked = order[start : start + batch_size]
+        for picked in row_batches(rows, batch_size, most):
             batch = rows.collate(picked, pad_id).to(device)
             q = ask_student(batch.input_ids, batch.attention_mask, batch.keep)  # [N, V]
             p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.keep), q.shape[-1])

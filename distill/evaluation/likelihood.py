@@ -41,11 +41,8 @@ from distill.data.batches import TokenRows
 from distill.data.scoring import score_rows
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
-from distill.files import like_it
 from distill.models.chat import completion_ids, prompt_ids
-from distill.storage import find_file
 from distill.tasks.benchmarks import LETTERS
-from distill.tasks.reading import Problems, Unquoted, json_lines, read_text
 from distill.tasks.verify import letter
 
 _LISTED = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]")
@@ -124,36 +121,6 @@ def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: in
     return result
 
 
-def read_documents(path: str) -> list[str]:
-    """The texts of a file. Raises UserError for one that is missing, of another kind, unreadable or empty."""
-    file = find_file(path)
-    if not file.is_file():
-        raise UserError(
-            f"--text {path}: no such file{like_it(file)}; give a .txt or .jsonl file (evaluate.text)"
-        )
-    if file.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"--text {path}: give a .txt file, or a .jsonl file with a column `text`")
-    documents = [read_text(file)] if file.suffix == ".txt" else _texts(file)
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise UserError(f"--text {path} has no text in it; give a file that does")
-    return documents
-
-
-def _texts(file: Path) -> list[str]:
-    """The column `text` of a JSONL file. Raises UserError with what is wrong, line by line."""
-    texts, problems = [], Problems(f"--text {file}")
-    for line, row in json_lines(file):
-        text = row.get("text") if isinstance(row, dict) else None
-        if isinstance(text, str) and not isinstance(text, Unquoted):
-            texts.append(text)
-        else:
-            wrong = row if isinstance(row, ValueError) else "no object with `text`, a string in quotes"
-            problems.add(f'--text {file}: line {line}: {wrong}; every line is an object {{"text": ...}}')
-    problems.refuse()
-    return texts
-
-
 def windows(tokens: list[int], first: int, window: int, stride: int) -> list[tuple[list[int], list[int]]]:
     """(context, scored) of every pass over one document; `first` stands before it. At most `window` together."""
     found = [([first], tokens[: window - 1])]
@@ -165,6 +132,14 @@ def windows(tokens: list[int], first: int, window: int, stride: int) -> list[tup
 
 def text_nll(model, tokenizer, documents: list[str], window: int, batch_size: int = 16) -> dict[str, Any]:
     """`TextScore` of metrics.json for texts read through a sliding window of at most the model's context."""
+    rows, groups, view = text_rows(model, tokenizer, documents, window)
+    size = sum(len(document.encode()) for document in documents)
+    found = _score(model, tokenizer, rows, groups, batch_size)
+    return _result(*found, size, len(documents)) | view
+
+
+def text_rows(model, tokenizer, documents: list[str], window: int) -> tuple[list[tuple], list[int], dict]:
+    """(context, scored tokens) of every pass, the unit of each (document, or pass where there is one), the window."""
     config = model.config.get_text_config(decoder=True)
     window = min(window, getattr(config, "max_position_embeddings", None) or window)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -176,9 +151,7 @@ def text_nll(model, tokenizer, documents: list[str], window: int, batch_size: in
         rows += passes
         owner += [number] * len(passes)
     groups = owner if len(documents) > 1 else list(range(len(rows)))
-    size = sum(len(document.encode()) for document in documents)
-    found = _score(model, tokenizer, rows, groups, batch_size)
-    return _result(*found, size, len(documents)) | {"window": window, "stride": stride}
+    return rows, groups, {"window": window, "stride": stride}
 
 
 def answers_nll(

@@ -10,16 +10,26 @@ each over `fidelity_rows` answers. Asked for by the recipe, since they take time
 interventions, precisions.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill import console
 from distill.config.evaluation import Evaluate
-from distill.evaluation.answers import answer_problems
+from distill.data.batches import TokenRows
+from distill.evaluation.answers import answer_problems, stop_strings
 from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
-from distill.evaluation.likelihood import answers_nll, likelihoods, solutions_nll, text_names, text_nll
+from distill.evaluation.likelihood import (
+    answers_nll,
+    likelihoods,
+    solutions_nll,
+    text_names,
+    text_nll,
+    text_rows,
+)
 from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import usage_cost
@@ -104,6 +114,8 @@ def measure_model(
     problems, section = plan.problems, plan.section
     tokenizer = plan.tokenizer(name, path)
     model = reference.model if is_teacher else load_model(path, device=plan.device)
+    if not problems:
+        return [], _unanswered(name, path, model, tokenizer, plan, reference, is_teacher)
     rows, answering = answer_problems(model, tokenizer, problems, name, section)
     moe = routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}
     # One context for all models, so that their FLOPs/token compare; the page states it.
@@ -132,28 +144,66 @@ def measure_model(
     if section.solutions:
         result["solutions"] = solutions_nll(model, tokenizer, problems, rows, section.solutions)
     if section.likelihood:
+        console.say(f"evaluate {name}: likelihood of options")
         result["likelihood"] = likelihoods(model, tokenizer, problems)
     if section.harness:
-        from distill.evaluation.harness import run_harness
-
-        result["harness"] = run_harness(model, tokenizer, section)
+        result["harness"] = _harness(name, model, tokenizer, section)
     if section.interventions.any:
         from distill.evaluation.interventions import interventions_for
 
         result["interventions"] = interventions_for(model, tokenizer, problems, section, kept)
     if section.precisions:
         result["precision"] = _precision(model, tokenizer, plan, reference, first, is_teacher)
-    result["warnings"] = warnings(rows, result, section, moe.get("error"))
+    result["warnings"] = warnings(rows, result, section, moe.get("error"), tokenizer)
     return rows, result
+
+
+def _unanswered(name: str, path: str, model, tokenizer, plan: Plan, reference, is_teacher: bool) -> dict:
+    """`ModelMetrics` where there is nothing to answer: texts and the harness alone."""
+    start = time.perf_counter()
+    result: dict[str, Any] = {
+        "path": path,
+        "model": describe_model(model, context=plan.section.max_new_tokens),
+        "tasks": {},
+        "families": {},
+    }
+    if text := _text(model, tokenizer, plan, reference, [] if is_teacher else None):
+        result["text"] = text
+    if plan.section.harness:
+        result["harness"] = _harness(name, model, tokenizer, plan.section)
+    seconds = round(time.perf_counter() - start, 3)
+    # Nothing was decoded, so nothing is known of its speed.
+    nothing = {"prompt_tokens": 0, "generated_tokens": 0, "decode_tokens_per_second": 0.0, "batch_size": 0}
+    spent = {"seconds": seconds, **nothing, "flops": 0, "flops_per_answer": 0}
+    result["cost"] = {
+        **spent,
+        **usage_cost(model, tokenizer, result["model"], nothing, plan.usd_per_hour, plan.section.speed),
+    }
+    result["warnings"] = []
+    return result
+
+
+def _harness(name: str, model, tokenizer, section: Evaluate) -> dict[str, Any]:
+    from distill.evaluation.harness import run_harness
+
+    console.say(f"evaluate {name}: lm-evaluation-harness, {', '.join(section.harness)}")
+    return run_harness(model, tokenizer, section)
 
 
 def _text(model, tokenizer, plan: Plan, reference: TeacherReference | None, own: list[dict] | None) -> dict:
     """`text` of metrics.json: the files asked for and, where there is a teacher, its answers."""
+    if plan.documents:
+        console.say(f"evaluate: text, {', '.join(text_names(plan.section.text))}")
     found = {
         name: text_nll(model, tokenizer, documents, plan.section.text_window)
         for name, documents in zip(text_names(plan.section.text), plan.documents)
     }
-    if reference and reference.limit:
+    if reference and own is None and same_vocabulary(reference.tokenizer, tokenizer):
+        for name, documents in zip(found, plan.documents):
+            rows, _, _ = text_rows(model, tokenizer, documents, plan.section.text_window)
+            read = TokenRows([context for context, _ in rows], [tokens for _, tokens in rows])
+            found[name]["teacher"] = fidelity(model, reference.model, read, tokenizer.pad_token_id)
+    if reference and reference.limit and plan.problems:
         same = own is not None or same_vocabulary(reference.tokenizer, tokenizer)
         answers = reference.answers if own is None else own
         if score := answers_nll(model, tokenizer, plan.problems, answers, same, reference.limit):
@@ -195,9 +245,16 @@ def scores(rows: list[dict], seed: int) -> dict[str, Any]:
     return {"tasks": of(rows), "families": {family: of(chosen) for family, chosen in families.items()}}
 
 
-def warnings(rows: list[dict], result: dict, section: Evaluate, routing_error: str | None) -> list[str]:
+def warnings(
+    rows: list[dict], result: dict, section: Evaluate, routing_error: str | None, tokenizer
+) -> list[str]:
     """What a reader must know before quoting a number: one sentence each, with the fix where there is one."""
     found = []
+    if (stop := stop_strings(tokenizer, section)) and not section.stop:
+        shown = " or ".join(repr(text) for text in stop)
+        found.append(
+            f"it has no chat template, so its answers were ended before {shown}; --stop (evaluate.stop) sets others"
+        )
     failed = [row["error"] for row in rows if row["error"]]
     broken = sum("non-finite" in error for error in failed)
     if broken:
@@ -210,6 +267,14 @@ def warnings(rows: list[dict], result: dict, section: Evaluate, routing_error: s
         found.append(f"{len(failed) - broken} of {len(rows)} answers failed: {other}")
     if routing_error:
         found.append(f"routing was not measured: {routing_error}")
+    for task in result["tasks"]:
+        own = [row for row in rows if row["level"] == task]
+        unread = sum(row["verdict"] == "no_answer" for row in own)
+        if unread:
+            found.append(
+                f"{unread} of {len(own)} answers to {task} state nothing that the verifier can read, and count as not "
+                "solved (verdict no_answer in answers/)"
+            )
     for task, score in result["tasks"].items():
         if score["truncated"] and score["truncated"] == score["n"] * score["samples"]:
             found.append(

@@ -91,24 +91,6 @@ class LikelihoodScore(Block):
     per_byte: Score = Field(description="by log p(option) / its UTF-8 bytes")
 
 
-class TextScore(Block):
-    """Negative log-likelihood of text. Nats, except bits_per_byte."""
-
-    tokens: int = Field(description="tokens scored, every one once")
-    bytes: int = Field(description="UTF-8 bytes of the text (an added end token has none)")
-    documents: int
-    nll_per_token: Number
-    nll_per_token_stderr: Number = Field(description="clustered by document, or by window if there is one")
-    nll_per_byte: Number = Field(description="comparable between tokenizers, as nll_per_token is not")
-    bits_per_byte: Number
-    perplexity: Number = Field(description="exp(nll_per_token)")
-    window: int | None = Field(
-        description="tokens a pass sees at most; null: whole answers after their prompts"
-    )
-    stride: int | None = Field(description="tokens scored per pass; the rest of the window is context")
-    not_finite: int = Field(description="tokens left out because their logits are not finite")
-
-
 # ---------------------------------------------------------------------------- fidelity and calibration
 
 
@@ -127,6 +109,27 @@ class Agreement(Block):
     reverse_kl: Number = Field(description="KL(model || teacher), nats per token")
     reverse_kl_stderr: Number
     reverse_kl_ci95: Interval
+
+
+class TextScore(Block):
+    """Negative log-likelihood of text. Nats, except bits_per_byte."""
+
+    tokens: int = Field(description="tokens scored, every one once")
+    bytes: int = Field(description="UTF-8 bytes of the text (an added end token has none)")
+    documents: int
+    nll_per_token: Number
+    nll_per_token_stderr: Number = Field(description="clustered by document, or by window if there is one")
+    nll_per_byte: Number = Field(description="comparable between tokenizers, as nll_per_token is not")
+    bits_per_byte: Number
+    perplexity: Number = Field(description="exp(nll_per_token)")
+    window: int | None = Field(
+        description="tokens a pass sees at most; null: whole answers after their prompts"
+    )
+    stride: int | None = Field(description="tokens scored per pass; the rest of the window is context")
+    not_finite: int = Field(description="tokens left out because their logits are not finite")
+    teacher: Agreement | None = Field(
+        None, description="files, with a teacher of the same vocabulary: both read the text side by side"
+    )
 
 
 class Fidelity(Agreement):

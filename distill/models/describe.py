@@ -12,8 +12,9 @@ structure. What the keys mean, since published numbers mean different things:
   multi-token prediction, which transformers does not build.
 - `parameters_active`: all that is not a routed expert (attention, shared experts, routers, embedding, head)
   plus k/E of the routed experts. DeepSeek-V3: 37.55 B.
-- `parameters_active_without_embeddings`: less the matrices that are only looked up (DeepSeek-V3: 36.63 B).
-  The head multiplies at every token and stays, and so does an embedding that is tied to it.
+- `parameters_active_without_embeddings`: less the embedding (DeepSeek-V3: 36.63 B). The head multiplies at every
+  token and stays; where it is the embedding (tied), that one matrix is left out, as published counts of small models
+  do it (SmolLM2-135M: 106.2 M). `tied` says which; its product with every token is in the FLOPs all the same.
 - `parameters_adapter`: what PEFT added. Part of no other number, since a merged adapter costs nothing.
 - `flops_per_token`: forward. 2 per weight of the matrices that one token passes, plus attention, the sum over
   layers of 2 * T * n_heads * (d_qk + d_v) for T = `assumed_context` keys (a sliding layer: its window at
@@ -170,7 +171,8 @@ def _describe_skeleton(
         "context_length": getattr(text, "max_position_embeddings", None),
         "parameters_total": counts["total"],
         "parameters_active": counts["active"],
-        "parameters_active_without_embeddings": counts["active"] - counts["looked_up"],
+        "parameters_active_without_embeddings": counts["active"] - counts["looked_up"] - counts["tied"],
+        "tied": counts["tied"] > 0,
         "parameters_adapter": 0,
         "experts": max((router.num_experts - router.null_experts for router in routers), default=0),
         "experts_per_token": max((router.top_k for router in routers), default=0),
@@ -192,18 +194,21 @@ def _passes(config: PreTrainedConfig) -> dict[int, int]:
 
 
 def _count_parameters(model: nn.Module, routers: list[Router], passes: dict[int, int]) -> dict[str, int]:
-    """Parameters held (total), used by one token (active), of those looked up, and products per token (multiplied)."""
+    """Parameters held (total), used by one token (active), of those looked up alone or looked up and multiplied (tied),
+    and products per token (multiplied)."""
     share = {id(p): (r.top_k, r.num_experts) for r in routers for p in _routed_parameters(r)}
     head = model.get_output_embeddings()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - share.keys()
-    tables -= {id(head.weight)} if head is not None else set()
-    counts = {"total": 0, "active": 0, "looked_up": 0, "multiplied": 0}
+    tied = tables & ({id(head.weight)} if head is not None else set())
+    counts = {"total": 0, "active": 0, "looked_up": 0, "tied": 0, "multiplied": 0}
     for name, parameter in model.named_parameters():  # yields a tied weight once
         k, experts = share.get(id(parameter), (1, 1))
         used = parameter.numel() * k // experts
         counts["total"] += parameter.numel()
         counts["active"] += used
-        if id(parameter) in tables:
+        if id(parameter) in tied:
+            counts["tied"] += used
+        if id(parameter) in tables - tied:
             counts["looked_up"] += used
         elif parameter.ndim > 1 and not name.endswith("bias"):  # stacked expert biases are 2-D: [E, width]
             layer = re.search(r"\.layers\.(\d+)\.", name)
@@ -257,7 +262,10 @@ def format_description(description: dict[str, Any]) -> str:
         ("context length", f"{d['context_length']:,}" if d["context_length"] else "not limited"),
         ("parameters, total", _si(d["parameters_total"], "", "B")),
         ("parameters, active", _si(d["parameters_active"], "", "B")),
-        ("  without embeddings", _si(d["parameters_active_without_embeddings"], "", "B")),
+        (
+            "  without embeddings" + (" (tied)" if d["tied"] else ""),
+            _si(d["parameters_active_without_embeddings"], "", "B"),
+        ),
         ("routed experts", experts),
         ("FLOPs per token, forward", f"{_si(d['flops_per_token'], 'FLOP')} {at}"),
         ("KV cache per token", _si(d["kv_bytes_per_token"], "B")),

@@ -139,7 +139,7 @@ def version_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def summary_table(metrics: dict) -> str:
-    """Plain text for a terminal: models x tasks, accuracy in percent with its 95 % interval, n on top."""
+    """Plain text for a terminal: models x tasks, accuracy in percent with its 95 % interval; then the texts."""
     head, columns = ["accuracy [95 %]"], {}
     models = ordered(metrics["models"], MODEL_ORDER)
     for task in tasks_in_order(metrics):
@@ -148,7 +148,30 @@ def summary_table(metrics: dict) -> str:
         head.append(f"{task} (n={'-'.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))})")
     cells = [[percent(score).replace(NB, " ") for score in column] for column in columns.values()]
     rows = [head, *([model, *row] for model, *row in zip(models, *cells))]
-    widths = [max(len(row[position]) for row in rows) for position in range(len(head))]
+    texts = _text_tables(metrics, models)
+    tables = [rows] if columns or not texts else []
+    return "\n\n".join(map(_aligned, [*tables, *texts]))
+
+
+def _text_tables(metrics: dict, models: list[str]) -> list[list[list[str]]]:
+    """One per text: surprise of each model and, where there is a teacher, how close it is to it."""
+    texts = [name for model in models for name in metrics["models"][model].get("text", {})]
+    found = []
+    for text in dict.fromkeys(texts):
+        rows = [[f"text: {text.replace('_', ' ')}", "nats per token", "KL from the teacher", "same top-1"]]
+        for model in models:
+            if score := metrics["models"][model].get("text", {}).get(text):
+                close = score.get("teacher") or {}
+                values = [score["nll_per_token"], close.get("forward_kl")]
+                cells = ["-" if value is None else f"{value:.3f}" for value in values]
+                same = close.get("top1_agreement")
+                rows.append([model, *cells, "-" if same is None else f"{same:.1%}"])
+        found.append(rows)
+    return found
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[position]) for row in rows) for position in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 

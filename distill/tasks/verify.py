@@ -27,8 +27,9 @@ from distill.tasks.patterns import check_size
 from distill.tasks.statements import boxed, stated
 
 __all__ = [
-    "VERDICTS", "VERIFIERS", "boxed", "check_pattern", "choice", "exact", "extract_answer", "final_answer", "judge",
-    "letter", "matches", "math_equal", "numeric", "require_package", "stated",
+    "VERDICTS", "VERIFIERS", "boxed", "check_pattern", "choice", "chosen_option", "contains", "exact",
+    "extract_answer", "final_answer", "judge", "letter", "matches", "math_equal", "numeric", "require_package",
+    "stated",
 ]  # fmt: skip
 VERDICTS = ("correct", "wrong", "no_answer", "truncated", "error")
 REGEX_CHARACTERS = 10_000  # the end of an answer that a recipe's pattern is matched against
@@ -109,6 +110,31 @@ def _same_letter(found: str, reference: str) -> bool:
     return found == letter(reference)
 
 
+def contains(answer: str, reference: str) -> bool:
+    """The reference stands in the answer as whole words, whatever the case, and not behind a negation.
+
+    For short references in free sentences ("It is Paris." and Paris). "not Paris", "isn't Paris" and "never Paris" are
+    refused; what else a sentence takes back ("Paris? No") is not understood: ask for the answer alone where it matters.
+    """
+    wanted = _plain(reference).casefold()
+    if not wanted:
+        return False
+    pattern = rf"(?<!\w)(?<!\bnot )(?<!n't )(?<!\bnever ){regex.escape(wanted)}(?!\w)"
+    text = _plain(answer).casefold().replace("’", "'")
+    found = regex.search(pattern, text) is not None
+    return found and not regex.search(rf"(\bnot|n't|\bnever) {regex.escape(wanted)}(?!\w)", text)
+
+
+def chosen_option(answer: str, options: list[str]) -> str | None:
+    """The letter of the one option whose words the answer states; None for none and for several.
+
+    An option within another one that is stated too ("Paris" in "Paris, Texas") is not stated by itself.
+    """
+    said = [(i, _plain(option).casefold()) for i, option in enumerate(options) if contains(answer, option)]
+    whole = [i for i, text in said if not any(text != other and text in other for _, other in said)]
+    return chr(ord("A") + whole[0]) if len(whole) == 1 else None
+
+
 def check_pattern(pattern: str) -> None:
     """Raises ValueError if a recipe's pattern is not a regular expression."""
     try:
@@ -150,6 +176,7 @@ def _wanted(reference: str) -> str:
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "exact": exact,
+    "contains": contains,
     "numeric": numeric,
     "choice": choice,
     "regex": matches,
@@ -200,12 +227,14 @@ def judge(
     error: str | None = None,
     *,
     opened: bool = False,
+    options: list[str] | None = None,
 ) -> str:
     """One of VERDICTS. A truncated completion is `truncated` even if its text would happen to match.
 
     `no_answer`: nothing follows the thinking, or nothing that this verifier can read with certainty: no number,
     no letter, no formula. `verifier` is a name of VERIFIERS, or `regex:PATTERN`, where `{answer}` stands for
-    the reference, escaped. `opened`: as in `extract_answer`.
+    the reference, escaped. `opened`: as in `extract_answer`. `options`: of a choice, their words; an answer without a
+    letter that states one of them chooses it.
     """
     if error:
         return "error"
@@ -220,6 +249,8 @@ def judge(
     if name not in _READ:
         return "correct" if VERIFIERS[name](answer, reference) else "wrong"
     found = _READ[name](answer)
+    if found is None and name == "choice" and options:
+        found = chosen_option(answer, options)
     if found is None:
         return "no_answer"
     return "correct" if _SAME[name](found, reference) else "wrong"

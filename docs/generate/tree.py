@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 FOLDERS = (
-    "", "tasks", "config", "models", "moe", "data", "training", "training/losses", "evaluation", "report", "doctor",
-    "bench", "cost", "play", "commands",
+    "", "tasks", "config", "models", "moe", "data", "convert", "training", "training/losses", "evaluation", "report",
+    "doctor", "bench", "cost", "play", "commands",
 )  # fmt: skip
 _WIDTH = 24  # of the column of names
 

@@ -40,7 +40,7 @@ def test_every_command_has_help():
     assert set(commands) == {
         "demo", "run", "generate", "filter", "train", "evaluate", "report", "bench", "cost", "describe",
         "provenance", "export", "merge", "play", "completion", "inherit",
-        "doctor", "init",
+        "doctor", "init", "import",
     }  # fmt: skip
 
 

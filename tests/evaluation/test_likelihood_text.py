@@ -10,17 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.evaluation.likelihood import (
-    answers_nll,
-    read_documents,
-    solutions_nll,
-    text_names,
-    text_nll,
-    windows,
-)
+from distill.evaluation.likelihood import answers_nll, solutions_nll, text_names, text_nll, windows
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
+from distill.tasks.documents import documents as read_documents
 
 
 @given(length=st.integers(1, 200), window=st.integers(2, 40), data=st.data())

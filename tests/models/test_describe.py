@@ -190,6 +190,34 @@ def test_published_models(tmp_path, name, total, active, without_embeddings, exp
     assert json.loads(json.dumps(found)) == found
 
 
+# What is published of two small models whose head is their embedding.
+TIED = {
+    "SmolLM2-135M": (
+        {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+         "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+        134_515_008, 106_203_456,
+    ),
+    "Gemma 3 270M": (
+        {"model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+         "tie_word_embeddings": True},
+        268_098_176, 100_326_016,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_tied_embeddings_are_left_out_once_and_multiplied_still(tmp_path, name):
+    config, total, without = TIED[name]
+    found = describe(save_config(tmp_path, config), context=1)
+    assert (found["parameters_total"], found["parameters_active_without_embeddings"]) == (total, without)
+    assert (
+        found["tied"]
+        and found["flops_per_token"] > 2 * without + config["vocab_size"] * config["hidden_size"]
+    )
+    assert "without embeddings (tied)" in format_description(found)
+
+
 def test_deepseek_v3_cache_and_flops(tmp_path):
     found = describe(save_config(tmp_path, PUBLISHED["DeepSeek-V3"]) / "config.json", context=4096)
     assert found["kv_bytes_per_token"] == 61 * (512 + 64) * 2 == 70_272
@@ -221,8 +249,11 @@ def test_counts_match_the_tensors_and_what_a_token_uses(family):
     assert found["parameters_adapter"] == 0
     assert found["weight_bytes"] == sum(p.numel() * p.element_size() for p in model.parameters())
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    lookup = 0 if tied else model.get_input_embeddings().weight.numel()
-    assert found["parameters_active"] - found["parameters_active_without_embeddings"] == lookup
+    embedding = (
+        model.get_input_embeddings().weight.numel()
+    )  # one matrix, whether or not it is the head as well
+    assert found["parameters_active"] - found["parameters_active_without_embeddings"] == embedding
+    assert found["tied"] == tied
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -124,7 +124,7 @@ def test_the_documented_rules():
     ],
 )
 def test_nothing_that_can_be_read_is_no_answer(verifier, text):
-    """And not `wrong`: what the model meant is unknown. Any text is an answer to `exact` and `regex`."""
+    """And not `wrong`: what the model meant is unknown. Any text is an answer to `exact`, `contains` and `regex`."""
     reference = {"numeric": "3", "choice": "B", "math": "5"}[verifier]
     assert judge(verifier, text, reference) == "no_answer"
     assert final_answer(verifier, text) is None
@@ -356,6 +356,7 @@ def test_garbage_is_never_correct():
         "math": "31415926",
         "numeric": "31415926",
         "exact": "31415926",
+        "contains": "31415926",
         "regex": "31415926",
     }
     pieces = [

@@ -1,0 +1,154 @@
+"""A model made from a model, before it is trained: fewer layers today; the recipe key is `student.from`.
+
+    keep = kept_layers(10, 30)                       # [0, 3, 6, ..., 29]: evenly, with the first and the last
+    student = drop_layers(teacher, keep)             # an ordinary model of the same family
+
+What a layer is does not change with its place: its kind of attention, its window, whether it is dense or a mixture come
+along. Configs say these things per layer, as lists (`layer_types`), as numbers of layers (`first_k_dense_replace`) and
+as counts from the front (`num_kv_shared_layers`), and what is left after the cut must say the same of the kept ones. So
+the new model's layers are held against the old ones, piece by piece; a family whose config cannot say it is refused.
+
+How to choose layers: evenly spaced ones with both ends are the usual start where the student is trained afterwards
+(Sanh et al., DistilBERT, arXiv 1910.01108, section 3); a list tries another choice (Gromov et al., arXiv 2403.17887).
+
+A new way to make a student is a function (model, its settings) -> model here, and an entry of `derived`.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from distill.config.training import From
+from distill.errors import UserError
+from distill.models.layers import decoder_layers
+
+_FIRST_ARE = ("first_k_dense_replace",)  # numbers: so many layers from the front are of one kind
+_INDICES = ("mlp_only_layers", "full_attn_idxs", "dense_layers", "moe_layers")  # lists of layers by number
+_UNKNOWN = (
+    "num_kv_shared_layers",
+    "loop_num_passes",
+)  # layers that lean on others: where they were cannot be said
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def derived(model: PreTrainedModel, section: From) -> PreTrainedModel:
+    """The model that `student.from` asks for. Raises UserError."""
+    return drop_layers(model, kept_layers(section.layers, _text(model.config).num_hidden_layers))
+
+
+def derived_config(config: PreTrainedConfig, section: From) -> PreTrainedConfig:
+    """The same of the config alone: checked on skeletons, no weights. Raises UserError."""
+    keep = kept_layers(section.layers, _text(config).num_hidden_layers)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    return drop_layers(whole, keep).config
+
+
+def kept_layers(asked: int | tuple[int, ...], total: int) -> list[int]:
+    """Layers by number, from 0: a count is taken evenly, with the first and the last. Raises UserError."""
+    if isinstance(asked, int):
+        if not 1 <= asked <= total:
+            raise UserError(f"student.from.layers={asked}: the model has {total} layers; give 1 to {total}")
+        return [round(i * (total - 1) / max(asked - 1, 1)) for i in range(asked)]
+    if not asked or sorted(set(asked)) != list(asked) or asked[0] < 0 or asked[-1] >= total:
+        raise UserError(
+            f"student.from.layers={list(asked)}: give layers in rising order, each once, from 0 to {total - 1}"
+        )
+    return list(asked)
+
+
+def drop_layers(model: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
+    """A new model of the same family with the layers `keep` of `model`, in its dtype and on its device.
+
+    Embedding, head and norms are copied; what is tied stays tied. Raises UserError for a family whose config cannot
+    describe the kept layers, and for one whose decoder layers cannot be told.
+    """
+    _, layers = decoder_layers(model)
+    config = _cut(model.config, keep)
+    kind = type(model)
+    with torch.device(model.device):
+        student = kind(config).to(model.dtype)
+    _, new = decoder_layers(student)
+    for place, old in enumerate(keep):
+        if difference := _unlike(layers[old], new[place]):
+            raise UserError(
+                f"layer {old} of this {model.config.model_type} model would become another one ({difference}): its "
+                "config cannot describe these layers alone; choose other student.from.layers"
+            )
+    if model.device.type != "meta":
+        names = {id(module): name for name, module in model.named_modules()}
+        prefix = f"{names[id(layers)]}."
+        moved = {f"{prefix}{old}.": f"{prefix}{place}." for place, old in enumerate(keep)}
+        student.load_state_dict(_renamed(model.state_dict(), prefix, moved))
+        student.generation_config = copy.deepcopy(model.generation_config)
+    return student.eval()
+
+
+def _renamed(weights: dict[str, torch.Tensor], prefix: str, moved: dict[str, str]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in weights.items():
+        if not name.startswith(prefix):
+            found[name] = tensor
+            continue
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if (to := moved.get(f"{prefix}{number}.")) is not None:
+            found[to + rest] = tensor
+    return found
+
+
+def _text(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config.get_text_config(decoder=True)
+
+
+def _cut(config: PreTrainedConfig, keep: list[int]) -> PreTrainedConfig:
+    """The config of the kept layers alone."""
+    config = copy.deepcopy(config)
+    text = _text(config)
+    total = text.num_hidden_layers
+    values = {name: value for name, value in vars(text).items() if not name.startswith("_")}
+    if found := [name for name in _UNKNOWN if (values.get(name) or 0) > (name == "loop_num_passes")]:
+        raise UserError(
+            f"layers of this {config.model_type} model lean on each other ({found[0]}={values[found[0]]}): none can be "
+            "left out; choose a student of another kind"
+        )
+    for name, value in values.items():
+        if name in _INDICES and isinstance(value, list | tuple):
+            setattr(text, name, [keep.index(layer) for layer in value if layer in keep])
+        elif isinstance(value, list | tuple) and len(value) == total and not name.endswith(("_id", "_ids")):
+            if name != "architectures":
+                setattr(text, name, [value[layer] for layer in keep])
+        elif name in _FIRST_ARE and isinstance(value, int):
+            setattr(text, name, sum(layer < value for layer in keep))
+    text.num_hidden_layers = len(keep)
+    return config
+
+
+def _unlike(old: nn.Module, new: nn.Module) -> str | None:
+    """The first thing in which two layers differ, weights aside: classes, sizes, windows. None where they agree."""
+    before, after = dict(old.named_modules()), dict(new.named_modules())
+    if before.keys() != after.keys():
+        return f"{min(before.keys() ^ after.keys())} is in one of them alone"
+    for name, module in before.items():
+        other = after[name]
+        if type(module) is not type(other):
+            return f"{name or 'it'} is {type(module).__name__}, and would be {type(other).__name__}"
+        mine, theirs = _facts(module), _facts(other)
+        for key in mine.keys() | theirs.keys():
+            if mine.get(key) != theirs.get(key):
+                return f"{name}.{key}: {mine.get(key)} and {theirs.get(key)}".lstrip(".")
+        shapes = [{n: tuple(p.shape) for n, p in m.named_parameters(recurse=False)} for m in (module, other)]
+        if shapes[0] != shapes[1]:
+            return f"the weights of {name}"
+    return None
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes of one module but for its place."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, _PLAIN) and not key.startswith("_") and "idx" not in key and key != "training"
+    }

@@ -1,0 +1,103 @@
+"""The stage `base/`: a student made from a model (`student.from`), as a folder that everything after it starts from.
+
+    student: {from: {model: checkpoints/smollm2, layers: 10}, adapter: full}
+
+The folder is an ordinary checkpoint with card and manifest, and `student.model` of the recipe is its path: training,
+evaluation (as `base`), the play page and provenance take it as they take any other. It is made before anything else,
+in seconds; `distill doctor` and `--dry-run` look at a copy without weights (`planned_base`).
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config.recipe import BASE_FOLDER, Recipe
+from distill.convert.derive import derived, derived_config, kept_layers
+from distill.data.provenance import model_source
+from distill.data.terms import card_metadata
+from distill.errors import UserError
+from distill.models.load import check_model, load_config, load_model, load_tokenizer, resolve_model
+from distill.models.student import save_student
+from distill.stages import Stage
+
+_KEPT = ("license", "license_name", "license_link", "language")  # of the card of the model it is made from
+
+
+def make_base(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
+    """Run the stage; returns its manifest. Raises UserError for a model that cannot be cut so."""
+    section = recipe.student.made_from
+    check_source(section.model)
+    source = model_source(section.model)
+    config = {
+        "from": section.model_dump(mode="json"),
+        "source": source.get("files") or source.get("revision"),
+    }
+    stage = Stage(recipe.path, BASE_FOLDER, config, inputs={})
+    if stage.done(redo):
+        return stage.manifest
+    whole = load_model(section.model, "fp32", training=True)
+    before, total = _parameters(whole), whole.config.get_text_config(decoder=True).num_hidden_layers
+    model = derived(whole, section)
+    del whole
+    counts = {"rows": 0, "errors": 0, "parameters_before": before, "parameters": _parameters(model)}
+    stage.begin(redo)
+    layers = kept_layers(section.layers, total)
+    card = base_card(recipe.path.name, section.model, layers, total, counts)
+    save_student(
+        model, load_tokenizer(section.model, recipe.student.chat_template_kwargs), stage.folder, card
+    )
+    return stage.finish(counts, device="cpu", base_source=source, layers=layers)
+
+
+def check_source(name: str) -> None:
+    """A whole model, no adapter. Raises UserError."""
+    if (Path(resolve_model(name)) / "adapter_config.json").is_file():
+        raise UserError(f"student.from.model '{name}' is an adapter; merge it first (distill merge)")
+    check_model(name)
+
+
+@contextlib.contextmanager
+def planned_base(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with a base that has config and tokenizer but no weights, where the real one is not there yet."""
+    section = recipe.student.made_from
+    if section is None or (recipe.path / BASE_FOLDER / "config.json").is_file():
+        yield recipe
+        return
+    check_source(section.model)
+    with tempfile.TemporaryDirectory(prefix="distill-") as folder:
+        base = Path(folder) / BASE_FOLDER
+        derived_config(load_config(section.model), section).save_pretrained(base)
+        load_tokenizer(section.model, recipe.student.chat_template_kwargs).save_pretrained(base)
+        student = recipe.student.model_copy(update={"model": str(base)})
+        yield recipe.model_copy(update={"student": student})
+
+
+def base_card(name: str, source: str, layers: list[int], total: int, counts: dict[str, int]) -> str:
+    """The model card: what it was made from, how, and that it answers nothing yet."""
+    given = card_metadata(source)
+    front = {key: given[key] for key in _KEPT if key in given}
+    front |= {"base_model": given.get("base_model", source), "library_name": "transformers"}
+    front["pipeline_tag"] = "text-generation"
+    share = counts["parameters"] / counts["parameters_before"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        f"# {name}: base",
+        "",
+        f"Made from `{source}` by keeping {len(layers)} of its {total} decoder layers: {', '.join(map(str, layers))}.",
+        "",
+        f"- parameters: {counts['parameters_before']:,} before, {counts['parameters']:,} after ({share:.0%})",
+        "- not trained since: its text makes no sense until it is",
+        "- terms: those of the model that it was made from",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters())
