@@ -240,8 +240,8 @@ def _evaluation(pair: Pair) -> Phase:
     """The student beside the teacher it is compared with; each model in the dtype it is stored in."""
     recipe = pair.recipe
     tokens = _prompt(pair, pair.student, held_out=True) + recipe.evaluate.max_new_tokens
-    rows = min(recipe.evaluate.batch_size, max(1, len(pair.test_prompts or [])) * recipe.evaluate.samples)
-    if pair.test_prompts is None or not recipe.evaluate.source:  # on the hub, or looked at in part
+    rows = min(recipe.evaluate.batch_size, max(1, len(pair.test_rows or [])) * recipe.evaluate.samples)
+    if pair.test_rows is None or not recipe.evaluate.source:  # on the hub, or looked at in part
         rows = recipe.evaluate.batch_size
     parts, per_row = {"weights": 0.0}, 0.0
     for side in pair.sides:
