@@ -85,7 +85,7 @@ def score_rows(
     # Not the numbers that chose the text: given those, draws would be no fair sample.
     seeds = [row_seed(("signal", *key)) for key in keys]
     with KeptLogits(model) as kept:
-        for indices in _batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
+        for indices in length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
             logits = kept(batch.input_ids, batch.attention_mask, batch.keep)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
@@ -105,7 +105,7 @@ def _encoded(form: SignalFormat | None, logprobs: np.ndarray, *signal: np.ndarra
     return RowScore(logprobs.tolist(), *encode(form, *signal))
 
 
-def _batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
+def length_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
     """Row numbers by length, in groups of at most `batch_size` rows and (but for one row) `tokens`."""
     group, held = [], 0
     for i in np.argsort(rows.lengths, kind="stable"):
