@@ -61,11 +61,11 @@ def stopped_after(passes: int, monkeypatch, start) -> None:
     """Run `start()` until the student's forward has run so many times, then kill it as Ctrl-C does."""
     real, calls = StudentStep.forward, []
 
-    def stops(*args):
+    def stops(*args, **named):
         calls.append(1)
         if len(calls) > passes:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(StudentStep, "forward", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -46,12 +46,23 @@ class Batch:
     messages: list | None = None  # [B] of the rows' questions, for a teacher with another tokenizer
     tags: np.ndarray | None = None  # [B] of the rows, in the order of their kept tokens
     row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
+    written: np.ndarray | None = None  # [N] `targets` once more, which stay on the host
+    places: torch.Tensor | None = None  # [N] of the kept tokens in [B * T], ascending: `keep` as numbers
+    checked: bool = False  # whether the stored signal's ids were looked at, on the host
+
+    def __post_init__(self):
+        # On the host, where it costs nothing: on a device everyone would wait for how many they are.
+        if self.places is None:
+            self.places = self.keep.flatten().nonzero()[:, 0]
 
     def to(self, device) -> "Batch":
-        moved = {
-            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-            for name, value in vars(self).items()
-        }
+        """On the device, without waiting for it: from memory that a GPU may read by itself, where it is one."""
+        pinned = torch.device(device).type == "cuda" and self.input_ids.device.type == "cpu"
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and pinned:
+                value = value.pin_memory()
+            moved[name] = value.to(device, non_blocking=True) if hasattr(value, "to") else value
         return Batch(**moved)
 
     def real_tokens(self) -> torch.Tensor:
@@ -171,6 +182,7 @@ class TokenRows:
             "messages": None if self.messages is None else [self.messages[i] for i in indices],
             "tags": None if self.tags is None else self.tags[indices],
             "row_tokens": lengths,
+            "written": np.concatenate([self.row(i)[1] for i in indices]),
         }
 
     def pack(self, indices: np.ndarray) -> Batch:
@@ -285,7 +297,7 @@ def check_packing(model: nn.Module, vocabulary: int) -> None:
             packs = (rows.pack(np.array(pair)) for pair in ((0, 2), (1, 2)))
             batches = [*packs, rows.collate(np.array([2]), 0)]
             inputs = (
-                {"attention_mask": None, "keep": b.keep, **b.inputs()}
+                {"attention_mask": None, "keep": b.places, **b.inputs()}
                 for b in (b.to(device) for b in batches)
             )
             first, second, alone = (kept(**named)[-len(tail) :] for named in inputs)

@@ -87,11 +87,11 @@ def score_rows(
     with KeptLogits(model) as kept:
         for indices in length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
-            logits = kept(batch.input_ids, batch.attention_mask, batch.keep)[:, :vocabulary]  # [N, V]
+            logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
             seed = torch.tensor([seeds[i] for i in indices]).repeat_interleave(torch.from_numpy(lengths))
             place = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-            u = uniforms(seed, place).to(device)
+            u = uniforms(seed, place).to(device, non_blocking=True)
             columns = [column.cpu().numpy() for column in _summaries(logits, batch.targets, u, form)]
             for i, *parts in zip(indices, *(np.split(c, lengths.cumsum()[:-1]) for c in columns)):
                 scores[i] = _encoded(form, *parts)

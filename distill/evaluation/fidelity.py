@@ -165,8 +165,8 @@ def fidelity(
 
     def read(picked: np.ndarray) -> tuple[np.ndarray, np.ndarray, TokenCalibration]:
         batch = rows.collate(picked, pad_id).to(device)
-        q = ask_student(batch.input_ids, batch.attention_mask, batch.keep)  # [N, V]
-        p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.keep), q.shape[-1])
+        q = ask_student(batch.input_ids, batch.attention_mask, batch.places)  # [N, V]
+        p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.places), q.shape[-1])
         owners = np.repeat(picked, rows.completion_lengths[picked])  # [N]
         found, known, counted = [], [], TokenCalibration()
         for start in range(0, len(q), _chunk(vocabulary)):

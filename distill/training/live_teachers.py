@@ -16,6 +16,7 @@ import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from distill.config.recipe import Recipe
 from distill.data.batches import Batch
 from distill.errors import UserError
 from distill.models.cross_tokenizer import TeacherView
-from distill.models.head import AtHead, Head, KeptLogits
+from distill.models.head import AtHead, Head, KeptLogits, at_places
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
@@ -111,7 +112,10 @@ class FrozenTeacher:
         with torch.no_grad():
             signals = self._dense(batch)
             if self._hidden:
-                taken = [tap.take(batch.keep.to(self._device)) for tap in self._hidden]
+                taken = [
+                    tap.take(batch.keep.to(self._device), batch.places.to(self._device))
+                    for tap in self._hidden
+                ]
                 states = {layer: state for found in taken for layer, state in found.items()}
                 signals["hidden"] = {layer: state.to(batch.keep.device) for layer, state in states.items()}
             if self._routers:
@@ -125,8 +129,8 @@ class FrozenTeacher:
     def _dense(self, batch: Batch) -> dict[str, Any]:
         home, here = batch.keep.device, batch.to(self._device)  # a teacher may sit elsewhere, as on the CPU
         if self._at is None:
-            return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
-        hidden = self._at(lambda states: states[here.keep], **here.inputs())  # [N, d]
+            return {"dense": WholeLogits(self._kept(keep=here.places, **here.inputs()).to(home))}
+        hidden = self._at(lambda states: at_places(states, here.places), **here.inputs())  # [N, d]
         return {"dense": Projected(hidden.to(home), self._head_on(home), self._scratch)}
 
     def _head_on(self, device: torch.device) -> Head:
@@ -188,31 +192,34 @@ class CrossTeacher(_NotHeard):
         return self.teacher.models
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        completions = batch.targets.cpu().split(list(map(int, batch.row_tokens)))
+        completions = np.split(batch.written, np.cumsum(batch.row_tokens)[:-1])
         rows = [self.view.row(m, c.tolist()) for m, c in zip(batch.messages, completions)]
         theirs = self.view.collate(rows)
         asked = Batch(theirs.input_ids, theirs.attention_mask, theirs.keep, theirs.rows).to(batch.keep.device)
-        return {"aligned": Aligned(self.teacher(asked)["dense"], asked.targets, theirs.kept)}
+        return {"aligned": Aligned(self.teacher(asked)["dense"], theirs.rows, theirs.kept, asked.keep.device)}
 
 
 class Aligned:
     """Dense signals [M, V'] of some of N tokens, and which: a chunk is (logits [n, V'], 1 where aligned [n])."""
 
-    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int):
-        self.signal = signal
-        self.place = torch.full((kept,), -1, dtype=torch.long, device=rows.device)
-        self.place[rows] = torch.arange(len(rows), device=rows.device)
+    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int, device: torch.device):
+        """`rows` [M], ascending: which of the `kept` tokens, on the host."""
+        self.signal, self.kept = signal, kept
+        self._rows = rows.cpu().numpy()
+        self._on_device = rows.to(device, non_blocking=True)
 
     def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
-        place = self.place[part]
-        there = place >= 0
-        found = place[there]  # consecutive: both orders are those of the text
-        if not len(found):
-            return like.new_zeros(len(place), 1), there
-        (said,) = self.signal.chunk(slice(int(found[0]), int(found[-1]) + 1), None)
-        logits = said.new_zeros(len(place), said.shape[1])
-        logits[there] = said
-        return logits, there
+        start, stop, _ = part.indices(self.kept)
+        low, high = np.searchsorted(
+            self._rows, [start, stop]
+        )  # consecutive: both orders are those of the text
+        there = torch.zeros(stop - start, dtype=torch.bool, device=like.device)
+        if low == high:
+            return like.new_zeros(stop - start, 1), there
+        (said,) = self.signal.chunk(slice(int(low), int(high)), None)
+        places = self._on_device[low:high] - start
+        logits = said.new_zeros(stop - start, said.shape[1])
+        return logits.index_copy_(0, places, said), there.index_fill_(0, places, True)
 
 
 class RoutedTeachers(_NotHeard):
@@ -229,8 +236,8 @@ class RoutedTeachers(_NotHeard):
         """Every teacher reads the whole batch only if it owns rows in it; each kept token has one owner."""
         owners = [self.by_tag.get(tag, self.default) for tag in batch.tags]
         present = list(dict.fromkeys(owners))
-        per_row = torch.tensor([present.index(o) for o in owners], device=batch.keep.device)
-        owner = per_row.repeat_interleave(torch.as_tensor(batch.row_tokens, device=batch.keep.device))  # [N]
+        owner = torch.from_numpy(np.repeat([present.index(o) for o in owners], batch.row_tokens))  # [N]
+        owner = owner.to(batch.keep.device, non_blocking=True)
         return {"dense": Shared([teacher(batch)["dense"] for teacher in present], owner)}
 
 
@@ -239,6 +246,9 @@ class Shared:
 
     def __init__(self, signals: list, owner: Tensor):
         self.signals, self.owner = signals, owner
+        self.finite = all(getattr(signal, "finite", False) for signal in signals)
+        widths = [getattr(signal, "vocabulary", None) for signal in signals]
+        self.vocabulary = None if None in widths else min(widths)
 
     def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
         owner = self.owner[part][:, None]

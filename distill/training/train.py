@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill.config.recipe import Recipe
 from distill.config.training import Train
@@ -41,7 +42,7 @@ from distill.training.checkpoint import Interrupts, Saver
 from distill.training.log import StepLog
 from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
 from distill.training.sources import Lot, Source
-from distill.training.step import StudentStep, state_objectives
+from distill.training.step import StudentStep, state_objectives, whole_step
 from distill.training.validation import Validator
 
 
@@ -106,7 +107,7 @@ def train_student(
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator)
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -126,29 +127,28 @@ def train_student(
 
             # ---- check, clip, step -----------------------------------------------------------------
             # One number more than objectives travels along: how many processes were told to stop.
-            told = torch.tensor([float(interrupts.told)], dtype=torch.float64)
-            totals = accelerator.reduce(torch.cat([sums, told]).to(accelerator.device)).cpu()
-            means, stop = totals[:-1] / lot.tokens, bool(totals[-1])
+            told = torch.full_like(sums[:1], float(interrupts.told))
+            totals = accelerator.reduce(torch.cat([sums, told]))
             norm = accelerator.clip_grad_norm_(step_module.parameters(), train.max_grad_norm)
-            _check_finite(step, means, norm, scaled=accelerator.scaler is not None)
+            frozen = step >= train.steps * (1 - train.expert_bias_freeze)
+            speed = 0.0 if frozen else train.expert_bias_step
+            violation = balancer.update(speed, accelerator.reduce) if balancer else None
+            found = StepFound(totals, norm, violation, lot.tokens)
+            _check_finite(step, found, scaled=accelerator.scaler is not None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = None
-            if balancer:
-                frozen = step >= train.steps * (1 - train.expert_bias_freeze)
-                violation = balancer.update(0.0 if frozen else train.expert_bias_step, accelerator.reduce)
 
             # ---- log, save -------------------------------------------------------------------------
             seen = validator.look(step, model, step_module, teacher) if validator.due(step) else None
-            more = {"max_violation": violation, "on_policy": source.stats, "validation": seen}
+            more = {"max_violation": found.violation, "on_policy": source.stats, "validation": seen}
             more["validation_objective"] = None if seen is None else validator.objective
-            log.write(step, means, rate, float(norm), lot, **more)
+            log.write(step, found.means, rate, found.norm, lot, **more)
             if validator.finished:
                 break
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
-            if step + 1 < train.steps and (due or stop):
+            if step + 1 < train.steps and (due or found.stop):
                 saver.save(step + 1, log.tokens, log.read, train.keep_states)
-            if stop:
+            if found.stop:
                 log.close()
                 interrupts.leave(step + 1, train.steps)
     accelerator.wait_for_everyone()
@@ -178,11 +178,25 @@ def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
         )
 
 
+class StepFound:
+    """What the host must know of an optimizer step before the update: the one time that it waits for the device."""
+
+    def __init__(self, totals: torch.Tensor, norm: Any, violation: torch.Tensor | None, tokens: int):
+        """totals: each objective's sum over the `tokens` of the step, then how many processes were told to stop."""
+        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        more = [norm] if violation is None else [norm, violation]
+        *sums, told, norm, violation = torch.cat(
+            [totals.double(), *(x.detach().double().reshape(1).to(totals.device) for x in more)]
+        ).tolist() + ([None] if violation is None else [])
+        self.means, self.stop = [x / tokens for x in sums], bool(told)
+        self.norm, self.violation = norm, violation
+
+
 class MicroBatches:
     """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
 
-    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator):
-        self.train, self.pad_id, self.accelerator = train, pad_id, accelerator
+    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep):
+        self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
         self.size = train.micro_batch_size
         self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
 
@@ -206,25 +220,37 @@ class MicroBatches:
 
     def _once(self, model: nn.Module, lot: Lot, teacher, balancer) -> torch.Tensor:
         train, accelerator, rows = self.train, self.accelerator, lot.rows
-        sums = torch.zeros(len(train.objectives), dtype=torch.float64)
+        sums = torch.zeros(len(train.objectives), dtype=torch.float64, device=accelerator.device)
         pieces = list(
             micro_batches(
                 lot.share, rows.lengths, self.size, train.micro_batch_tokens, padded=not train.packing
             )
         )
         pieces = even_pieces(pieces, max(from_all(len(pieces))))
-        for i, (indices, weight) in enumerate(pieces):
-            batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
-            batch = batch.to(accelerator.device)
+
+        def batches():
+            for indices, weight in pieces:
+                batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
+                yield self.step.ready(batch, accelerator.device), weight
+
+        if balancer:
+            balancer.mask = None
+        alone = (
+            len(pieces) == 1 and accelerator.num_processes == 1
+        )  # one batch is the whole step: it counts itself
+        counted = whole_step(self.step, model, batches, accelerator.reduce, lot.tokens)
+        with contextlib.nullcontext() if alone else counted:
             if balancer:
-                balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
-            last = i == len(pieces) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
-                # Gradients are averaged over processes, hence the world; one division by all kept tokens.
-                accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
-            terms = terms * weight
-            sums += terms.cpu()
+                balancer.forget()
+            for i, (batch, weight) in enumerate(batches()):
+                if balancer:
+                    balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
+                last = i == len(pieces) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
+                    # Gradients are averaged over processes, hence the world; one division by all kept tokens.
+                    accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
+                sums += terms * weight
         return sums
 
     def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,15 +281,13 @@ def _check_lengths(train: Train, student: BuiltStudent, rows: TokenRows) -> None
         )
 
 
-def _check_finite(step: int, means: torch.Tensor, norm: torch.Tensor, scaled: bool) -> None:
+def _check_finite(step: int, found: StepFound, scaled: bool) -> None:
     """Stop before a non-finite update reaches the weights. A loss scaler skips such steps by itself."""
-    if not bool(means.isfinite().all()):
+    if not all(map(math.isfinite, found.means)):
+        raise RunError(f"step {step + 1}: the loss is {found.means}; lower train.learning_rate or use fp32")
+    if not scaled and not math.isfinite(found.norm):
         raise RunError(
-            f"step {step + 1}: the loss is {means.tolist()}; lower train.learning_rate or use fp32"
-        )
-    if not scaled and not math.isfinite(float(norm)):
-        raise RunError(
-            f"step {step + 1}: the gradient norm is {float(norm)}; lower train.learning_rate or use fp32"
+            f"step {step + 1}: the gradient norm is {found.norm}; lower train.learning_rate or use fp32"
         )
 
 
