@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fakegpu import OnDevice, pretend, to_device
-from step_example import V, build, rows
+from step_example import V, build, mla, rows
 from torch import nn
 
 from distill.config.training import Objective
@@ -270,7 +270,7 @@ def balancer(waits) -> None:
     biases = {}
     for where in (CPU, GPU):
         torch.manual_seed(0)
-        model = biased()
+        model = mla()
         if where == GPU:
             to_device(model)
         balance = ExpertBiasBalancer(model.train())
@@ -283,18 +283,6 @@ def balancer(waits) -> None:
         biases[where] = {str(i): r.bias for i, r in enumerate(balance.routers)}
     assert all(float(host(b).abs().max()) > 0 for b in biases[CPU].values())
     note("expert bias", waits, far(biases[CPU], biases[GPU]))
-
-
-def biased():
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "deepseek_v3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=V,
-        intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
-        n_group=1, topk_group=1, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-        qk_rope_head_dim=8, v_head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def refuses_to_mix(waits) -> None:

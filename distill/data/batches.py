@@ -29,6 +29,7 @@ from torch import nn
 from distill.data.signals import Sampled, SignalFormat, StoredSignals, TopK
 from distill.errors import UserError
 from distill.models.head import KeptLogits
+from distill.models.packed import PackedRows, rows_apart
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
 
 
@@ -48,6 +49,7 @@ class Batch:
     row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
     written: np.ndarray | None = None  # [N] `targets` once more, which stay on the host
     places: torch.Tensor | None = None  # [N] of the kept tokens in [B * T], ascending: `keep` as numbers
+    rows: PackedRows | None = None  # packed only: how attention takes the rows apart
     checked: bool = False  # whether the stored signal's ids were looked at, on the host
 
     def __post_init__(self):
@@ -203,7 +205,8 @@ class TokenRows:
         signal = self.signals.take(indices, self.completion_lengths[indices]) if self.signals else None
         return Batch(
             torch.from_numpy(ids.astype(np.int64))[None], None, torch.from_numpy(keep)[None],
-            torch.from_numpy(flat.astype(np.int64)), signal, torch.from_numpy(places)[None], **self._about(indices),
+            torch.from_numpy(flat.astype(np.int64)), signal, torch.from_numpy(places)[None],
+            rows=PackedRows.of(self.lengths[indices] - 1), **self._about(indices),
         )  # fmt: skip
 
 
@@ -295,12 +298,12 @@ def check_packing(model: nn.Module, vocabulary: int) -> None:
     try:
         with KeptLogits(model) as kept:
             packs = (rows.pack(np.array(pair)) for pair in ((0, 2), (1, 2)))
-            batches = [*packs, rows.collate(np.array([2]), 0)]
-            inputs = (
-                {"attention_mask": None, "keep": b.places, **b.inputs()}
-                for b in (b.to(device) for b in batches)
-            )
-            first, second, alone = (kept(**named)[-len(tail) :] for named in inputs)
+            found = []
+            for batch in (b.to(device) for b in (*packs, rows.collate(np.array([2]), 0))):
+                with rows_apart(batch.rows):
+                    logits = kept(**{"attention_mask": None, "keep": batch.places, **batch.inputs()})
+                found.append(logits[-len(tail) :])
+            first, second, alone = found
     finally:
         model.train(training)
     spread = alone.float().std().clamp(min=1e-9)

@@ -48,6 +48,7 @@ from distill.errors import UserError
 from distill.models.head import AtHead, KeptLogits, at_places
 from distill.models.hooks import replaced_forward
 from distill.models.layers import decoder_layers
+from distill.models.packed import rows_apart
 from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher
 from distill.training.losses.fused import CHECKS, Given, Scratch, Term, fused_loss, whole_loss
@@ -279,7 +280,9 @@ def whole_step(
     device = next(step.parameters()).device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for batch, weight in batches():
-            for i, (chosen, tokens) in enumerate(model(batch, {}, counting=True)):
+            with rows_apart(batch.rows):
+                counts = model(batch, {}, counting=True)
+            for i, (chosen, tokens) in enumerate(counts):
                 both = torch.cat([chosen.flatten(), tokens.double().reshape(1)]) * weight
                 sums[i] = both if sums[i] is None else sums[i] + both
     try:

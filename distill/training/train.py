@@ -35,6 +35,7 @@ from distill.data.batches import TokenRows, check_packing, even_pieces, micro_ba
 from distill.devices import from_all
 from distill.errors import RunError, UserError
 from distill.models.layers import compile_layers
+from distill.models.packed import attend_by_row, rows_apart
 from distill.models.precision import Precision, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
@@ -171,6 +172,8 @@ def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
     if train.packing:
+        for model in (student.model, *(teacher.models if teacher else [])):
+            attend_by_row(model)
         check_packing(student.model, len(student.tokenizer))
     if train.compile:
         compile_layers(
@@ -246,7 +249,8 @@ class MicroBatches:
                 if balancer:
                     balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
                 last = i == len(pieces) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                joined = contextlib.nullcontext() if last else accelerator.no_sync(model)
+                with joined, rows_apart(batch.rows):
                     total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
                     # Gradients are averaged over processes, hence the world; one division by all kept tokens.
                     accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
