@@ -36,7 +36,7 @@ from distill.devices import from_all
 from distill.errors import RunError, UserError
 from distill.models.layers import compile_layers
 from distill.models.packed import attend_by_row, rows_apart
-from distill.models.precision import Precision, training_attention
+from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
 from distill.training.checkpoint import Interrupts, Saver
@@ -74,7 +74,29 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
             "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
             "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
         )
+    if kind == DistributedType.FSDP:
+        _shard_exactly(recipe, accelerator)
     return accelerator
+
+
+def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+
+    Accelerate's policy does all three in 16 bits. Raises UserError for what a sharded student cannot do.
+    """
+    if recipe.train.teachers.own_start and recipe.student.adapter == "lora":
+        raise UserError(
+            "train.teachers.own_start: the starting weights of a sharded LoRA student lie inside what trains, where "
+            "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32,
+            output_dtype=None, cast_forward_inputs=False,
+        )  # fmt: skip
 
 
 def train_student(
@@ -112,7 +134,7 @@ def train_student(
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
 
     # ---- the loop ----------------------------------------------------------------------------------
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, arithmetic(train.tf32, train.deterministic):
         for step in log.progress(first, train.steps, title):
             rate = learning_rate(train, step)
             for group in optimizer.param_groups:
