@@ -30,13 +30,18 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from distill.config.data import Endpoint, TeacherSection
-from distill.data.teachers import Answer, Question
+from distill.data.endpoint_signals import read_top_k, scoring_request
+from distill.data.signals import SignalFormat, encode_top_k
+from distill.data.teachers import Answer, BadReply, Question
 from distill.errors import RunError, UserError
+from distill.models.chat import continuation, opening, prompt_ids, text_ids
 from distill.models.decode import Sampling, row_seed
+from distill.models.load import load_tokenizer, tokenizer_fingerprint
 
 FILTERED = "content_filter"
 
@@ -44,14 +49,6 @@ FILTERED = "content_filter"
 # The last two: what text-generation-inference calls an end token and a stop string.
 _STOPPED = {"stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 _SHORTEST_SECRET = 8  # shorter keys are placeholders such as EMPTY, and may be words of an answer
-
-
-class BadReply(Exception):
-    """One request failed: why, whether it is worth another try, and the seconds that the server asked for."""
-
-    def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
-        self.reason, self.retry, self.wait = reason, retry, wait
-        super().__init__(reason)
 
 
 def read_reply(body: bytes, key: str | None) -> Answer:
@@ -149,7 +146,8 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 # How to ask, not what: changing these continues a run.
-TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "backoff"}
+# The tokenizer is told by what it is (`identity`), not by where it lies.
+TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "backoff", "tokenizer"}
 _RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
 _FATAL = {401, 402, 403, 404, 405}  # no other request will work either
 _LONGEST_BACKOFF = 60.0  # seconds
@@ -186,23 +184,37 @@ def read_key(endpoint: Endpoint) -> str | None:
 class EndpointTeacher:
     """Asks a server, `concurrency` requests at a time. The key is read when the first question is asked."""
 
-    # The server's own template is its secret; what it left out of an answer is put back (`_text`).
-    opened = ""
-
     def __init__(self, section: TeacherSection):
         self.name = section.model
         self._template_arguments = section.chat_template_kwargs
         self._endpoint = section.endpoint
+        self._tokenizer = None
         self._limit_name = "max_tokens"
         self._failed_in_a_row = 0
         self._jitter = random.Random()
+
+    @property
+    def opened(self) -> str:
+        """What the template opens ahead of an answer, as <think>.
+
+        Without a tokenizer here the template is the server's secret; what it left out is put back (`_text`).
+        """
+        return opening(self.tokenizer) if self.tokenizer else ""
 
     def open(self) -> None:
         """Raises UserError without client or key."""
         check_endpoint(self._endpoint)
 
     def identity(self) -> dict[str, Any]:
-        return {}  # the server does not say; its address and the model's name are in the recipe
+        # The server does not say; its address and the model's name are in the recipe.
+        return tokenizer_fingerprint(self.tokenizer) if self._endpoint.tokenizer else {}
+
+    @property
+    def tokenizer(self):
+        """Of the served model, from `teacher.endpoint.tokenizer`; None where the recipe names none."""
+        if self._tokenizer is None and self._endpoint.tokenizer:
+            self._tokenizer = load_tokenizer(self._endpoint.tokenizer, self._template_arguments)
+        return self._tokenizer
 
     def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> None:
         return None
@@ -218,8 +230,6 @@ class EndpointTeacher:
         return asyncio.run(self._answer_all(questions, sampling, on_finish))
 
     async def _answer_all(self, questions, sampling, on_finish) -> list[Answer]:
-        from openai import AsyncOpenAI
-
         key = read_key(self._endpoint)
         answers: list[Answer | None] = [None] * len(questions)
         waiting = iter(enumerate(questions))
@@ -230,6 +240,43 @@ class EndpointTeacher:
                 self._count_failures(answers[index])
                 on_finish(answers[index])
 
+        await self._with_client(work, len(questions), key)
+        return answers
+
+    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat) -> None:
+        """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
+
+        One that the server does not score after its retries becomes a failed answer, with the reason.
+        """
+        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
+        asyncio.run(self._score_all(due, form))
+
+    async def _score_all(self, due: list[tuple[Question, Answer]], form: SignalFormat) -> None:
+        key, waiting = read_key(self._endpoint), iter(due)
+
+        async def work(client) -> None:
+            for question, answer in waiting:
+                prompt = prompt_ids(self.tokenizer, question.messages)
+                # As the student will be taught it: the template's opening belongs to the prompt, the end token closes.
+                said = text_ids(self.tokenizer, continuation(answer.text, opening(self.tokenizer)))
+                completion = [*said, self.tokenizer.eos_token_id]
+                request = scoring_request(self.name, [*prompt, *completion], form.k)
+                read = partial(read_top_k, ids=request["prompt"], start=len(prompt), k=form.k)
+                found = await self._ask(client, request, key, read)
+                self._count_failures(found if isinstance(found, Answer) else answer)
+                if isinstance(found, Answer):  # the reason why there is nothing
+                    answer.error, answer.finish_reason = found.error, "error"
+                    continue
+                ids, logprobs, answer.logprobs = found
+                answer.prompt_ids, answer.completion_ids = prompt, completion
+                answer.signal_ids, answer.signal_values = encode_top_k(form, ids, logprobs)
+
+        await self._with_client(work, len(due), key)
+
+    async def _with_client(self, work, tasks: int, key: str | None) -> None:
+        """`work(client)` as often at a time as the recipe allows, until all of them end."""
+        from openai import AsyncOpenAI
+
         async with AsyncOpenAI(
             base_url=self._endpoint.base_url,
             api_key=key or "none",  # the client wants one; servers without keys ignore it
@@ -238,11 +285,10 @@ class EndpointTeacher:
         ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self._endpoint.concurrency, len(questions))):
+                    for _ in range(min(self._endpoint.concurrency, tasks)):
                         group.create_task(work(client))
             except BaseExceptionGroup as found:
                 raise found.exceptions[0] from None
-        return answers
 
     def _request(self, question: Question, sampling: Sampling) -> dict[str, Any]:
         request = {
@@ -262,11 +308,14 @@ class EndpointTeacher:
             extra["chat_template_kwargs"] = self._template_arguments
         return {**request, "extra_body": extra} if extra else request
 
-    async def _ask(self, client, request: dict[str, Any], key: str | None) -> Answer:
-        """One question with its retries. While it waits it keeps its place, which spares the server."""
+    async def _ask(self, client, request: dict[str, Any], key: str | None, read=None) -> Answer | Any:
+        """One question with its retries. While it waits it keeps its place, which spares the server.
+
+        read: what becomes of a reply's body; without it an Answer. After the last failure an Answer with its reason.
+        """
         for attempt in itertools.count():
             try:
-                return await self._send(client, request, key)
+                return await self._send(client, request, key, read)
             except BadReply as bad:
                 asked_too_much = bad.wait is not None and bad.wait > _LONGEST_WAIT
                 if asked_too_much or not bad.retry or attempt == self._endpoint.retries:
@@ -275,28 +324,31 @@ class EndpointTeacher:
                 pause = self._pause(attempt, bad.wait)
             await asyncio.sleep(pause)
 
-    async def _send(self, client, request: dict[str, Any], key: str | None) -> Answer:
+    async def _send(self, client, request: dict[str, Any], key: str | None, read=None) -> Answer | Any:
         """One attempt. Raises BadReply for what concerns this request, RunError for what concerns all."""
         import openai
 
-        limit = self._limit_name
+        scoring = "prompt" in request
+        create = client.completions if scoring else client.chat.completions
+        limit = "max_tokens" if scoring else self._limit_name
         sent = {limit if name == "max_tokens" else name: value for name, value in request.items()}
         try:
             # The client's own timeout restarts with every byte; this one is for the whole answer.
             async with asyncio.timeout(self._endpoint.timeout):
-                reply = await client.chat.completions.with_raw_response.create(**sent)
+                reply = await create.with_raw_response.create(**sent)
         except (TimeoutError, openai.APITimeoutError):
             raise BadReply(f"no answer within {self._endpoint.timeout:g} s") from None
         except openai.APIStatusError as error:
             said = server_message(error.body, key)
-            if error.status_code == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
+            newer = error.status_code == 400 and limit == "max_tokens" and "max_completion_tokens" in said
+            if newer and not scoring:
                 self._limit_name = "max_completion_tokens"  # the newer name, which newer models insist on
                 return await self._send(client, request, key)
             raise self._status_problem(error, said) from None
         except openai.APIConnectionError as error:
             cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""
             raise BadReply(f"the connection failed{cause}") from None
-        return read_reply(reply.content, key)
+        return read(reply.content) if read else read_reply(reply.content, key)
 
     def _status_problem(self, error, said: str) -> BadReply | RunError:
         """What an HTTP status means: for this request, or for all of them."""

@@ -51,14 +51,20 @@ class RowScore:
 def signal_format(section: Signal, teacher) -> SignalFormat | None:
     """The format of what this teacher's signals will be stored in; None where the recipe wants none.
 
-    Raises UserError for a teacher whose logits are not here.
+    Raises UserError for a teacher whose logits cannot be had.
     """
     if section.kind == "none":
         return None
-    if not isinstance(teacher, LocalTeacher):
+    if not isinstance(teacher, LocalTeacher) and not getattr(teacher, "tokenizer", None):
         raise UserError(
-            f"generate.signal needs the logits of '{teacher.name}', which an endpoint does not give; "
-            "set generate.signal.kind=none, or load the teacher here"
+            f"generate.signal needs the logits of '{teacher.name}', which are at an endpoint: name the folder of its "
+            "tokenizer in teacher.endpoint.tokenizer (a vLLM server then scores the answers), set "
+            "generate.signal.kind=none, or load the teacher here"
+        )
+    if not isinstance(teacher, LocalTeacher) and section.kind != "top_k":
+        raise UserError(
+            f"generate.signal.kind={section.kind}: an endpoint names its likeliest tokens alone; set kind=top_k, or "
+            "load the teacher here"
         )
     identity = tokenizer_fingerprint(teacher.tokenizer)
     return SignalFormat.from_recipe(section, len(teacher.tokenizer), identity)
@@ -177,6 +183,10 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     Cut-off and failed answers, which are never trained on, get nothing.
     """
     form = signal_format(section, teacher)
+    if not isinstance(teacher, LocalTeacher):
+        if form:
+            teacher.score(questions, answers, form)
+        return
     due = [
         (question.key, answer)
         for question, answer in zip(questions, answers)

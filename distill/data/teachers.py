@@ -71,6 +71,14 @@ class Teacher(Protocol):
         ...
 
 
+class BadReply(Exception):
+    """One request failed: why, whether it is worth another try, and the seconds that the server asked for."""
+
+    def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
+        self.reason, self.retry, self.wait = reason, retry, wait
+        super().__init__(reason)
+
+
 class LocalTeacher:
     """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
 
