@@ -258,6 +258,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     evaluate_checkpoints(
         names, arguments.teacher, out, section, sources, arguments.redo, prompts, arguments.usd_per_hour
     )
+    if not console.first_process():
+        return 0
     page = build_dossier(out, arguments.lang)
     print()
     print(summary_table(read_json(out / "metrics.json")))

@@ -6,17 +6,27 @@ Greedy by default: the same model gives the same rows. With `temperature` and `s
 several times; a row's random numbers come from (seed, problem, sample) alone, so the same seed gives the same
 rows in any batch and after any interruption. Every problem leaves its rows; one that failed has an `error`, one
 that ran out of tokens is `truncated`, and neither is silently a wrong answer.
+
+Questions are cut into parts of like length, and the processes of a launch answer a share of them each. The parts are
+the same for one process as for many, since logits move by a rounding with the rows beside them: so are the answers.
 """
 
+import itertools
+import math
 import time
 from typing import Any
 
+from accelerate import PartialState
+
 from distill import console
 from distill.config.evaluation import Evaluate
+from distill.devices import dealt
 from distill.models.chat import prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
 from distill.models.load import eos_ids
 from distill.tasks.verify import extract_answer, final_answer, judge
+
+LEAST_PART = 32  # questions: fewer would waste a step of decoding
 
 
 def answer_problems(
@@ -33,19 +43,31 @@ def answer_problems(
     """
     prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
     asked = [(p, i) for p in range(len(problems)) for i in range(section.samples)]
+    world, main = PartialState().num_processes, PartialState().is_main_process
+    completions: list[Completion | None] = [None] * len(asked)
     start = time.perf_counter()
-    with console.bar(total=len(asked), desc=f"evaluate {name}", unit="answer", main=bar) as shown:
-        completions = decode(
-            model,
-            [prompts[p] for p, _ in asked],
-            Sampling(section.temperature, section.top_p, max_new_tokens=section.max_new_tokens),
-            eos_ids=eos_ids(model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            keys=[(section.seed, problems[p]["level"], problems[p]["prompt_id"], i) for p, i in asked],
-            batch_size=section.batch_size,
-            on_finish=lambda _row, _completion: shown.update(),
-            vocab_limit=len(tokenizer),
-        )
+    with console.bar(total=len(asked), desc=f"evaluate {name}", unit="answer", main=bar and main) as shown:
+        # The other processes are taken to be as fast as this one.
+        def more(_row: int, _completion: Completion) -> None:
+            shown.update(min(world, shown.total - shown.n))
+
+        def answer(part: list[int]) -> list[Completion]:
+            return decode(
+                model,
+                [prompts[asked[a][0]] for a in part],
+                Sampling(section.temperature, section.top_p, max_new_tokens=section.max_new_tokens),
+                eos_ids=eos_ids(model, tokenizer),
+                pad_id=tokenizer.pad_token_id,
+                keys=[_key(section.seed, problems[asked[a][0]], asked[a][1]) for a in part],
+                batch_size=section.batch_size,
+                on_finish=more,
+                vocab_limit=len(tokenizer),
+            )
+
+        pieces = answer_parts([len(prompts[p]) for p, _ in asked], section.batch_size)
+        for part, found in zip(pieces, dealt(pieces, answer)):
+            for place, completion in zip(part, found):
+                completions[place] = completion
     seconds = time.perf_counter() - start
 
     rows = [
@@ -61,6 +83,24 @@ def answer_problems(
         "batch_size": section.batch_size,
     }
     return rows, measured
+
+
+def answer_parts(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Places of questions of these lengths, longest first, in parts of one size that are decoded each by itself.
+
+    At most `batch_size` in a part, and an even number of parts where that leaves them `LEAST_PART` questions: two
+    processes then have the same work. Nothing here knows how many processes there are.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = max(1, math.ceil(len(order) / batch_size))
+    if count % 2 and len(order) >= (count + 1) * LEAST_PART:
+        count += 1
+    ends = [len(order) * i // count for i in range(count + 1)]
+    return [order[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _key(seed: int, problem: dict, sample: int) -> tuple:
+    return seed, problem["level"], problem["prompt_id"], sample
 
 
 def _row(name: str, problem: dict, sample: int, tokenizer, prompt: list[int], completion: Completion) -> dict:

@@ -4,6 +4,8 @@
     reference = TeacherReference("checkpoints/teacher", tokenizer, section.fidelity_rows, device)      # or None
     rows, result = measure_model("student", path, plan, reference, is_teacher=False)
 
+Every process of a launch calls this, for the same model; what costs time is dealt out, and all get the same result.
+
 Always: answers with verdicts, scores per task and family, routing, cost of use, calibration of greedy answers.
 With a teacher of the same vocabulary: fidelity on both models' text and token calibration, one forward pass
 each over `fidelity_rows` answers. Asked for by the recipe, since they take time: likelihood, text, harness,
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from distill.config.evaluation import Evaluate
+from distill.devices import main_alone
 from distill.evaluation.answers import answer_problems
 from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
 from distill.evaluation.likelihood import answers_nll, likelihoods, solutions_nll, text_names, text_nll
@@ -117,7 +120,10 @@ def measure_model(
             **answering,
             "flops": flops,
             "flops_per_answer": flops // len(rows),
-            **usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, section.speed),
+            # Timed while the other processes of a launch wait.
+            **main_alone(
+                lambda: usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, section.speed)
+            ),
         },
     }
     if moe.get("layers"):
@@ -136,7 +142,7 @@ def measure_model(
     if section.harness:
         from distill.evaluation.harness import run_harness
 
-        result["harness"] = run_harness(model, tokenizer, section)
+        result["harness"] = main_alone(lambda: run_harness(model, tokenizer, section))
     if section.interventions.any:
         from distill.evaluation.interventions import interventions_for
 

@@ -20,6 +20,7 @@ from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
+from distill.training.live_teachers import teacher_dtype
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
@@ -271,3 +272,32 @@ def test_a_finished_arm_that_kept_its_best_weights_is_not_trained_again(trained)
     assert "best.safetensors" not in read_json(run_dir / "student" / "manifest.json")["files"]
     trained("kept", PLAIN, "train.validation={rows: 10, every: 1, keep_best: true}")
     assert (run_dir / "student" / "manifest.json").read_bytes() == before
+
+
+def test_a_teacher_in_float32_computes_as_the_student_does_on_a_gpu():
+    gpu, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    assert teacher_dtype("auto", gpu, half, torch.float32) == half
+    assert teacher_dtype("fp32", gpu, half, torch.float32) == torch.float32  # asked for
+    assert teacher_dtype("auto", gpu, None, torch.float32) == torch.float32  # the student trains in float32
+    assert teacher_dtype("auto", cpu, half, torch.float32) == torch.float32
+    assert teacher_dtype("auto", gpu, torch.float16, half) == half  # stored narrower: as stored
+
+
+def test_the_manifest_says_what_the_teacher_computes_in(trained):
+    _, run_dir = trained("stated", "train.objectives=[{name: forward_kl}]", "train.steps=2")
+    assert read_json(run_dir / "student" / "manifest.json")["precision"]["teacher"] == ["float32"]
+
+
+def test_deterministic_kernels_and_tf32_hold_for_the_training_alone(trained, monkeypatch):
+    seen = []
+    real = StudentStep.forward
+
+    def looks(*args, **named):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()))
+        return real(*args, **named)
+
+    monkeypatch.setattr(StudentStep, "forward", looks)
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    trained("exact", "train.deterministic=true", "train.tf32=true", "train.steps=2", "control.enabled=false")
+    assert set(seen) == {(True, "high")}
+    assert before == (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
