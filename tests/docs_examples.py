@@ -19,7 +19,8 @@ from pathlib import Path
 import yaml
 from conftest import ROOT
 
-from distill.bench.grid import load_bench, pick_budget, plan
+from distill.bench.grid import load_bench, pick_budget
+from distill.bench.plan import plan
 from distill.commands import recipe as evaluate_command
 from distill.commands.cli import parse
 from distill.config.recipe import Recipe, load_evaluate, load_prompts, load_recipe

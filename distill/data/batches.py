@@ -30,7 +30,7 @@ from torch import nn
 from distill.data.signals import Sampled, SignalFormat, States, StoredSignals, TopK
 from distill.errors import UserError
 from distill.models.head import KeptLogits
-from distill.models.packed import PackedRows, rows_apart
+from distill.models.layers import PackedRows, rows_apart
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
 
 

@@ -27,7 +27,6 @@ from contextlib import ExitStack
 import torch
 from transformers.cache_utils import DynamicCache
 
-from distill.data.cross_tokenizer import TeacherView
 from distill.errors import DistillError, UserError
 from distill.evaluation.routes import token_pieces
 from distill.models.chat import prompt_ids, whole_turn
@@ -55,6 +54,7 @@ from distill.play.records import (
 from distill.tasks.problems import solve
 from distill.tasks.tokenizer import CHAT_TEMPLATE
 from distill.tasks.verify import extract_answer, judge
+from distill.training.cross_tokenizer import TeacherView
 
 OPTIONS_KEPT = 5  # options that are kept at each place
 WINDOW = 4  # tokens that the text of the next one may depend on

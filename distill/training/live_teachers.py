@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from distill.config.recipe import Recipe
 from distill.data.batches import Batch
-from distill.data.cross_tokenizer import TeacherView
 from distill.data.signals import HEAD
 from distill.errors import UserError
 from distill.models.describe import describe_model
 from distill.models.head import AtHead, Head, KeptLogits, at_places, load_head
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
+from distill.training.cross_tokenizer import TeacherView
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
 from distill.training.losses.hidden import HiddenTap
 from distill.training.losses.routers import RouterTap

@@ -47,8 +47,7 @@ from distill.data.batches import Batch
 from distill.errors import UserError
 from distill.models.head import AtHead, KeptLogits, at_places
 from distill.models.hooks import replaced_forward
-from distill.models.layers import decoder_layers
-from distill.models.packed import rows_apart
+from distill.models.layers import decoder_layers, rows_apart
 from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher
 from distill.training.losses.fused import CHECKS, Given, Scratch, Term, fused_loss, whole_loss

@@ -34,8 +34,7 @@ from distill.config.training import Train
 from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import RunError, UserError
-from distill.models.layers import compile_layers
-from distill.models.packed import attend_by_row, rows_apart
+from distill.models.layers import attend_by_row, compile_layers, rows_apart
 from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer

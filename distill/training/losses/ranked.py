@@ -21,7 +21,7 @@ that the student prefers to all of them costs nothing, so use ranking beside a d
 never alone. The student's logits of ranked tokens must be finite.
 
 Universal Logit Distillation (`uld`) compares two distributions over different vocabularies by their shape. Which
-positions of two tokenizers may be compared at all is for `distill.data.cross_tokenizer`.
+positions of two tokenizers may be compared at all is for `distill.training.cross_tokenizer`.
 
 Shapes: N kept tokens, n rows of a chunk, V and V' vocabularies, K = min(top, V).
 """
@@ -113,7 +113,7 @@ def uld(
 
     Tokens whose `aligned` is 0 have no counterpart in the teacher's tokens and cost nothing (their row of
     teacher logits is not read into the loss). Universal Logit Distillation (arXiv 2402.12030, section 3); which
-    positions are aligned: `distill.data.cross_tokenizer`.
+    positions are aligned: `distill.training.cross_tokenizer`.
     """
     check_option("uld", "temperature", temperature)
 

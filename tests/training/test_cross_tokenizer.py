@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill.data.cross_tokenizer import TeacherView, TokenBytes, align, aligned_share, byte_level_alphabet
 from distill.errors import RunError, UserError
 from distill.models.chat import prompt_ids
 from distill.models.head import KeptLogits
 from distill.models.load import load_model
 from distill.tasks.tokenizer import build_tokenizer
+from distill.training.cross_tokenizer import (
+    TeacherView,
+    TokenBytes,
+    align,
+    aligned_share,
+    byte_level_alphabet,
+)
 from distill.training.losses.ranked import uld_rows
 from distill.training.losses.rowwise import per_row
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config.training import Objective
 from distill.data.batches import TokenRows, check_packing
-from distill.models.packed import NAME, attend_by_row, rows_apart
+from distill.models.layers import NAME, attend_by_row, rows_apart
 from distill.training.step import StudentStep
 
 
