@@ -238,8 +238,6 @@ class MicroBatches:
                 if not again:
                     raise memory_advice(error, self.train, self.size) from None
                 optimizer.zero_grad(set_to_none=True)
-                if balancer:
-                    balancer.forget()
                 self.size, self.saved_bytes = self.size // 2, None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -261,13 +259,12 @@ class MicroBatches:
 
         if balancer:
             balancer.mask = None
-        alone = (
-            len(pieces) == 1 and accelerator.num_processes == 1
-        )  # one batch is the whole step: it counts itself
+        # One batch is the whole step: it counts itself.
+        alone = len(pieces) == 1 and accelerator.num_processes == 1
         counted = whole_step(self.step, model, batches, accelerator.reduce, lot.tokens)
         with contextlib.nullcontext() if alone else counted:
             if balancer:
-                balancer.forget()
+                balancer.forget()  # what a pass over the step, or one that ran out of memory, has counted
             for i, (batch, weight) in enumerate(batches()):
                 if balancer:
                     balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
