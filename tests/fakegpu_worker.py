@@ -15,13 +15,14 @@ from torch import nn
 
 from distill.config.training import Objective
 from distill.data.scoring import score_rows
-from distill.data.signals import Sampled, SignalFormat, TopK
+from distill.data.signals import Sampled, SignalFormat, States, TopK
 from distill.models.decode import Sampling, decode
+from distill.models.head import AtHead
 from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import drop_experts, route, use_top_k
 from distill.moe.recording import record_routing
 from distill.training.checkpoint import load_state, save_state
-from distill.training.live_teachers import FrozenTeacher, RoutedTeachers
+from distill.training.live_teachers import FrozenTeacher, RoutedTeachers, StoredTeacher
 from distill.training.step import StudentStep, state_objectives
 
 GPU = torch.device("gpu", 0)
@@ -76,6 +77,8 @@ def one_step(
     for o in objectives:
         if o.signal in ("sparse", "sampled"):
             batch.signal = stored(o.signal, len(batch.targets))
+    if isinstance(said, StoredTeacher):
+        batch.signal = States(torch.randn(len(batch.targets), 32, generator=torch.Generator().manual_seed(3)))
     for _ in range(2):  # the first time a router's score function is told, and a teacher's head travels
         model.zero_grad(set_to_none=True)
         waits.take()
@@ -112,6 +115,8 @@ def objectives(waits) -> None:
         compare_steps(name, waits, [o(name), o("cross_entropy")], **moe)
     several = lambda model: RoutedTeachers({"a": FrozenTeacher(model)}, FrozenTeacher(model))  # noqa: E731
     compare_steps("several teachers", waits, [o("forward_kl")], make=several)
+    alone = lambda model: StoredTeacher(AtHead(model).head())  # noqa: E731
+    compare_steps("stored states", waits, [o("forward_kl")], make=alone)
     compare_steps("own head with a soft cap", waits, [o("forward_kl")], student="gemma2")
 
 
@@ -137,8 +142,8 @@ def decoding(waits) -> None:
 
 def scoring(waits) -> None:
     data = rows(n=12)
-    for kind in ("none", "top_k", "sampled"):
-        form = None if kind == "none" else SignalFormat(kind, 4, V, 1.0, 16, {})
+    for kind in ("none", "top_k", "sampled", "hidden"):
+        form = None if kind == "none" else SignalFormat(kind, 32 if kind == "hidden" else 4, V, 1.0, 16, {})
         scores = {}
         for where in (CPU, GPU):
             model = build("qwen3").eval()

@@ -16,7 +16,7 @@ OBJECTIVES = (
     "adaptive_kl", "total_variation", "alpha_beta_divergence", "ranking_hinge", "ranking_logistic",
     "sparse_forward_kl renormalise", "sparse_forward_kl tail_bucket", "sparse_forward_kl zero",
     "sampled_cross_entropy", "hidden_cosine", "hidden_mse", "router_distillation", "sequence_balance",
-    "batch_balance", "several teachers", "own head with a soft cap",
+    "batch_balance", "several teachers", "stored states", "own head with a soft cap",
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_routing_is_recorded_without_waiting_for_it(found):
     assert routed["waits"] <= routed["steps"] + 12 + 20 * routed["layers"], routed["where"]
 
 
-@pytest.mark.parametrize("kind, a_batch", [("none", 2), ("top_k", 4), ("sampled", 3)])
+@pytest.mark.parametrize("kind, a_batch", [("none", 2), ("top_k", 4), ("sampled", 3), ("hidden", 2)])
 def test_scores_go_to_the_host_once_a_batch(found, kind, a_batch):
     scored = found[f"score {kind}"]
     assert scored["difference"] < 1e-5 and scored["waits"] <= a_batch * scored["batches"], scored["where"]
