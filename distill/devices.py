@@ -6,14 +6,14 @@ device = pick_device("auto"); print(describe_device(device))
 import os
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 from distill.console import quiet_libraries
 from distill.errors import UserError
@@ -92,6 +92,44 @@ def from_all(value: Any) -> list[Any]:
     if PartialState().num_processes == 1:
         return [value]
     return gather_object([value])
+
+
+def share_of(pieces: Sequence[Any]) -> list[Any]:
+    """This process's of `pieces`, dealt in turn; all of them where there are fewer than processes."""
+    state = PartialState()
+    return list(
+        pieces[state.process_index :: state.num_processes] if len(pieces) >= state.num_processes else pieces
+    )
+
+
+def dealt(pieces: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
+    """`work(piece)` of every piece, in their order, on every process; each did its share of them.
+
+    Every process of the launch comes here with the same pieces. What is added up from the results is the same
+    however many processes there are, to the last bit: the pieces are, and their order.
+    """
+    state = PartialState()
+    rank, world = state.process_index, state.num_processes
+    # There and back, so that of pieces that fall in size nobody gets the larger one each time.
+    owner = [i % world if i // world % 2 == 0 else world - 1 - i % world for i in range(len(pieces))]
+    done = {i: work(piece) for i, piece in enumerate(pieces) if owner[i] == rank}
+    everyone = from_all(done)
+    return [everyone[owner[i]][i] for i in range(len(pieces))]
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a CPU tensor over all processes, on the CPU; all of them call it with one shape."""
+    state = PartialState()
+    return tensor if state.num_processes == 1 else reduce(tensor.to(state.device), "sum").cpu()
+
+
+def main_alone(work: Callable[[], Any]) -> Any:
+    """`work()` of the main process, known to all: what is timed, or cannot be dealt."""
+    state = PartialState()
+    found = [work() if state.is_main_process else None]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -34,7 +34,7 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
 
 
 # Stages that all processes of a launch work on; the others are the main process's alone.
-_SHARED = ("generations", "student")
+_SHARED = ("generations", "student", "eval")
 
 # What each command of the CLI runs: the stage itself and, for `generate`, the prompts it needs.
 STAGES_OF = {

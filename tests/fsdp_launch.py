@@ -20,6 +20,8 @@ class Sharded(Accelerator):
             plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
             )
+            if self.mixed_precision != "no":
+                plugin.set_mixed_precision(self.mixed_precision)  # as Accelerate does
             self.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
             assert self.is_fsdp2
 

@@ -44,6 +44,18 @@ def build(family: str, seed: int = 0):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
 
 
+def mla(experts: int = 4):
+    """A tiny DeepSeek-V3: latent attention, and routers with a selection bias."""
+    config = AutoConfig.for_model(
+        "deepseek_v3", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, vocab_size=V,
+        intermediate_size=48, moe_intermediate_size=16, n_routed_experts=experts, num_experts_per_tok=2,
+        n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
 def rows(seed: int = 0, n: int = 7) -> TokenRows:
     rng = np.random.default_rng(seed)
     draw = lambda: rng.integers(3, V, rng.integers(1, 9)).tolist()  # noqa: E731

@@ -289,6 +289,8 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
         arguments.usd_per_hour,
         threads,
     )
+    if not console.first_process():
+        return 0
     page = build_dossier(out, arguments.lang)
     print()
     print(summary_table(read_json(out / "metrics.json")))

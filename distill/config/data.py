@@ -194,6 +194,11 @@ class Endpoint(Section):
     )
     backoff: Annotated[float, Field(ge=0, le=3600)] = Field(1.0, description="seconds, doubling per retry")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(0, description="above 0: keep tokens' logprobs")
+    tokenizer: str | None = Field(
+        None,
+        description="folder with the served model's tokenizer: its ids, and generate.signal of kind top_k where the "
+        "server gives prompt_logprobs (vLLM)",
+    )
 
     @model_validator(mode="after")
     def _no_secrets(self):

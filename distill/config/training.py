@@ -248,6 +248,14 @@ class Train(Section):
         False, description="rows end to end without padding; refused where the model sees across"
     )
     compile: bool = Field(False, description="torch.compile of the decoder layers")
+    tf32: bool = Field(
+        False,
+        description="GPU: float32 products in TF32, 10 bits of mantissa instead of 23, several times as fast",
+    )
+    deterministic: bool = Field(
+        False,
+        description="GPU: the same bits at every run, by slower kernels; an operation without one is an error",
+    )
     expert_bias_step: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="MoE from scratch: bias balancing step u (DeepSeek-V3 section 2.1.2); 0 is off"
     )

@@ -30,6 +30,7 @@ from torch import nn
 from distill.data.signals import Sampled, SignalFormat, States, StoredSignals, TopK
 from distill.errors import UserError
 from distill.models.head import KeptLogits
+from distill.models.layers import PackedRows, rows_apart
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
 
 
@@ -48,19 +49,39 @@ class Batch:
     tags: np.ndarray | None = None  # [B] of the rows, in the order of their kept tokens
     row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
     keys: list[bytes] | None = None  # [B] what the rows say, hashed: to know one again
+    written: np.ndarray | None = None  # [N] `targets` once more, which stay on the host
+    places: torch.Tensor | None = None  # [N] of the kept tokens in [B * T], ascending: `keep` as numbers
+    rows: PackedRows | None = None  # packed only: how attention takes the rows apart
+    checked: bool = False  # whether the stored signal's ids were looked at, on the host
+
+    def __post_init__(self):
+        # On the host, where it costs nothing: on a device everyone would wait for how many they are.
+        if self.places is None:
+            self.places = self.keep.flatten().nonzero()[:, 0]
 
     def to(self, device) -> "Batch":
-        moved = {
-            name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-            for name, value in vars(self).items()
-        }
+        """On the device, without waiting for it: from memory that a GPU may read by itself, where it is one."""
+        pinned = torch.device(device).type == "cuda" and self.input_ids.device.type == "cpu"
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and pinned:
+                value = value.pin_memory()
+            moved[name] = value.to(device, non_blocking=True) if hasattr(value, "to") else value
         return Batch(**moved)
 
     def select(self, rows: list[int]) -> "Batch":
         """These rows of a padded batch alone, for a model that reads them; what was stored of them stays behind."""
-        parts = (self.input_ids[rows], self.attention_mask[rows], self.keep[rows])
-        of_row = np.repeat(np.arange(len(self.input_ids)), self.row_tokens)
-        return Batch(*parts, self.targets[np.isin(of_row, rows)], row_tokens=self.row_tokens[rows])
+        length, device = self.input_ids.shape[1], self.input_ids.device
+        tokens, ends = self.row_tokens[rows], np.cumsum(self.row_tokens)[rows]
+        # By numbers that are known here, not by masks: on a device everyone would wait for how many they are.
+        kept = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, tokens)])
+        moved = np.repeat((np.arange(len(rows)) - rows) * length, tokens)
+        chosen, kept, moved = (torch.as_tensor(numbers, device=device) for numbers in (rows, kept, moved))
+        ids, mask, keep = (
+            t.index_select(0, chosen) for t in (self.input_ids, self.attention_mask, self.keep)
+        )
+        places = self.places.index_select(0, kept) + moved
+        return Batch(ids, mask, keep, self.targets.index_select(0, kept), row_tokens=tokens, places=places)
 
     def real_tokens(self) -> torch.Tensor:
         """[B, T]: 1 where a token is not padding."""
@@ -180,6 +201,7 @@ class TokenRows:
             "tags": None if self.tags is None else self.tags[indices],
             "row_tokens": lengths,
             "keys": [self.key(i) for i in indices],
+            "written": np.concatenate([self.row(i)[1] for i in indices]),
         }
 
     def key(self, i: int) -> bytes:
@@ -206,7 +228,8 @@ class TokenRows:
         signal = self.signals.take(indices, self.completion_lengths[indices]) if self.signals else None
         return Batch(
             torch.from_numpy(ids.astype(np.int64))[None], None, torch.from_numpy(keep)[None],
-            torch.from_numpy(flat.astype(np.int64)), signal, torch.from_numpy(places)[None], **self._about(indices),
+            torch.from_numpy(flat.astype(np.int64)), signal, torch.from_numpy(places)[None],
+            rows=PackedRows.of(self.lengths[indices] - 1), **self._about(indices),
         )  # fmt: skip
 
 
@@ -298,12 +321,12 @@ def check_packing(model: nn.Module, vocabulary: int) -> None:
     try:
         with KeptLogits(model) as kept:
             packs = (rows.pack(np.array(pair)) for pair in ((0, 2), (1, 2)))
-            batches = [*packs, rows.collate(np.array([2]), 0)]
-            inputs = (
-                {"attention_mask": None, "keep": b.keep, **b.inputs()}
-                for b in (b.to(device) for b in batches)
-            )
-            first, second, alone = (kept(**named)[-len(tail) :] for named in inputs)
+            found = []
+            for batch in (b.to(device) for b in (*packs, rows.collate(np.array([2]), 0))):
+                with rows_apart(batch.rows):
+                    logits = kept(**{"attention_mask": None, "keep": batch.places, **batch.inputs()})
+                found.append(logits[-len(tail) :])
+            first, second, alone = found
     finally:
         model.train(training)
     spread = alone.float().std().clamp(min=1e-9)

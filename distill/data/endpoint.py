@@ -33,15 +33,20 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from distill import console
 from distill.config.data import Endpoint, TeacherSection
-from distill.data.teachers import Answer, Question
+from distill.data.endpoint_signals import read_top_k, scoring_request
+from distill.data.signals import SignalFormat, encode_top_k
+from distill.data.teachers import Answer, BadReply, Question, is_logprob
 from distill.errors import RunError, UserError
+from distill.models.chat import continuation, opening, prompt_ids, text_ids
 from distill.models.decode import Sampling, row_seed
+from distill.models.load import load_tokenizer, tokenizer_fingerprint
 
 FILTERED = "content_filter"
 
@@ -49,14 +54,6 @@ FILTERED = "content_filter"
 # The last two: what text-generation-inference calls an end token and a stop string.
 _STOPPED = {"stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 _SHORTEST_SECRET = 8  # shorter keys are placeholders such as EMPTY, and may be words of an answer
-
-
-class BadReply(Exception):
-    """One request failed: why, whether it is worth another try, and the seconds that the server asked for."""
-
-    def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
-        self.reason, self.retry, self.wait = reason, retry, wait
-        super().__init__(reason)
 
 
 def read_reply(body: bytes, key: str | None) -> Answer:
@@ -116,12 +113,7 @@ def _logprobs(choice: dict) -> list[float]:
     if not isinstance(tokens, list):
         return []
     values = [t.get("logprob") if isinstance(t, dict) else None for t in tokens]
-    return [float(v) for v in values] if all(map(_is_logprob, values)) else []
-
-
-def _is_logprob(value: Any) -> bool:
-    """A logarithm of a probability that float32 holds; a rounding error above 0 is let pass. Not NaN, not -inf."""
-    return type(value) in (int, float) and -1e30 < value <= 0.01
+    return [float(v) for v in values] if all(map(is_logprob, values)) else []
 
 
 def server_message(body: Any, key: str | None) -> str:
@@ -163,9 +155,9 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 # ---- what comes over the wire ------------------------------------------------------------------------
 
 
-def longest_body(sampling: Sampling, top_logprobs: int) -> int:
+def longest_body(tokens: int, entries: int) -> int:
     """Bytes that no honest reply exceeds: of a token its text with escapes, and of each log-probability an entry."""
-    return 2**21 + sampling.max_new_tokens * (1024 + 256 * top_logprobs)
+    return 2**21 + tokens * (1024 + 256 * entries)
 
 
 async def guard(response, most: int, key: str | None) -> None:
@@ -231,7 +223,8 @@ class Redirected(BadReply):
 
 
 # How to ask, not what: changing these continues a run.
-TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "backoff"}
+# The tokenizer is told by what it is (`identity`), not by where it lies.
+TRANSPORT = {"api_key_env", "concurrency", "timeout", "retries", "backoff", "tokenizer"}
 _RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
 _FATAL = {401, 402, 403, 404, 405}  # no other request will work either
 _LONGEST_BACKOFF = 60.0  # seconds
@@ -268,24 +261,38 @@ def read_key(endpoint: Endpoint) -> str | None:
 class EndpointTeacher:
     """Asks a server, `concurrency` requests at a time. The key is read when the first question is asked."""
 
-    # The server's own template is its secret; what it left out of an answer is put back (`_text`).
-    opened = ""
-
     def __init__(self, section: TeacherSection):
         self.name = section.model
         self._template_arguments = section.chat_template_kwargs
         self._endpoint = section.endpoint
+        self._tokenizer = None
         self._limit_name = "max_tokens"
         self._failed_in_a_row = 0
         self._worked = self._told = False  # whether any request has; whether useless logprobs were told of
         self._jitter = random.Random()
+
+    @property
+    def opened(self) -> str:
+        """What the template opens ahead of an answer, as <think>.
+
+        Without a tokenizer here the template is the server's secret; what it left out is put back (`_text`).
+        """
+        return opening(self.tokenizer) if self.tokenizer else ""
 
     def open(self) -> None:
         """Raises UserError without client or key."""
         check_endpoint(self._endpoint)
 
     def identity(self) -> dict[str, Any]:
-        return {}  # the server does not say; its address and the model's name are in the recipe
+        # The server does not say; its address and the model's name are in the recipe.
+        return tokenizer_fingerprint(self.tokenizer) if self._endpoint.tokenizer else {}
+
+    @property
+    def tokenizer(self):
+        """Of the served model, from `teacher.endpoint.tokenizer`; None where the recipe names none."""
+        if self._tokenizer is None and self._endpoint.tokenizer:
+            self._tokenizer = load_tokenizer(self._endpoint.tokenizer, self._template_arguments)
+        return self._tokenizer
 
     def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> None:
         return None
@@ -301,8 +308,6 @@ class EndpointTeacher:
         return asyncio.run(self._answer_all(questions, sampling, on_finish))
 
     async def _answer_all(self, questions, sampling, on_finish) -> list[Answer]:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
         key = read_key(self._endpoint)
         answers: list[Answer | None] = [None] * len(questions)
         waiting = iter(enumerate(questions))
@@ -313,7 +318,48 @@ class EndpointTeacher:
                 self._count_failures(answers[index])
                 on_finish(answers[index])
 
-        most = longest_body(sampling, self._endpoint.top_logprobs)
+        most = longest_body(sampling.max_new_tokens, self._endpoint.top_logprobs)
+        await self._with_client(work, len(questions), key, most)
+        return answers
+
+    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat) -> None:
+        """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
+
+        One that the server does not score after its retries becomes a failed answer, with the reason.
+        """
+        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
+        asyncio.run(self._score_all(due, form))
+
+    async def _score_all(self, due: list[tuple[Question, Answer]], form: SignalFormat) -> None:
+        texts = [(answer, *self._read_ids(question, answer)) for question, answer in due]
+        key, waiting = read_key(self._endpoint), iter(texts)
+
+        async def work(client) -> None:
+            for answer, prompt, completion in waiting:
+                ids = [*prompt, *completion]
+                read = partial(read_top_k, ids=ids, start=len(prompt), k=form.k, vocabulary=form.vocabulary)
+                found = await self._ask(client, scoring_request(self.name, ids, form.k), key, read)
+                self._count_failures(found if isinstance(found, Answer) else answer)
+                if isinstance(found, Answer):  # the reason why there is nothing
+                    answer.error, answer.finish_reason = found.error, "error"
+                    continue
+                named, logprobs, answer.logprobs = found
+                answer.prompt_ids, answer.completion_ids = prompt, completion
+                answer.signal_ids, answer.signal_values = encode_top_k(form, named, logprobs)
+
+        longest = max((len(prompt) + len(completion) for _, prompt, completion in texts), default=0)
+        await self._with_client(work, len(texts), key, longest_body(longest, form.k + 1))
+
+    def _read_ids(self, question: Question, answer: Answer) -> tuple[list[int], list[int]]:
+        """(prompt, completion) as the student will be taught it: the template's opening belongs to the prompt, and
+        the end token closes."""
+        said = text_ids(self.tokenizer, continuation(answer.text, opening(self.tokenizer)))
+        return prompt_ids(self.tokenizer, question.messages), [*said, self.tokenizer.eos_token_id]
+
+    async def _with_client(self, work, tasks: int, key: str | None, most: int) -> None:
+        """`work(client)` as often at a time as the recipe allows, until all of them end; no body above `most` bytes."""
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
         hooks = {"response": [lambda response: guard(response, most, key)]}
         async with AsyncOpenAI(
             base_url=self._endpoint.base_url,
@@ -325,11 +371,10 @@ class EndpointTeacher:
         ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(min(self._endpoint.concurrency, len(questions))):
+                    for _ in range(min(self._endpoint.concurrency, tasks)):
                         group.create_task(work(client))
             except BaseExceptionGroup as found:
                 raise found.exceptions[0] from None
-        return answers
 
     def _request(self, question: Question, sampling: Sampling) -> dict[str, Any]:
         request = {
@@ -349,11 +394,14 @@ class EndpointTeacher:
             extra["chat_template_kwargs"] = self._template_arguments
         return {**request, "extra_body": extra} if extra else request
 
-    async def _ask(self, client, request: dict[str, Any], key: str | None) -> Answer:
-        """One question with its retries. While it waits it keeps its place, which spares the server."""
+    async def _ask(self, client, request: dict[str, Any], key: str | None, read=None) -> Answer | Any:
+        """One question with its retries. While it waits it keeps its place, which spares the server.
+
+        read: what becomes of a reply's body; without it an Answer. After the last failure an Answer with its reason.
+        """
         for attempt in itertools.count():
             try:
-                return await self._send(client, request, key)
+                return await self._send(client, request, key, read)
             except BadReply as bad:
                 asked_too_much = bad.wait is not None and bad.wait > _LONGEST_WAIT
                 if asked_too_much or not bad.retry or attempt == self._endpoint.retries:
@@ -362,22 +410,25 @@ class EndpointTeacher:
                 pause = self._pause(attempt, bad.wait)
             await asyncio.sleep(pause)
 
-    async def _send(self, client, request: dict[str, Any], key: str | None) -> Answer:
+    async def _send(self, client, request: dict[str, Any], key: str | None, read=None) -> Answer | Any:
         """One attempt. Raises BadReply for what concerns this request, RunError for what concerns all."""
         import openai
 
-        limit = self._limit_name
+        scoring = "prompt" in request
+        create = client.completions if scoring else client.chat.completions
+        limit = "max_tokens" if scoring else self._limit_name
         sent = {limit if name == "max_tokens" else name: value for name, value in request.items()}
         try:
             # The client's own timeout restarts with every byte; this one is for the whole answer.
             async with asyncio.timeout(self._endpoint.timeout):
-                reply = await client.chat.completions.with_raw_response.create(**sent)
+                reply = await create.with_raw_response.create(**sent)
                 body = reply.content
         except (TimeoutError, openai.APITimeoutError):
             raise BadReply(f"no answer within {self._endpoint.timeout:g} s") from None
         except openai.APIStatusError as error:
             said = server_message(error.body, key)
-            if error.status_code == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
+            newer = error.status_code == 400 and limit == "max_tokens" and "max_completion_tokens" in said
+            if newer and not scoring:
                 self._limit_name = "max_completion_tokens"  # the newer name, which newer models insist on
                 return await self._send(client, request, key)
             raise self._status_problem(error, said) from None
@@ -390,6 +441,8 @@ class EndpointTeacher:
             raise self._redirected(bad) from None
         except Exception as error:  # the client stumbles over what a server sent: one answer, not the run
             raise BadReply(f"the reply cannot be read ({type(error).__name__})") from None
+        if read:
+            return read(body)
         answer = read_reply(body, key)
         self._worked = True
         if self._endpoint.top_logprobs and not answer.logprobs and answer.text and not self._told:

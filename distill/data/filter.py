@@ -125,7 +125,8 @@ def apply_filters(
     """
     rules = Rules(recipe.filter, guard)
     # An endpoint gives text alone.
-    same = not recipe.teacher.endpoint and same_vocabulary(load_tokenizer(recipe.teacher.model), tokenizer)
+    source = recipe.teacher.endpoint.tokenizer if recipe.teacher.endpoint else recipe.teacher.model
+    same = source is not None and same_vocabulary(load_tokenizer(source), tokenizer)
     opened = _teacher_opened(recipe)
     asked: dict[str, list[int]] = {}  # of the newest prompt, whose samples stand side by side: rendered once
     for row in rows:

@@ -1,7 +1,7 @@
 """Teacher outputs: several sampled answers to every training prompt, judged, in resumable Parquet parts.
 
     distill generate RECIPE
-    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill generate RECIPE      parts dealt by rank
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill generate RECIPE      parts as one is free
 
 Stage folder `generations/`: one row per (prompt, sample) with the token ids the teacher chose, their
 log-probabilities, the text, why it stopped and the verifier's verdict. A part is the unit of everything: it is
@@ -28,6 +28,7 @@ from distill.data.teachers import Answer, LocalTeacher, Question, Teacher
 from distill.data.terms import require_permission
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
+from distill.files import remove_leftovers, writing
 from distill.models.decode import Sampling
 from distill.models.head import save_head
 from distill.stages import Stage, input_fingerprint
@@ -68,7 +69,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     teacher.open()
     head = signal_head(form, teacher)
     if ranks.is_main_process:
-        stage.begin(redo)
+        stage.begin(redo)  # removes the claims of a run that was killed
         if head and not (stage.folder / HEAD).is_file():
             save_head(stage.folder / HEAD, head)
     ranks.wait_for_everyone()
@@ -80,14 +81,17 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         bar.update(row_count(parts(stage.folder)))
         meter = TokenMeter(bar, ranks.num_processes)
         for index, chunk in enumerate(chunks(read_rows(folder), recipe.generate.part_size)):
-            mine = index % ranks.num_processes == ranks.process_index
-            if mine and not writer.path(index).is_file():
+            if not writer.path(index).is_file():
                 if limits.reached():
                     break
+                if not claimed(writer.path(index)):
+                    continue
                 writer.write(index, answer_chunk(recipe, teacher, chunk, meter))
                 if ranks.is_main_process:
                     stage.checkpoint_clock()
     ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        remove_leftovers(stage.folder)  # the claims
     total_parts = -(-prompts // recipe.generate.part_size)
     if len(parts(stage.folder)) < total_parts:
         stage.release()
@@ -107,6 +111,20 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         signal=measured_signal(form, stage.folder),
         teacher_source=teacher_source(recipe.teacher),
     )
+
+
+def claimed(part: Path) -> bool:
+    """Whether this process is the one that makes `part`: it is the first to create the file that says so.
+
+    Parts are taken when a process is free, so a slow one does not hold the others up. The claim has the name of a
+    temporary file: what a killed run leaves of it goes before the next one starts.
+    """
+    try:
+        with writing(part.parent):
+            part.with_name(f".{part.name}.claim.tmp0").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:

@@ -34,7 +34,7 @@ from distill.data.teachers import Answer, LocalTeacher, Question
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
-from distill.models.head import AtHead, Head, KeptLogits
+from distill.models.head import AtHead, Head, KeptLogits, at_places
 from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
@@ -54,14 +54,20 @@ class RowScore:
 def signal_format(section: Signal, teacher) -> SignalFormat | None:
     """The format of what this teacher's signals will be stored in; None where the recipe wants none.
 
-    Raises UserError for a teacher whose logits are not here.
+    Raises UserError for a teacher whose logits cannot be had.
     """
     if section.kind == "none":
         return None
-    if not isinstance(teacher, LocalTeacher):
+    if not isinstance(teacher, LocalTeacher) and not getattr(teacher, "tokenizer", None):
         raise UserError(
-            f"generate.signal needs the logits of '{teacher.name}', which an endpoint does not give; "
-            "set generate.signal.kind=none, or load the teacher here"
+            f"generate.signal needs the logits of '{teacher.name}', which are at an endpoint: name the folder of its "
+            "tokenizer in teacher.endpoint.tokenizer (a vLLM server then scores the answers), set "
+            "generate.signal.kind=none, or load the teacher here"
+        )
+    if not isinstance(teacher, LocalTeacher) and section.kind != "top_k":
+        raise UserError(
+            f"generate.signal.kind={section.kind}: an endpoint names its likeliest tokens alone; set kind=top_k, or "
+            "load the teacher here"
         )
     identity = tokenizer_fingerprint(teacher.tokenizer)
     width = load_config(teacher.name).get_text_config().hidden_size if section.kind == HIDDEN else 0
@@ -109,13 +115,13 @@ def score_rows(
     # Not the numbers that chose the text: given those, draws would be no fair sample.
     seeds = [row_seed(("signal", *key)) for key in keys]
     with KeptLogits(model) as kept:
-        for indices in row_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
+        for indices in length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
-            logits = kept(batch.input_ids, batch.attention_mask, batch.keep)[:, :vocabulary]  # [N, V]
+            logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
             seed = torch.tensor([seeds[i] for i in indices]).repeat_interleave(torch.from_numpy(lengths))
             place = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-            u = uniforms(seed, place).to(device)
+            u = uniforms(seed, place).to(device, non_blocking=True)
             columns = [column.cpu().numpy() for column in _summaries(logits, batch.targets, u, form)]
             for i, *parts in zip(indices, *(np.split(c, lengths.cumsum()[:-1]) for c in columns)):
                 scores[i] = _encoded(form, *parts)
@@ -128,10 +134,9 @@ def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocab
     device, at = next(model.parameters()).device, _plain_head(model, form.k)
     head = at.head()
     most = max(1, BATCH_LOGITS // form.k)  # states of one forward pass; logits exist a chunk at a time
-    for indices in row_batches(rows, batch_size, most):
+    for indices in length_batches(rows, batch_size, most):
         batch = rows.collate(indices, pad_id).to(device)
-        keep = batch.keep
-        states = at(lambda hidden, keep=keep: hidden[keep], **batch.inputs())  # [N, d]
+        states = at(lambda hidden, places=batch.places: at_places(hidden, places), **batch.inputs())  # [N, d]
         size = max(1, CHUNK_LOGITS // vocabulary)
         said = []
         for start in range(0, len(states), size):
@@ -152,7 +157,7 @@ def _encoded(form: SignalFormat | None, logprobs: np.ndarray, *signal: np.ndarra
     return RowScore(logprobs.tolist(), *encode(form, *signal))
 
 
-def row_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
+def length_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np.ndarray]:
     """Row numbers by length, in groups of at most `batch_size` rows and (but for one row) `tokens`."""
     group, held = [], 0
     for i in np.argsort(rows.lengths, kind="stable"):
@@ -224,6 +229,10 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     Cut-off and failed answers, which are never trained on, get nothing.
     """
     form = signal_format(section, teacher)
+    if not isinstance(teacher, LocalTeacher):
+        if form:
+            teacher.score(questions, answers, form)
+        return
     due = [
         (question.key, answer)
         for question, answer in zip(questions, answers)

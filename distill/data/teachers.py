@@ -71,6 +71,19 @@ class Teacher(Protocol):
         ...
 
 
+class BadReply(Exception):
+    """One request failed: why, whether it is worth another try, and the seconds that the server asked for."""
+
+    def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
+        self.reason, self.retry, self.wait = reason, retry, wait
+        super().__init__(reason)
+
+
+def is_logprob(value: Any) -> bool:
+    """A logarithm of a probability that float32 holds; a rounding error above 0 is let pass. Not NaN, not -inf."""
+    return type(value) in (int, float) and -1e30 < value <= 0.01
+
+
 class LocalTeacher:
     """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
 

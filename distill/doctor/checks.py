@@ -201,10 +201,19 @@ def _signals(pair: Pair) -> list[str]:
     signal, given = recipe.generate.signal, recipe.prompts.completion_column
     found = signal_problems(signal.kind, signal.temperature, recipe.train.objectives)
     if recipe.teacher.endpoint:
-        asked = {"generate.signal": signal.kind != "none", "prompts.completion_column": given}
+        scores = (
+            recipe.teacher.endpoint.tokenizer and signal.kind == "top_k"
+        )  # by the server (endpoint_signals.py)
+        asked = {"generate.signal": signal.kind != "none" and not scores, "prompts.completion_column": given}
         found += [
             f"{key} needs the logits of '{recipe.teacher.model}', and its endpoint gives text alone; leave it "
             "out, or load the teacher here"
+            + (
+                ""
+                if key != "generate.signal"
+                else ", or let a vLLM server score its answers: kind=top_k, and the "
+                "folder of its tokenizer in teacher.endpoint.tokenizer"
+            )
             for key in (key for key, wanted in asked.items() if wanted)
         ]
     elif not found and (recipe.reads_states or any(o.signal in STORED for o in recipe.train.objectives)):

@@ -6,6 +6,9 @@ Greedy by default: the same model gives the same rows. With `temperature` and `s
 several times; a row's random numbers come from (seed, problem, sample) alone, so the same seed gives the same
 rows in any batch and after any interruption. Every problem leaves its rows; one that failed has an `error`, one
 that ran out of tokens is `truncated`, and neither is silently a wrong answer.
+
+Questions are cut into parts of like length, and the processes of a launch answer a share of them each. The parts are
+the same for one process as for many, since logits move by a rounding with the rows beside them: so are the answers.
 """
 
 import itertools
@@ -15,11 +18,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import PartialState
 from transformers import StopStringCriteria
 
 from distill import console
 from distill.config.evaluation import Evaluate
-from distill.devices import free_memory
+from distill.devices import dealt, free_memory
 from distill.models.chat import has_own_template, prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
 from distill.models.describe import describe_model
@@ -31,6 +35,7 @@ RUNS_ON = ("\n\n", "\nUser:")  # what follows the answer of a model that was nev
 MOST_ON_CPU = 1.5e9  # bytes of keys, values and logits
 LOGIT_BYTES = 24  # of a row and a token: scores in float32, their sum in float64
 _OPTION = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]\s*(\S.*?)\s*$")
+LEAST_PART = 32  # questions: fewer would waste a step of decoding
 
 
 def answer_problems(
@@ -49,20 +54,32 @@ def answer_problems(
     stop = stop_strings(tokenizer, section)
     batch = fitting_batch(model, len(tokenizer), prompts, section)
     asked = [(p, i) for p in range(len(problems)) for i in range(section.samples)]
+    world, main = PartialState().num_processes, PartialState().is_main_process
+    completions: list[Completion | None] = [None] * len(asked)
     start = time.perf_counter()
-    with console.bar(total=len(asked), desc=f"evaluate {name}", unit="answer", main=bar) as shown:
-        completions = decode(
-            model,
-            [prompts[p] for p, _ in asked],
-            Sampling(section.temperature, section.top_p, max_new_tokens=section.max_new_tokens),
-            eos_ids=eos_ids(model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            keys=[(section.seed, problems[p]["level"], problems[p]["prompt_id"], i) for p, i in asked],
-            batch_size=batch,
-            stopping=StopStringCriteria(tokenizer, stop) if stop else None,
-            on_finish=lambda _row, _completion: shown.update(),
-            vocab_limit=len(tokenizer),
-        )
+    with console.bar(total=len(asked), desc=f"evaluate {name}", unit="answer", main=bar and main) as shown:
+        # The other processes are taken to be as fast as this one.
+        def more(_row: int, _completion: Completion) -> None:
+            shown.update(min(world, shown.total - shown.n))
+
+        def answer(part: list[int]) -> list[Completion]:
+            return decode(
+                model,
+                [prompts[asked[a][0]] for a in part],
+                Sampling(section.temperature, section.top_p, max_new_tokens=section.max_new_tokens),
+                eos_ids=eos_ids(model, tokenizer),
+                pad_id=tokenizer.pad_token_id,
+                keys=[_key(section.seed, problems[asked[a][0]], asked[a][1]) for a in part],
+                batch_size=batch,
+                stopping=StopStringCriteria(tokenizer, stop) if stop else None,
+                on_finish=more,
+                vocab_limit=len(tokenizer),
+            )
+
+        pieces = answer_parts([len(prompts[p]) for p, _ in asked], batch)
+        for part, found in zip(pieces, dealt(pieces, answer)):
+            for place, completion in zip(part, found):
+                completions[place] = completion
     seconds = time.perf_counter() - start
 
     rows = [
@@ -78,6 +95,24 @@ def answer_problems(
         "batch_size": batch,
     }
     return rows, measured
+
+
+def answer_parts(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Places of questions of these lengths, longest first, in parts of one size that are decoded each by itself.
+
+    At most `batch_size` in a part, and an even number of parts where that leaves them `LEAST_PART` questions: two
+    processes then have the same work. Nothing here knows how many processes there are.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = max(1, math.ceil(len(order) / batch_size))
+    if count % 2 and len(order) >= (count + 1) * LEAST_PART:
+        count += 1
+    ends = [len(order) * i // count for i in range(count + 1)]
+    return [order[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _key(seed: int, problem: dict, sample: int) -> tuple:
+    return seed, problem["level"], problem["prompt_id"], sample
 
 
 def stop_strings(tokenizer, section: Evaluate) -> list[str]:

@@ -2,12 +2,16 @@
 
     distill evaluate RECIPE                                         base, control, student, teacher of the run
     distill evaluate CHECKPOINT ... [--tasks T ...] [--teacher PATH] [--out DIR]      any causal LM or adapter
+    accelerate launch --config_file recipes/accelerate/cpu2.yaml -m distill evaluate ...          shared by processes
 
 This module is the stage and its order: check everything, the teacher first (the others are compared with its
 answers), one model at a time, then what needs all of them. What is measured of a model is in
 distill/evaluation/measure.py, comparisons in distill/evaluation/scores.py. It leaves `metrics.json`, every key of
 which is described in distill/evaluation/schema.py, and `answers/` (every answer as a Parquet row, one part per
 model), each model's part as soon as it is done, so an interrupted evaluation continues with the next model.
+
+The processes of a launch measure the same model together: each answers and reads a share (`distill.devices.dealt`), and
+the main process writes. metrics.json is that of one process, times aside.
 """
 
 import sys
@@ -15,12 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
+from distill.console import first_process
 from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
-from distill.devices import describe_device, pick_device
+from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
 from distill.evaluation.likelihood import choice_problems, letters_of
 from distill.evaluation.measure import Plan, TeacherReference, measure_model
@@ -63,7 +70,8 @@ def evaluate_recipe(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         checkpoints = {name: path for name, path in checkpoints.items() if name in recipe.evaluate.models}
     local = "teacher" in checkpoints
     manifest = _stage_of(recipe, checkpoints, inputs, "teacher" if local else None, redo, _sources(run))
-    refresh_cards(run, recipe.prices.usd_per_device_hour)
+    if first_process():
+        refresh_cards(run, recipe.prices.usd_per_device_hour)
     return manifest
 
 
@@ -212,7 +220,8 @@ def _run(
     redo: bool,
     sources: list[tuple[dict[str, Any], str]] = (),
 ) -> dict:
-    if stage.done(redo):
+    ranks = processes(plan.device)
+    if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest
     for source, user in sources:  # an adapter on another base is another model
         if source["model"] in checkpoints.values():
@@ -223,8 +232,26 @@ def _run(
         from distill.evaluation.interventions import check_interventions
 
         check_interventions(list(checkpoints.values()), plan.section.interventions)
-    stage.begin(redo)
-    rows_of, results = _measure_all(stage, checkpoints, plan, teacher)
+    if ranks.is_main_process:
+        stage.begin(redo)
+    ranks.wait_for_everyone()
+    rows_of, results = _measure_all(stage, checkpoints, plan, teacher, ranks)
+    if ranks.is_main_process:
+        _finish(stage, checkpoints, plan, teacher, rows_of, results, ranks.num_processes)
+    ranks.wait_for_everyone()
+    return stage.manifest
+
+
+def _finish(
+    stage: Stage,
+    checkpoints: dict[str, str],
+    plan: Plan,
+    teacher: str | None,
+    rows_of: dict[str, list[dict]],
+    results: dict[str, dict],
+    world: int,
+) -> None:
+    """What needs all models, metrics.json and the manifest: the main process's alone."""
     add_saturation(
         results,
         rows_of,
@@ -265,11 +292,11 @@ def _run(
         "errors": sum(row["error"] is not None for row in rows),
     }
     flops = sum(r["cost"]["flops"] for r in results.values())
-    return stage.finish(counts, device=describe_device(plan.device), flops=flops)
+    stage.finish(counts, device=describe_device(plan.device, world), flops=flops)
 
 
 def _measure_all(
-    stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None
+    stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, ranks: PartialState
 ) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """(answer rows, results) by model in the order of `checkpoints`; what is on disk already is read."""
     writer = PartWriter(stage.folder / "answers", ANSWER_SCHEMA)
@@ -287,15 +314,18 @@ def _measure_all(
     for name in sorted(checkpoints, key=lambda name: name != teacher):  # the teacher first
         part = list(checkpoints).index(name)
         measured = stage.folder / f"{name}.json"
-        if not (writer.path(part).is_file() and measured.is_file()):
+        known = main_decides(ranks, lambda p=part, m=measured: writer.path(p).is_file() and m.is_file())
+        if not known:
             routes = stage.folder / "routes" / f"{name}.parquet"
             kept = stage.folder / f"{name}.interventions.jsonl"
             rows, result = measure_model(
                 name, checkpoints[name], plan, reference, name == teacher, routes, kept
             )
-            writer.write(part, rows)
-            write_json(measured, result)
-            stage.checkpoint_clock()
+            if ranks.is_main_process:
+                writer.write(part, rows)
+                write_json(measured, result)
+                stage.checkpoint_clock()
+            ranks.wait_for_everyone()
         rows_of[name] = read_table(writer.path(part)).to_pylist()
         if name == teacher:
             reference.answers = [row for row in rows_of[name] if row["sample_idx"] == 0]

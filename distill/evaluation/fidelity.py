@@ -37,14 +37,14 @@ import torch
 from torch import Tensor
 
 from distill.data.batches import TokenRows
-from distill.data.scoring import row_batches
+from distill.data.scoring import BATCH_LOGITS, CHUNK_LOGITS, length_batches
+from distill.devices import dealt
 from distill.evaluation.stats import ratio
 from distill.models.head import KeptLogits
 from distill.training.losses.divergences import forward_kl, reverse_kl
 from distill.training.losses.fused import match_vocabulary
 
 BINS = 15
-MOST_LOGITS = 2**25  # of one pass of two models, whose divergences make several copies: 128 MiB in float32
 
 
 class Reliability:
@@ -80,7 +80,7 @@ class Reliability:
 
 
 class TokenCalibration:
-    """Sums over tokens, so that no logits have to be kept."""
+    """Sums over tokens, so that no logits have to be kept. `merge` adds those of other tokens."""
 
     def __init__(self):
         self.reliability, self.tokens, self.brier, self.nll = Reliability(), 0, 0.0, 0.0
@@ -97,6 +97,14 @@ class TokenCalibration:
             self.brier += float((p.square().sum(-1) - 2 * own.exp() + 1).double().sum())
             self.nll -= float(own.double().sum())
             self.tokens += len(chosen)
+
+    def merge(self, other: "TokenCalibration") -> None:
+        mine, theirs = self.reliability, other.reliability
+        mine.n, mine.hits = mine.n + theirs.n, mine.hits + theirs.hits
+        mine.confidence = mine.confidence + theirs.confidence
+        self.tokens, self.brier, self.nll = (
+            self.tokens + other.tokens, self.brier + other.brier, self.nll + other.nll,
+        )  # fmt: skip
 
     def result(self) -> dict[str, Any]:
         """`Calibration` of metrics.json, but for `answers`."""
@@ -130,11 +138,6 @@ def answer_calibration(rows: list[dict]) -> dict[str, Any] | None:
     }
 
 
-def model_vocabulary(model) -> int:
-    """The width of its logits."""
-    return model.config.get_text_config(decoder=True).vocab_size
-
-
 _MEASURES = ("top1_agreement", "forward_kl", "reverse_kl")
 
 
@@ -152,25 +155,39 @@ def fidelity(
     top1_agreement: share of tokens at which both models' most likely next token is the same.
     forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher). In nats, both at temperature 1.
     Tokens at which either model's logits are not finite are left out and counted. `calibration`, where given,
-    is fed the student's logits and the tokens of `rows`.
+    is fed the student's logits and the tokens of `rows`. The two models hold BATCH_LOGITS each at most (512 MiB in
+    float32; a longer answer goes alone), and are compared CHUNK_LOGITS at a time. Processes of a launch read a share
+    each, and all get the same result.
     """
     ask_student, ask_teacher = KeptLogits(student), KeptLogits(teacher)
     device = next(student.parameters()).device
-    sums, counts = np.zeros((3, len(rows))), np.zeros(len(rows))
-    most = max(1, MOST_LOGITS // model_vocabulary(student))
-    with ask_student, ask_teacher:
-        for picked in row_batches(rows, batch_size, most):
-            batch = rows.collate(picked, pad_id).to(device)
-            q = ask_student(batch.input_ids, batch.attention_mask, batch.keep)  # [N, V]
-            p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.keep), q.shape[-1])
-            finite = q.logsumexp(-1).isfinite() & p.logsumexp(-1).isfinite()
-            answer = np.repeat(picked, rows.completion_lengths[picked])[finite.cpu().numpy()]  # [N]
-            q, p = q[finite], p[finite]
+    vocabulary = student.get_output_embeddings().weight.shape[0]
+
+    def read(picked: np.ndarray) -> tuple[np.ndarray, np.ndarray, TokenCalibration]:
+        batch = rows.collate(picked, pad_id).to(device)
+        q = ask_student(batch.input_ids, batch.attention_mask, batch.places)  # [N, V]
+        p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.places), q.shape[-1])
+        owners = np.repeat(picked, rows.completion_lengths[picked])  # [N]
+        found, known, counted = [], [], TokenCalibration()
+        for start in range(0, len(q), _chunk(vocabulary)):
+            part = slice(start, start + _chunk(vocabulary))
+            values, finite = _compared(q[part], p[part])
+            found.append(values)
+            known.append(finite)
             if calibration:
-                calibration.add(q, batch.targets[finite])
-            found = (p.argmax(-1) == q.argmax(-1), forward_kl(q, p), reverse_kl(q, p))
-            for into, values in zip([*sums, counts], [*found, torch.ones(len(q))]):
-                into += np.bincount(answer, weights=values.double().cpu().numpy(), minlength=len(rows))
+                counted.add(q[part][finite], batch.targets[part][finite])
+        kept = torch.cat(known).cpu().numpy()
+        values = torch.cat(found, 1).cpu().numpy()
+        return owners[kept], values, counted
+
+    sums, counts = np.zeros((3, len(rows))), np.zeros(len(rows))
+    pieces = list(length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)))
+    with ask_student, ask_teacher:
+        for answer, values, counted in dealt(pieces, read):
+            for into, column in zip([*sums, counts], [*values, np.ones(len(answer))]):
+                into += np.bincount(answer, weights=column, minlength=len(rows))
+            if calibration:
+                calibration.merge(counted)
     result: dict[str, Any] = {
         "answers": len(rows),
         "tokens": int(counts.sum()),
@@ -182,6 +199,19 @@ def fidelity(
         clipped = None if interval is None else [max(0.0, interval[0]), min(top, interval[1])]
         result |= {name: mean, f"{name}_stderr": stderr, f"{name}_ci95": clipped}
     return result
+
+
+def _compared(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """(_MEASURES [3, n] of the rows whose logits are finite, which those are [N]) of logits [N, V]."""
+    finite = q.logsumexp(-1).isfinite() & p.logsumexp(-1).isfinite()
+    q, p = q[finite], p[finite]
+    same = p.argmax(-1) == q.argmax(-1)
+    return torch.stack([x.double() for x in (same, forward_kl(q, p), reverse_kl(q, p))]), finite
+
+
+def _chunk(vocabulary: int) -> int:
+    """Tokens compared at a time: what that takes is a few times as much as their logits."""
+    return max(1, CHUNK_LOGITS // vocabulary)
 
 
 def answer_rows(problems_ids: list[list[int]], answers: list[dict], limit: int) -> TokenRows | None:

@@ -82,7 +82,9 @@ def intervention_sweep(
     changes = _planned(model, top_k, drop, drop_each, route, seed)
     answered: dict[str, AnswerRows] = dict(done or {})
     todo = [(UNCHANGED, None), *((change.label, change.made) for change in changes)]
-    with console.bar(total=len(todo), desc="interventions", unit="setting") as bar:
+    with console.bar(
+        total=len(todo), desc="interventions", unit="setting", main=console.first_process()
+    ) as bar:
         for label, made in todo:
             if label not in answered:
                 if made is None:
@@ -237,7 +239,7 @@ def interventions_for(
         seed=asked.seed,
         context=section.max_new_tokens,
         done=_read_kept(kept) if kept else None,
-        on_entry=(lambda label, rows: _keep(kept, label, rows)) if kept else None,
+        on_entry=(lambda label, rows: _keep(kept, label, rows)) if kept and console.first_process() else None,
     )
 
 

@@ -38,7 +38,8 @@ from typing import Any
 import numpy as np
 
 from distill.data.batches import TokenRows
-from distill.data.scoring import score_rows
+from distill.data.scoring import BATCH_LOGITS, length_batches, score_rows
+from distill.devices import dealt
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
 from distill.models.chat import completion_ids, prompt_ids
@@ -97,16 +98,7 @@ def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: in
     empty = [text for text, ids in zip(texts, tokens) if not ids]
     if empty:
         raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
-    scored = score_rows(
-        model,
-        TokenRows(prompts, tokens),
-        None,
-        keys=[(i,) for i in range(len(tokens))],
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
-        batch_size=batch_size,
-    )
-    sums = np.array([sum(s.logprobs) for s in scored])
+    sums = np.array([sum(found) for found in _logprobs(model, tokenizer, prompts, tokens, batch_size)])
     per = {
         "sum": sums,
         "per_token": sums / [len(ids) for ids in tokens],
@@ -119,6 +111,26 @@ def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: in
         best = [LETTERS[int(values[span].argmax())] if ok else None for span, ok in zip(spans, finite)]
         result[name] = score([b is not None and b == letter(p["answer"]) for b, p in zip(best, problems)])
     return result
+
+
+def _logprobs(model, tokenizer, contexts, texts, batch_size: int) -> list[list[float]]:
+    """Of every token of `texts` behind its context, row by row. The processes of a launch read a share each."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    rows = TokenRows(list(contexts), list(texts))
+    pieces = list(length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)))
+
+    def read(piece: np.ndarray) -> list[list[float]]:
+        scores = score_rows(
+            model, rows.subset(piece), None, keys=[(int(i),) for i in piece], pad_id=tokenizer.pad_token_id,
+            vocabulary=vocabulary, batch_size=batch_size,
+        )  # fmt: skip
+        return [score.logprobs for score in scores]
+
+    found: list[list[float]] = [[] for _ in range(len(rows))]
+    for piece, scores in zip(pieces, dealt(pieces, read)):
+        for i, logprobs in zip(piece, scores):
+            found[i] = logprobs
+    return found
 
 
 def windows(tokens: list[int], first: int, window: int, stride: int) -> list[tuple[list[int], list[int]]]:
@@ -209,18 +221,10 @@ def solutions_nll(
 
 def _score(model, tokenizer, rows: list[tuple], groups: list[int], batch_size: int) -> tuple:
     """(nats per group, finite tokens per group, tokens that are not)."""
-    scored = score_rows(
-        model,
-        TokenRows([context for context, _ in rows], [tokens for _, tokens in rows]),
-        None,
-        keys=[(i,) for i in range(len(rows))],
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
-        batch_size=batch_size,
-    )
+    scored = _logprobs(model, tokenizer, *zip(*rows), batch_size)
     nats, counts, lost = np.zeros(groups[-1] + 1), np.zeros(groups[-1] + 1), 0
     for group, row in zip(groups, scored):
-        values = np.array(row.logprobs, dtype=np.float64)
+        values = np.array(row, dtype=np.float64)
         finite = np.isfinite(values)
         nats[group] -= values[finite].sum()
         counts[group] += finite.sum()

@@ -4,6 +4,8 @@
     reference = TeacherReference("checkpoints/teacher", tokenizer, section.fidelity_rows, device)      # or None
     rows, result = measure_model("student", path, plan, reference, is_teacher=False)
 
+Every process of a launch calls this, for the same model; what costs time is dealt out, and all get the same result.
+
 Always: answers with verdicts, scores per task and family, routing, cost of use, calibration of greedy answers.
 With a teacher of the same vocabulary: fidelity on both models' text and token calibration, one forward pass
 each over `fidelity_rows` answers. Asked for by the recipe, since they take time: likelihood, text, harness,
@@ -20,6 +22,7 @@ import torch
 from distill import console
 from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
+from distill.devices import main_alone
 from distill.evaluation.answers import answer_problems, stop_strings
 from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
 from distill.evaluation.likelihood import (
@@ -129,7 +132,10 @@ def measure_model(
             **answering,
             "flops": flops,
             "flops_per_answer": flops // len(rows),
-            **usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, section.speed),
+            # Timed while the other processes of a launch wait.
+            **main_alone(
+                lambda: usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, section.speed)
+            ),
         },
     }
     if moe.get("layers"):
@@ -187,7 +193,7 @@ def _harness(name: str, model, tokenizer, section: Evaluate) -> dict[str, Any]:
     from distill.evaluation.harness import run_harness
 
     console.say(f"evaluate {name}: lm-evaluation-harness, {', '.join(section.harness)}")
-    return run_harness(model, tokenizer, section)
+    return main_alone(lambda: run_harness(model, tokenizer, section))
 
 
 def _text(model, tokenizer, plan: Plan, reference: TeacherReference | None, own: list[dict] | None) -> dict:

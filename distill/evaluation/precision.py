@@ -156,7 +156,7 @@ def _read(
     with KeptLogits(model) as ask, recorder as recording:
         for start in range(0, len(order), batch_size):
             batch = rows.collate(order[start : start + batch_size], pad_id).to(device)
-            logits = ask(batch.input_ids, batch.attention_mask, batch.keep).float()  # [N, V]
+            logits = ask(batch.input_ids, batch.attention_mask, batch.places).float()  # [N, V]
             total += float(cross_entropy(logits, batch.targets).double().sum())
             tokens += len(logits)
     layers = recording.layers.items() if recording else ()

@@ -28,6 +28,8 @@ A layer whose score function cannot be told (one expert per token with weight 1)
         batch.layers["model.layers.1.mlp"].indices             # [N, k], heaviest weight first
     batch.recording.summary()                                  # the totals of all batches
 
+Processes of a launch read a share of the batches each; sums are added over them before anything is divided.
+
 Why after decoding and not meanwhile: decoding mixes rows of all ages and drops finished ones, so its recording
 knows sums only. One forward pass over prompt and completion routes each token as decoding did (tested), costs a
 prefill instead of a generation, and tells which token it was. The one thing it cannot give is the load of single
@@ -50,6 +52,8 @@ import torch
 from torch import nn
 
 from distill.config.evaluation import Evaluate
+from distill.console import first_process
+from distill.devices import from_all, share_of, summed
 from distill.errors import RunError, UserError
 from distill.evaluation.answers import thinking_tokens
 from distill.evaluation.routes import spread, token_pieces, write_routes
@@ -78,13 +82,18 @@ class RoutedBatch:
 
 
 def route_rows(
-    model: nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, batch_size: int = 64
+    model: nn.Module,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad_id: int,
+    batch_size: int = 64,
+    share: bool = False,
 ) -> Iterator[RoutedBatch]:
     """Every decision on every fed token of `rows`, a batch at a time; each row is in exactly one batch.
 
     Rows come in a fixed random order, so that a batch is a mix of all that was asked, as a training batch is:
-    sorted ones would make MaxVio_batch a measure of the sorting. Raises UserError for a dense model or a row
-    with an empty prompt or completion.
+    sorted ones would make MaxVio_batch a measure of the sorting. With `share`, the batches that fall to this process
+    of a launch (all of them, where there are fewer than processes; `spread_over` tells). Raises UserError for a dense
+    model or a row with an empty prompt or completion.
     """
     if not rows or any(not prompt or not completion for prompt, completion in rows):
         raise UserError("routing is read from rows with a prompt and a completion; leave failed answers out")
@@ -95,7 +104,8 @@ def route_rows(
     )
     device = next(model.parameters()).device
     with record_routing(model) as recording:
-        for chosen in _batches(np.array([len(ids) for ids in fed]), batch_size):
+        pieces = list(_batches(np.array([len(ids) for ids in fed]), batch_size))
+        for chosen in share_of(pieces) if share else pieces:
             ids, mask = _padded([fed[i] for i in chosen], pad_id)
             with torch.inference_mode():
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **only_last)
@@ -109,6 +119,12 @@ def route_rows(
                     )
             answer = torch.from_numpy(chosen)[row]
             yield RoutedBatch(answer, position, ids[row, position], layers, recording)
+
+
+def spread_over(rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int) -> bool:
+    """Whether `route_rows` with `share` reads a part of these rows in every process."""
+    pieces = list(_batches(np.array([len(p) + len(c) - 1 for p, c in rows]), batch_size))
+    return len(share_of(pieces)) < len(pieces)
 
 
 def _batches(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
@@ -173,7 +189,7 @@ def routing_section(
         min(64, section.batch_size),
         section.routes,
     )
-    if routes is not None and chosen:
+    if routes is not None and chosen and first_process():
         kept = list(chosen.values())
         write_routes(
             routes.parent,
@@ -227,7 +243,7 @@ def _report(
     labels = _Labels(tokenizer, answers, pairs)
     tables: dict[str, dict[str, GroupShares]] = {}
     chosen: dict[int, tuple] = dict.fromkeys(spread(answers, routes))
-    for batch in route_rows(model, pairs, tokenizer.pad_token_id, batch_size):
+    for batch in route_rows(model, pairs, tokenizer.pad_token_id, batch_size, share=True):
         of_tokens = labels.of(batch)
         for name, decisions in batch.layers.items():
             router = batch.recording.layers[name].router
@@ -239,6 +255,12 @@ def _report(
                 table.add(decisions.indices, of_tokens[kind], batch.answer)
         for place in chosen.keys() & set(batch.answer.tolist()):
             chosen[place] = labels.route_row(place), _of_row(batch, place)
+    if spread_over(pairs, batch_size):
+        batch.recording.reduce(summed)
+        for table in (table for kinds in tables.values() for table in kinds.values()):
+            table.reduce(summed)
+        for found in from_all({place: row for place, row in chosen.items() if row}):
+            chosen |= found
     layers = _layers(batch.recording, tables, labels)
     report = {
         "answers": len(answers),

@@ -41,6 +41,7 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    known_finite: bool | None = None  # where somebody has looked
 
     def raw(self, hidden: Tensor, out: Tensor, weight: Tensor) -> Tensor:
         """Logits [n, V] before the transform, written into `out`; `weight` is this head's, in out's dtype."""
@@ -50,13 +51,15 @@ class Head:
         return out
 
     @property
-    def plain(self) -> bool:
-        return self.scale == 1 and self.softcap is None
-
-    @property
     def finite(self) -> bool:
         """Whether logits of finite hidden states are: a bias of -inf forbids its token."""
+        if self.known_finite is not None:
+            return self.known_finite
         return self.bias is None or bool(self.bias.isfinite().all())
+
+    @property
+    def plain(self) -> bool:
+        return self.scale == 1 and self.softcap is None
 
     def transform(self, raw: Tensor) -> Tensor:
         if self.plain:
@@ -88,11 +91,20 @@ def load_head(path: Path, device: torch.device) -> Head:
         with safe_open(path, framework="pt", device=str(device)) as file:
             scale, softcap = json.loads(file.metadata()["transform"])
             bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 - not a dict
-            return Head(file.get_tensor("weight"), bias, scale, softcap)
+            finite = bias is None or bool(bias.isfinite().all())
+            return Head(file.get_tensor("weight"), bias, scale, softcap, finite)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is no output head of a teacher ({str(error).splitlines()[0]}); run generate and filter with --redo"
         ) from error
+
+
+def at_places(states: Tensor, places: Tensor) -> Tensor:
+    """Of states [B, T, ...] those at `places` [N], numbers in B * T -> [N, ...].
+
+    What a mask would select, but nobody has to wait for how many they are.
+    """
+    return states.flatten(0, 1).index_select(0, places)
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -106,7 +118,10 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 class KeptLogits(nn.Module):
-    """Wraps a causal LM (or a PeftModel): forward(input_ids [B,T], attention_mask [B,T], keep [B,T]) -> [N,V]."""
+    """Wraps a causal LM (or a PeftModel): forward(input_ids [B,T], attention_mask [B,T], keep [B,T]) -> [N,V].
+
+    `keep` is a mask, or the places [N] of the kept tokens in B * T (`Batch.places`).
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -125,7 +140,8 @@ class KeptLogits(nn.Module):
     def _select(self, _head, args):
         if self._keep is None:
             return None
-        return (args[0][self._keep], *args[1:])  # [B, T, d] -> [N, d]
+        masked = self._keep.dtype == torch.bool
+        return (args[0][self._keep] if masked else at_places(args[0], self._keep), *args[1:])  # -> [N, d]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, keep: Tensor, **more) -> Tensor:
         self._keep = keep
@@ -151,12 +167,16 @@ class AtHead:
         # Exactly nn.Linear: an adapted, quantised or otherwise replaced head computes something else.
         self.fusable = type(self.module) is nn.Linear
         self.scale, self.softcap = 1.0, None
+        self._finite: bool | None = None  # asked of the weights once: training moves no finite number to -inf
         if self.fusable:
             self.fusable = self._find_transform()
 
     def head(self) -> Head:
         """The head as tensors. Under FSDP they are whole inside the wrapped forward only: ask there."""
-        return Head(self.module.weight, self.module.bias, self.scale, self.softcap)
+        bias = self.module.bias
+        if self._finite is None:
+            self._finite = bias is None or bool(bias.isfinite().all())
+        return Head(self.module.weight, bias, self.scale, self.softcap, self._finite)
 
     def __call__(self, function: Callable[[Tensor], Any], **inputs) -> Any:
         """The result of function(hidden [B, T, d]), which model(**inputs) calls instead of its head."""

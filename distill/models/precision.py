@@ -27,6 +27,7 @@ student 183 ms with it, 146 without). Plain products hold [rows, heads, T, T] sc
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -56,6 +57,11 @@ class Precision:
     accelerate: str  # what `Accelerator(mixed_precision=...)` is given
     reason: str  # printed and kept in the manifest
     _float8: set[nn.Module] = field(default_factory=set, compare=False, repr=False)  # for torchao to convert
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The 16-bit format that products run in, None for float32."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}.get(self.accelerate)
 
     def handlers(self) -> list:
         """Accelerate's recipe objects: only real float8 has one. ImportError without its library."""
@@ -220,6 +226,24 @@ def _cpu_has_bf16() -> bool:
     """Whether bf16 matmuls have hardware (AVX512-BF16 or AMX) on this CPU."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(flag) for flag in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+@contextlib.contextmanager
+def arithmetic(tf32: bool, deterministic: bool) -> Iterator[None]:
+    """How float32 products are made and which kernels may be chosen, for as long as the context lasts.
+
+    deterministic: an operation that has no deterministic kernel on the device raises RuntimeError.
+    """
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.use_deterministic_algorithms(before[1])
 
 
 PLAIN_ATTENTION_LIMIT = 512  # tokens of a row up to which whole score matrices are small

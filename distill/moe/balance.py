@@ -44,12 +44,10 @@ class ExpertBiasBalancer:
                 return
             # Experts are called with (hidden [N, d], indices [N, k], weights [N, k]), N = B * T flattened.
             # Recomputation under gradient checkpointing counts every expert twice: no sign changes.
-            indices = args[1]
-            if self.mask is not None:
-                indices = indices[self.mask.reshape(-1).bool()]
-            self.counts[layer] += torch.bincount(
-                indices.reshape(-1), minlength=self.routers[layer].num_experts
-            )
+            indices = args[1].long()
+            real = torch.ones_like(indices[:, 0]) if self.mask is None else self.mask.reshape(-1).long()
+            # Not `bincount` of the real ones: the host would wait for how many they are.
+            self.counts[layer].scatter_add_(0, indices.reshape(-1), real.repeat_interleave(indices.shape[1]))
 
         return count
 
@@ -59,16 +57,17 @@ class ExpertBiasBalancer:
             counts.zero_()
 
     @torch.no_grad()
-    def update(self, u: float, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> float:
+    def update(self, u: float, reduce: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> torch.Tensor:
         """bias += u * sign(mean load - load) per layer, loads summed over processes by `reduce`.
 
-        Returns the step's largest MaxVio, (max load - mean) / mean (arXiv 2408.15664 eq. 4). u = 0 only counts.
+        Returns the step's largest MaxVio, (max load - mean) / mean (arXiv 2408.15664 eq. 4), as a number that is still
+        on the device. u = 0 only counts.
         """
-        worst = 0.0
+        found = []
         for layer, router in enumerate(self.routers):
             load = reduce(self.counts[layer]).double()
             mean = load.mean()
             router.bias.add_((u * torch.sign(mean - load)).to(router.bias.dtype))
-            worst = max(worst, float((load.max() - mean) / mean.clamp(min=1e-9)))
+            found.append((load.max() - mean) / mean.clamp(min=1e-9))
             self.counts[layer].zero_()
-        return worst
+        return torch.stack(found).max()

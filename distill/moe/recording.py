@@ -83,12 +83,19 @@ class LayerRecord:
         """Digest the calls held back so far."""
         if not self._pending:
             return
-        columns = []
-        for *call, valid in self._pending:
-            columns.append([c if valid is None else c[valid.to(c.device)] for c in call])
-        sizes = [len(call[0]) for call in columns]
-        logits, weights, indices = (torch.cat(column) for column in zip(*columns))
+        *columns, masks = zip(*self._pending)
+        logits, weights, indices = (torch.cat(column) for column in columns)
+        sizes = [len(call) for call in columns[0]]
         self._pending, self._held = [], 0
+        if any(mask is not None for mask in masks):
+            home = logits.device
+            real = [
+                torch.ones(n, dtype=torch.bool, device=home) if mask is None else mask.to(home)
+                for n, mask in zip(sizes, masks)
+            ]
+            sizes = torch.stack([mask.sum() for mask in real]).tolist()
+            places = torch.cat(real).nonzero()[:, 0]  # once a digest: every such look makes the host wait
+            logits, weights, indices = (c.index_select(0, places) for c in (logits, weights, indices))
         if logits.device.type == "mps":  # no float64 there
             logits, weights, indices = logits.cpu(), weights.cpu(), indices.cpu()
         self._load.add(indices, sizes)

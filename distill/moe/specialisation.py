@@ -20,6 +20,7 @@ The error of the overall share itself is ignored, and with few answers the norma
 Shapes: N tokens, E experts, k experts per token, G groups, R answers.
 """
 
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -61,6 +62,11 @@ class GroupShares:
         self.reached.index_add_(0, group, reached)
         self.squared.index_add_(0, group, reached**2)
         self.crossed.index_add_(0, group, reached * tokens[:, None])
+
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Make these the totals of all processes, each of which saw answers of its own. Whole numbers: exact."""
+        for name in ("tokens", "tokens_squared", "answers", "reached", "squared", "crossed"):
+            setattr(self, name, total(getattr(self, name)))
 
     def shares(self) -> torch.Tensor:
         """[G, E], N_(i,D) / N_D; rows of empty groups are 0."""

@@ -5,8 +5,9 @@
     load.summary()                           # load, MaxVio global and per batch, entropy, drop, co-activation
 
 `LoadTotals` counts tokens, pairs of experts, and every forward pass on its own. Nothing in it grows with the number
-of tokens. Over several processes the totals are summed first and ratios formed after (`reduce`), because a mean of
-the ranks' MaxVio is not the MaxVio of all tokens.
+of tokens but a few numbers a digest. Over several processes the totals are summed first and ratios formed after
+(`reduce`), because a mean of the ranks' MaxVio is not the MaxVio of all tokens. What is not a count is added exactly
+(`ExactSum`), so that the result does not depend on who saw which tokens.
 
 `ScoreTotals` finds which score function a router has (softmax, sigmoid, ...) and how certain it is. The function is
 not looked up by name: it is the one whose scores reproduce the ratios of the weights that were used. A sample of each
@@ -34,6 +35,30 @@ FULL_MATRIX = 128  # experts up to which the whole co-activation matrix is repor
 PAIRS_REPORTED = 64  # pairs reported beyond that
 
 
+class ExactSum:
+    """Sums of columns [m], correctly rounded: the same in any order and over any number of processes.
+
+    The rows are kept, one a digest, and added by `math.fsum`: a running float would owe its last bit to the order.
+    """
+
+    def __init__(self, columns: int):
+        self.columns = columns
+        self.rows: list[list[float]] = []
+
+    def totals(self) -> list[float]:
+        return [math.fsum(column) for column in zip(*self.rows)] or [0.0] * self.columns
+
+    def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
+        """Gather the rows of all processes by means of a sum: each writes into slots of its own."""
+        lengths = torch.zeros(world, dtype=torch.int64)
+        lengths[rank] = len(self.rows)
+        lengths = total(lengths).tolist()
+        slots = torch.zeros(world, max(lengths), self.columns, dtype=torch.float64)
+        if self.rows:
+            slots[rank, : len(self.rows)] = torch.tensor(self.rows, dtype=torch.float64)
+        self.rows = [row for slot, n in zip(total(slots).tolist(), lengths) for row in slot[:n]]
+
+
 class LoadTotals:
     """Running totals of one layer. `counts` [E]; `pairs` [E, E], tokens that reach both; `batches`, a number."""
 
@@ -44,8 +69,8 @@ class LoadTotals:
         self.pairs = torch.zeros(experts, experts, dtype=torch.int64)
         # Each pass with its own capacity.
         self.dropped = torch.zeros(len(CAPACITY_FACTORS), dtype=torch.int64)
-        # Sums over passes of MaxVio and its floor, and the largest MaxVio.
-        self.violation = self.floor = self.worst = 0.0
+        self.sums = ExactSum(2)  # over passes, of MaxVio and its floor
+        self.worst = 0.0  # the largest MaxVio
 
     def add(self, indices: torch.Tensor, sizes: list[int]) -> None:
         """indices [T, k] of B consecutive forward passes with `sizes[b]` tokens each, sum(sizes) == T."""
@@ -63,9 +88,9 @@ class LoadTotals:
         if self.k > 1:
             self.pairs = self.pairs + metrics.pair_counts(indices, self.experts).cpu()
         violations = metrics.max_violation_per_batch(per_batch)
-        self.violation += float(violations.sum())
         self.worst = max(self.worst, float(violations.max()))
-        self.floor += sum(metrics.max_violation_noise_floor(size, self.experts, self.k) for size in sizes)
+        floor = sum(metrics.max_violation_noise_floor(size, self.experts, self.k) for size in sizes)
+        self.sums.rows.append([float(violations.sum()), floor])
         self.dropped = self.dropped + metrics.token_drop(per_batch, _FACTORS).sum(-1)
 
     def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
@@ -79,9 +104,7 @@ class LoadTotals:
             [self.experts, len(self.dropped), self.pairs.numel()]
         )
         self.pairs = pairs.view(self.experts, self.experts)
-        self.violation, self.floor = total(
-            torch.tensor([self.violation, self.floor], dtype=torch.float64)
-        ).tolist()
+        self.sums.reduce(total, rank, world)
         self.worst = largest(self.worst, total, rank, world)
 
     def summary(self) -> dict[str, Any]:
@@ -94,14 +117,15 @@ class LoadTotals:
         counts, assignments = self.counts, self.tokens * self.k
         whole = {str(f): int(metrics.token_drop(counts, f)) / assignments for f in CAPACITY_FACTORS}
         matrix = metrics.coactivation(self.pairs, counts)
+        violation, floor = self.sums.totals()
         return {
             "load": metrics.load_fraction(counts).tolist(),
             "max_violation": metrics.max_violation(counts),
             "max_violation_noise_floor": metrics.max_violation_noise_floor(self.tokens, self.experts, self.k),
             "batches": self.batches,
-            "max_violation_batch_mean": self.violation / self.batches,
+            "max_violation_batch_mean": violation / self.batches,
             "max_violation_batch_max": self.worst,
-            "max_violation_batch_noise_floor": self.floor / self.batches,
+            "max_violation_batch_noise_floor": floor / self.batches,
             "load_entropy": metrics.load_entropy(counts),
             "load_entropy_normalised": metrics.load_entropy(counts, normalised=True),
             "effective_experts": metrics.effective_experts(counts),
@@ -145,8 +169,8 @@ class ScoreTotals:
         self.tolerance = 1e-3  # on the spread of log(weight / score)
         # Per candidate function: n, sum and sum of squares of log(weight / score), which give its verdict.
         self.fit = {rule: torch.zeros(3, dtype=torch.float64) for rule in SCORES}
-        # And the two sums, of entropy and confidence, that count once it has been found to be the one.
-        self.opinion = {rule: torch.zeros(2, dtype=torch.float64) for rule in SCORES}
+        # And the two sums each, of entropy and confidence, that count once it has been found to be the one.
+        self.opinion = ExactSum(2 * len(SCORES))
 
     def add(self, logits: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
         """One digest: [N, E], [N, k] as applied to the expert outputs, [N, k]; all on one device."""
@@ -161,9 +185,9 @@ class ScoreTotals:
         self.digests += 1
         if len(self.fit) > 1 or self.digests <= _SETTLED:
             self._judge(logits, weights, indices)
-        self.opinion = {
-            rule: self.opinion[rule] + _opinion(SCORES[rule](logits), indices).cpu() for rule in self.fit
-        }
+        none = logits.new_zeros(2, dtype=torch.float64)
+        opinions = [_opinion(SCORES[r](logits), indices) if r in self.fit else none for r in SCORES]
+        self.opinion.rows.append(torch.cat(opinions).tolist())
 
     def _judge(self, logits: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> None:
         sample = slice(None, None, -(-len(logits) // _SAMPLE))
@@ -202,19 +226,17 @@ class ScoreTotals:
 
     def means(self) -> dict[str, float]:
         """Mean router entropy (nats) and confidence over all tokens. RunError as in `verdict`."""
-        entropy, confidence = (self.opinion[self.verdict()] / self.tokens).tolist()
-        return {"router_entropy": entropy, "confidence": confidence}
+        place = 2 * list(SCORES).index(self.verdict())
+        entropy, confidence = self.opinion.totals()[place : place + 2]
+        return {"router_entropy": entropy / self.tokens, "confidence": confidence / self.tokens}
 
     def reduce(self, total: Callable[[torch.Tensor], torch.Tensor], rank: int, world: int) -> None:
         """Make these the totals of all processes; a candidate that one of them has ruled out is out."""
         self.tokens, self.broken = total(torch.tensor([self.tokens, self.broken])).tolist()
-        out = torch.full((5,), math.nan, dtype=torch.float64)
-        table = [
-            torch.cat([self.fit[rule], self.opinion[rule]]) if rule in self.fit else out for rule in SCORES
-        ]
-        rows = dict(zip(SCORES, total(torch.stack(table))))
-        self.fit = {rule: row[:3] for rule, row in rows.items()}  # NaN: out, with an infinite spread
-        self.opinion = {rule: row[3:] for rule, row in rows.items()}
+        out = torch.full((3,), math.nan, dtype=torch.float64)
+        table = torch.stack([self.fit.get(rule, out) for rule in SCORES])
+        self.fit = dict(zip(SCORES, total(table)))  # NaN: out, with an infinite spread
+        self.opinion.reduce(total, rank, world)
         self.tolerance = largest(self.tolerance, total, rank, world)
 
     def _spread(self) -> dict[str, float]:

@@ -38,7 +38,7 @@ NOT_IDENTITY = {
     **dict.fromkeys(
         ("checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing"), True
     ),
-    "compile": True,
+    **dict.fromkeys(("compile", "tf32", "deterministic"), True),
     "teachers": {"remember_gb"},
 }  # fmt: skip
 
@@ -97,15 +97,18 @@ def train_arm(
     numerics = precision.prepare(student.model)
     ends = eos_ids(student.base, student.tokenizer)
     teacher = (
-        live_teachers(recipe, student.model, student.tokenizer, ends, accelerator.device)
+        live_teachers(recipe, student.model, student.tokenizer, ends, accelerator.device, precision.half)
         if needs_teacher
         else None
     )
+    if teacher:
+        numerics["teacher"] = sorted(str(dtype).removeprefix("torch.") for dtype in teacher.dtypes)
     rows, held_out = split_rows(training_rows(recipe, data), recipe.train.validation, recipe.seed)
     source = make_source(recipe, rows, student, ends)
     if accelerator.is_main_process:
         stage.begin(redo)
-        say(f"{arm}: {precision.reason}\n{format_trainable(student.model)}")
+        computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if teacher else ""
+        say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
     accelerator.wait_for_everyone()
 
     # ---- train, save -----------------------------------------------------------------------------------

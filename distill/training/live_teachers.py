@@ -20,6 +20,7 @@ import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from distill.data.batches import Batch
 from distill.data.signals import HEAD
 from distill.errors import UserError
 from distill.models.describe import describe_model
-from distill.models.head import AtHead, Head, KeptLogits, load_head
+from distill.models.head import AtHead, Head, KeptLogits, at_places, load_head
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.training.cross_tokenizer import TeacherView
@@ -44,6 +45,11 @@ class LiveTeacher(Protocol):
     @property
     def models(self) -> list[nn.Module]:
         """The models behind it, each once."""
+        ...
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """What it computes in."""
         ...
 
     def flops_per_token(self, context: int) -> float:
@@ -70,6 +76,10 @@ class LiveTeacher(Protocol):
 
 class _Counted:
     models: list[nn.Module]
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {model.dtype for model in self.models}
 
     def flops_per_token(self, context: int) -> float:
         each = [describe_model(model, context)["flops_per_token"] for model in self.models]
@@ -146,7 +156,10 @@ class FrozenTeacher(_Counted):
         with torch.no_grad():
             signals = self._dense(batch)
             if self._hidden:
-                taken = [tap.take(batch.keep.to(self._device)) for tap in self._hidden]
+                taken = [
+                    tap.take(batch.keep.to(self._device), batch.places.to(self._device))
+                    for tap in self._hidden
+                ]
                 states = {layer: state for found in taken for layer, state in found.items()}
                 signals["hidden"] = {layer: state.to(batch.keep.device) for layer, state in states.items()}
             if self._routers:
@@ -160,7 +173,7 @@ class FrozenTeacher(_Counted):
     def _dense(self, batch: Batch) -> dict[str, Any]:
         home, here = batch.keep.device, batch.to(self._device)  # a teacher may sit elsewhere, as on the CPU
         if self._at is None:
-            return {"dense": WholeLogits(self._kept(keep=here.keep, **here.inputs()).to(home))}
+            return {"dense": WholeLogits(self._kept(keep=here.places, **here.inputs()).to(home))}
         # What listens to the body needs all of it to run; a text that the student wrote does not come again.
         listening = self._hidden or self._routers
         read = self._read if listening or not self._memory or here.from_teacher is not None else self._recall
@@ -168,7 +181,7 @@ class FrozenTeacher(_Counted):
 
     def _read(self, batch: Batch) -> Tensor:
         """States [N, d] that the head would read."""
-        return self._at(lambda states: states[batch.keep], **batch.inputs())
+        return self._at(lambda states: at_places(states, batch.places), **batch.inputs())
 
     def _recall(self, batch: Batch) -> Tensor:
         """The same, with the body run on rows that are not in memory alone."""
@@ -203,6 +216,10 @@ class StoredTeacher(_NotHeard):
     @property
     def models(self) -> list[nn.Module]:
         return []
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.head.weight.dtype}
 
     def flops_per_token(self, _context: int) -> float:
         return 2 * self.head.weight.numel()
@@ -260,31 +277,34 @@ class CrossTeacher(_NotHeard):
         return self.teacher.models
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        completions = batch.targets.cpu().split(list(map(int, batch.row_tokens)))
+        completions = np.split(batch.written, np.cumsum(batch.row_tokens)[:-1])
         rows = [self.view.row(m, c.tolist()) for m, c in zip(batch.messages, completions)]
         theirs = self.view.collate(rows)
         asked = Batch(theirs.input_ids, theirs.attention_mask, theirs.keep, theirs.rows).to(batch.keep.device)
-        return {"aligned": Aligned(self.teacher(asked)["dense"], asked.targets, theirs.kept)}
+        return {"aligned": Aligned(self.teacher(asked)["dense"], theirs.rows, theirs.kept, asked.keep.device)}
 
 
 class Aligned:
     """Dense signals [M, V'] of some of N tokens, and which: a chunk is (logits [n, V'], 1 where aligned [n])."""
 
-    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int):
-        self.signal = signal
-        self.place = torch.full((kept,), -1, dtype=torch.long, device=rows.device)
-        self.place[rows] = torch.arange(len(rows), device=rows.device)
+    def __init__(self, signal: Projected | WholeLogits, rows: Tensor, kept: int, device: torch.device):
+        """`rows` [M], ascending: which of the `kept` tokens, on the host."""
+        self.signal, self.kept = signal, kept
+        self._rows = rows.cpu().numpy()
+        self._on_device = rows.to(device, non_blocking=True)
 
     def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
-        place = self.place[part]
-        there = place >= 0
-        found = place[there]  # consecutive: both orders are those of the text
-        if not len(found):
-            return like.new_zeros(len(place), 1), there
-        (said,) = self.signal.chunk(slice(int(found[0]), int(found[-1]) + 1), None)
-        logits = said.new_zeros(len(place), said.shape[1])
-        logits[there] = said
-        return logits, there
+        start, stop, _ = part.indices(self.kept)
+        low, high = np.searchsorted(
+            self._rows, [start, stop]
+        )  # consecutive: both orders are those of the text
+        there = torch.zeros(stop - start, dtype=torch.bool, device=like.device)
+        if low == high:
+            return like.new_zeros(stop - start, 1), there
+        (said,) = self.signal.chunk(slice(int(low), int(high)), None)
+        places = self._on_device[low:high] - start
+        logits = said.new_zeros(stop - start, said.shape[1])
+        return logits.index_copy_(0, places, said), there.index_fill_(0, places, True)
 
 
 class RoutedTeachers(_NotHeard):
@@ -301,8 +321,8 @@ class RoutedTeachers(_NotHeard):
         """Every teacher reads the whole batch only if it owns rows in it; each kept token has one owner."""
         owners = [self.by_tag.get(tag, self.default) for tag in batch.tags]
         present = list(dict.fromkeys(owners))
-        per_row = torch.tensor([present.index(o) for o in owners], device=batch.keep.device)
-        owner = per_row.repeat_interleave(torch.as_tensor(batch.row_tokens, device=batch.keep.device))  # [N]
+        owner = torch.from_numpy(np.repeat([present.index(o) for o in owners], batch.row_tokens))  # [N]
+        owner = owner.to(batch.keep.device, non_blocking=True)
         return {"dense": Shared([teacher(batch)["dense"] for teacher in present], owner)}
 
 
@@ -311,6 +331,9 @@ class Shared:
 
     def __init__(self, signals: list, owner: Tensor):
         self.signals, self.owner = signals, owner
+        self.finite = all(getattr(signal, "finite", False) for signal in signals)
+        widths = [getattr(signal, "vocabulary", None) for signal in signals]
+        self.vocabulary = None if None in widths else min(widths)
 
     def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
         owner = self.owner[part][:, None]
@@ -324,19 +347,28 @@ class Shared:
 
 
 def live_teachers(
-    recipe: Recipe, student: nn.Module, tokenizer, ends: set[int], device: torch.device
+    recipe: Recipe,
+    student: nn.Module,
+    tokenizer,
+    ends: set[int],
+    device: torch.device,
+    half: torch.dtype | None = None,
 ) -> LiveTeacher:
     """What the recipe's objectives with a live teacher are taken from. `ends`: ids that end the student's turn.
 
+    half: the 16-bit format that the student multiplies in. With teacher.dtype=auto a teacher stored in float32 then
+    computes in it on a GPU too, since float32 products there take several times as long; elsewhere it is as stored.
     Raises UserError where a vocabulary differs from the student's by content: then only text can be distilled.
     """
     section = recipe.train.teachers
     if recipe.reads_states:
-        return StoredTeacher(load_head(recipe.path / "dataset" / HEAD, device))
+        head = load_head(recipe.path / "dataset" / HEAD, device)
+        computes = teacher_dtype(recipe.teacher.dtype, device, half, head.weight.dtype)
+        return StoredTeacher(replace(head, weight=head.weight.to(computes)))
     if section.own_start:
         return OwnStart(student)
     if any(o.signal == "aligned" for o in recipe.train.objectives):
-        model = _load(recipe, recipe.teacher.model, device)
+        model = _load(recipe, recipe.teacher.model, device, half)
         return CrossTeacher(
             model, load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs), tokenizer, ends
         )
@@ -351,13 +383,21 @@ def live_teachers(
     if problems:
         raise UserError(*problems)
     remember = 1e9 * section.remember_gb / len(names)
-    loaded = {name: FrozenTeacher(_load(recipe, name, device), remember) for name in names}
+    loaded = {name: FrozenTeacher(_load(recipe, name, device, half), remember) for name in names}
     if not section.models:
         return loaded[recipe.teacher.model]
     return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])
 
 
-def _load(recipe: Recipe, name: str, device: torch.device) -> nn.Module:
+def teacher_dtype(
+    asked: str, device: torch.device, half: torch.dtype | None, stored: torch.dtype
+) -> torch.dtype:
+    """What a live teacher computes in: see `live_teachers`."""
+    narrower = asked == "auto" and device.type == "cuda" and half is not None and stored == torch.float32
+    return half if narrower else stored
+
+
+def _load(recipe: Recipe, name: str, device: torch.device, half: torch.dtype | None = None) -> nn.Module:
     """A teacher where `teacher.device` wants it. Raises UserError where nothing could be sharded over."""
     where = recipe.teacher.device
     if where == "sharded" and not dist.is_initialized():
@@ -367,6 +407,8 @@ def _load(recipe: Recipe, name: str, device: torch.device) -> nn.Module:
         )
     place = device if where == "auto" else torch.device("cpu")
     model = load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize)
+    if recipe.teacher.quantize == "none":
+        model.to(teacher_dtype(recipe.teacher.dtype, place, half, model.dtype))
     return shard_layers(model, device) if where == "sharded" else model
 
 

@@ -34,7 +34,8 @@ Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ from torch import Tensor, nn
 from distill.config.training import Objective
 from distill.data.batches import Batch
 from distill.errors import UserError
-from distill.models.head import AtHead, KeptLogits
+from distill.models.head import AtHead, KeptLogits, at_places
 from distill.models.hooks import replaced_forward
-from distill.models.layers import decoder_layers
+from distill.models.layers import decoder_layers, rows_apart
+from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher
-from distill.training.losses import routers as router_losses
-from distill.training.losses.fused import Given, Scratch, Term, fused_loss, whole_loss
+from distill.training.losses.fused import CHECKS, Given, Scratch, Term, fused_loss, whole_loss
 from distill.training.losses.hidden import (
     HiddenTap,
     hidden_cosine,
@@ -58,7 +59,16 @@ from distill.training.losses.hidden import (
     over_pairs,
     projections,
 )
-from distill.training.losses.routers import RouterTap, over_layers, per_kept_token, router_distillation
+from distill.training.losses.routers import (
+    RoutedLayer,
+    RouterTap,
+    balance_part,
+    chosen_experts,
+    over_layers,
+    per_kept_token,
+    router_distillation,
+    sequence_balance,
+)
 
 # Measured beside the objectives, never trained on.
 _CROSS_ENTROPY = Term("cross_entropy", "targets", weight=0.0)
@@ -96,16 +106,19 @@ class StudentStep(nn.Module):
         return "fused with the head" if self.at else "on whole logits (this head is not one plain matrix)"
 
     def forward(
-        self, batch: Batch, signals: dict[str, Any], held_out: bool = False
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        self, batch: Batch, signals: dict[str, Any], held_out: bool = False, counting: bool = False
+    ) -> tuple[Tensor, ...] | list[tuple[Tensor, Tensor]]:
         """`signals` by form: what a teacher said of this batch (live_teachers.py, distill/data/signals.py).
 
         held_out: a third result, the sum of the kept tokens' plain cross-entropy in nats, whatever the objectives.
+        counting: no loss; what the objectives of the whole step count (`whole_step`).
         """
+        if counting:
+            return self._count(batch)
         terms = [*self.terms, _CROSS_ENTROPY] if held_out else self.terms
         given = {"targets": Given((batch.targets,))}
         if batch.signal is not None:
-            given[batch.signal.form] = Given(batch.signal.tensors)
+            given[batch.signal.form] = Given(batch.signal.tensors, batch.checked)
         given |= {form: signal for form, signal in signals.items() if form in ON_LOGITS}
         if batch.from_teacher is not None:
             given["from_teacher"] = Given((batch.from_teacher,))
@@ -115,9 +128,12 @@ class StudentStep(nn.Module):
         if self.at:
             # The loss is computed where the forward calls the head: there FSDP2 has the head's weight whole.
             with self.tied.reading() if self.tied else contextlib.nullcontext():
-                total, sums = self.at(lambda hidden: self._loss(hidden[batch.keep], terms, given), **inputs)
+                kept = batch.places
+                total, sums = self.at(
+                    lambda hidden: self._loss(at_places(hidden, kept), terms, given), **inputs
+                )
         else:
-            logits = self.kept(keep=batch.keep, **inputs)
+            logits = self.kept(keep=batch.places, **inputs)
             total, sums = whole_loss(logits, terms, given)
         plain = sums[-1:]
         if held_out:
@@ -125,6 +141,28 @@ class StudentStep(nn.Module):
         if self.states:
             total, sums = self._with_states(total, list(sums), batch, signals)
         return (total, sums, plain[0]) if held_out else (total, sums)
+
+    def _count(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        inputs = batch.inputs()
+        if self.at:
+            self.at(lambda hidden: hidden, **inputs)
+        else:
+            self.model(use_cache=False, **inputs)
+        found = []
+        for state in self.states:
+            if getattr(state, "of_step", False):
+                found.append(state.count(batch))
+        return found
+
+    def ready(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch on the device, its stored signals held against the student's vocabulary while they are here.
+
+        Raises UserError for ids of another vocabulary: on a device the host would have to wait for that.
+        """
+        if self.at and batch.signal is not None and batch.signal.form in CHECKS:
+            CHECKS[batch.signal.form]((len(batch.targets), len(self.at.module.weight)), *batch.signal.tensors)
+            batch.checked = True
+        return batch.to(device)
 
     def _loss(self, hidden: Tensor, terms: list[Term], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         leave = self.tied.leave if self.tied and self.tied.asked else None
@@ -169,20 +207,91 @@ class HiddenStates(_State):
         self.loss = hidden_cosine if normalise is None else lambda s, t: hidden_mse(s, t, normalise=normalise)
 
     def forward(self, batch: Batch, signals: dict[str, Any]) -> Tensor:
-        return over_pairs(self.loss, self.tap.take(batch.keep), signals["hidden"], self.pairs, self.maps)
+        return over_pairs(
+            self.loss, self.tap.take(batch.keep, batch.places), signals["hidden"], self.pairs, self.maps
+        )
 
 
 class Balance(_State):
-    """sequence_balance and batch_balance of the student's own routers, per layer, then summed over layers."""
+    """sequence_balance and batch_balance of the student's own routers, per layer, then summed over layers.
+
+    batch_balance is of the whole optimizer step: `whole_step` counts the step's loads first.
+    """
 
     def __init__(self, objective: Objective, student: nn.Module, _teacher, _seed: int):
         super().__init__(objective)
-        self.loss = getattr(router_losses, objective.name)
+        self.of_step = objective.name == "batch_balance"
         self.__dict__["tap"] = RouterTap(student)
+        self.loads: Loads | None = None
 
     def forward(self, batch: Batch, _signals: dict[str, Any]) -> Tensor:
         mask = batch.real_tokens()
-        return per_kept_token(over_layers(self.loss, self.tap.take(mask), mask), batch.keep)
+        layers = self.tap.take(mask)
+        if not self.of_step:
+            return per_kept_token(over_layers(sequence_balance, layers, mask), batch.keep, batch.places)
+        kept = len(batch.places)
+        loads = self.loads or Loads(_chosen(layers, mask), mask.sum(), kept)
+        parts = [
+            balance_part(layer.scores, layer.indices, mask, chosen, loads.tokens)
+            for layer, chosen in zip(layers, loads.chosen)
+        ]
+        # The loop adds up kept tokens and divides by those of the step: each gets a share of this part of the sum.
+        return (torch.stack(parts).sum() * (loads.kept / kept)).expand(kept)
+
+    def count(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(chosen [L, E], real tokens) of the forward pass just made."""
+        mask = batch.real_tokens()
+        return _chosen(self.tap.take(mask), mask), mask.sum()
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Of a whole optimizer step: how often each expert of each layer was chosen [L, E], real and kept tokens."""
+
+    chosen: Tensor
+    tokens: Tensor
+    kept: int
+
+
+def _chosen(layers: Sequence[RoutedLayer], mask: Tensor) -> Tensor:
+    return torch.stack([chosen_experts(x.scores.detach(), x.indices, mask) for x in layers])
+
+
+@contextlib.contextmanager
+def whole_step(
+    step: "StudentStep",
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[Batch, float]]],
+    reduce: Callable[[Tensor], Tensor],
+    kept: int,
+) -> Iterator[None]:
+    """Inside, objectives of the whole step know its loads, from a forward pass without gradient over all of it.
+
+    Costs a third of a step's time, and nothing where no objective asks for it. The random numbers of that pass
+    (dropout) are those of the passes to come. `batches()`: this process's batches with their weights, 1 or 0;
+    `reduce`: the sum over processes; `kept`: tokens of the step with a loss.
+    """
+    states = [s for s in step.states if getattr(s, "of_step", False)]
+    if not states:
+        yield
+        return
+    sums: list[Tensor | None] = [None] * len(states)
+    device = next(step.parameters()).device
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for batch, weight in batches():
+            with rows_apart(batch.rows):
+                counts = model(batch, {}, counting=True)
+            for i, (chosen, tokens) in enumerate(counts):
+                both = torch.cat([chosen.flatten(), tokens.double().reshape(1)]) * weight
+                sums[i] = both if sums[i] is None else sums[i] + both
+    try:
+        for state, found in zip(states, map(reduce, sums)):
+            layers = len(find_routers(step.model))
+            state.loads = Loads(found[:-1].view(layers, -1), found[-1], kept)
+        yield
+    finally:
+        for state in states:
+            state.loads = None
 
 
 class Routers(_State):
@@ -206,7 +315,8 @@ class Routers(_State):
                 )
             found.append(
                 router_distillation(
-                    student.logits[batch.keep], teacher.logits[batch.keep], temperature=self.options["temperature"],
+                    at_places(student.logits, batch.places), at_places(teacher.logits, batch.places),
+                    temperature=self.options["temperature"],
                     student_score=student.score, teacher_score=teacher.score,
                 )
             )  # fmt: skip

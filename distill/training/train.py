@@ -27,21 +27,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill.config.recipe import Recipe
 from distill.config.training import Train
 from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import RunError, UserError
-from distill.models.layers import compile_layers
-from distill.models.precision import Precision, training_attention
+from distill.models.layers import attend_by_row, compile_layers, rows_apart
+from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
 from distill.training.checkpoint import Interrupts, Saver
 from distill.training.log import StepLog
 from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
 from distill.training.sources import Lot, Source
-from distill.training.step import StudentStep, state_objectives
+from distill.training.step import StudentStep, state_objectives, whole_step
 from distill.training.validation import Validator
 
 
@@ -72,7 +73,29 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
             "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
             "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
         )
+    if kind == DistributedType.FSDP:
+        _shard_exactly(recipe, accelerator)
     return accelerator
+
+
+def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+
+    Accelerate's policy does all three in 16 bits. Raises UserError for what a sharded student cannot do.
+    """
+    if recipe.train.teachers.own_start and recipe.student.adapter == "lora":
+        raise UserError(
+            "train.teachers.own_start: the starting weights of a sharded LoRA student lie inside what trains, where "
+            "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32,
+            output_dtype=None, cast_forward_inputs=False,
+        )  # fmt: skip
 
 
 def train_student(
@@ -106,11 +129,11 @@ def train_student(
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator)
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
 
     # ---- the loop ----------------------------------------------------------------------------------
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, arithmetic(train.tf32, train.deterministic):
         for step in log.progress(first, train.steps, title):
             rate = learning_rate(train, step)
             for group in optimizer.param_groups:
@@ -126,30 +149,29 @@ def train_student(
 
             # ---- check, clip, step -----------------------------------------------------------------
             # One number more than objectives travels along: how many processes were told to stop.
-            told = torch.tensor([float(interrupts.told)], dtype=torch.float64)
-            totals = accelerator.reduce(torch.cat([sums, told]).to(accelerator.device)).cpu()
-            means, stop = totals[:-1] / lot.tokens, bool(totals[-1])
+            told = torch.full_like(sums[:1], float(interrupts.told))
+            totals = accelerator.reduce(torch.cat([sums, told]))
             norm = accelerator.clip_grad_norm_(step_module.parameters(), train.max_grad_norm)
-            _check_finite(step, means, norm, scaled=accelerator.scaler is not None)
+            frozen = step >= train.steps * (1 - train.expert_bias_freeze)
+            speed = 0.0 if frozen else train.expert_bias_step
+            violation = balancer.update(speed, accelerator.reduce) if balancer else None
+            found = StepFound(totals, norm, violation, lot.tokens)
+            _check_finite(step, found, scaled=accelerator.scaler is not None)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = None
-            if balancer:
-                frozen = step >= train.steps * (1 - train.expert_bias_freeze)
-                violation = balancer.update(0.0 if frozen else train.expert_bias_step, accelerator.reduce)
 
             # ---- log, save -------------------------------------------------------------------------
             seen = validator.look(step, model, step_module, teacher) if validator.due(step) else None
-            more = {"max_violation": violation, "on_policy": source.stats, "validation": seen}
+            more = {"max_violation": found.violation, "on_policy": source.stats, "validation": seen}
             more["validation_objective"] = None if seen is None else validator.objective
-            log.write(step, means, rate, float(norm), lot, **more)
+            log.write(step, found.means, rate, found.norm, lot, **more)
             if validator.finished:
                 break
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
-            if step + 1 < train.steps and (due or stop):
+            if step + 1 < train.steps and (due or found.stop):
                 log.sync()
                 saver.save(step + 1, log.tokens, log.read, train.keep_states)
-            if stop:
+            if found.stop:
                 log.close()
                 interrupts.leave(step + 1, train.steps)
     accelerator.wait_for_everyone()
@@ -173,6 +195,8 @@ def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
     if train.packing:
+        for model in (student.model, *(teacher.models if teacher else [])):
+            attend_by_row(model)
         check_packing(student.model, len(student.tokenizer))
     if train.compile:
         compile_layers(
@@ -180,11 +204,25 @@ def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
         )
 
 
+class StepFound:
+    """What the host must know of an optimizer step before the update: the one time that it waits for the device."""
+
+    def __init__(self, totals: torch.Tensor, norm: Any, violation: torch.Tensor | None, tokens: int):
+        """totals: each objective's sum over the `tokens` of the step, then how many processes were told to stop."""
+        norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        more = [norm] if violation is None else [norm, violation]
+        *sums, told, norm, violation = torch.cat(
+            [totals.double(), *(x.detach().double().reshape(1).to(totals.device) for x in more)]
+        ).tolist() + ([None] if violation is None else [])
+        self.means, self.stop = [x / tokens for x in sums], bool(told)
+        self.norm, self.violation = norm, violation
+
+
 class MicroBatches:
     """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
 
-    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator):
-        self.train, self.pad_id, self.accelerator = train, pad_id, accelerator
+    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep):
+        self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
         self.size = train.micro_batch_size
         self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
 
@@ -200,33 +238,43 @@ class MicroBatches:
                 if not again:
                     raise memory_advice(error, self.train, self.size) from None
                 optimizer.zero_grad(set_to_none=True)
-                if balancer:
-                    balancer.forget()
                 self.size, self.saved_bytes = self.size // 2, None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _once(self, model: nn.Module, lot: Lot, teacher, balancer) -> torch.Tensor:
         train, accelerator, rows = self.train, self.accelerator, lot.rows
-        sums = torch.zeros(len(train.objectives), dtype=torch.float64)
+        sums = torch.zeros(len(train.objectives), dtype=torch.float64, device=accelerator.device)
         pieces = list(
             micro_batches(
                 lot.share, rows.lengths, self.size, train.micro_batch_tokens, padded=not train.packing
             )
         )
         pieces = even_pieces(pieces, max(from_all(len(pieces))))
-        for i, (indices, weight) in enumerate(pieces):
-            batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
-            batch = batch.to(accelerator.device)
+
+        def batches():
+            for indices, weight in pieces:
+                batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
+                yield self.step.ready(batch, accelerator.device), weight
+
+        if balancer:
+            balancer.mask = None
+        # One batch is the whole step: it counts itself.
+        alone = len(pieces) == 1 and accelerator.num_processes == 1
+        counted = whole_step(self.step, model, batches, accelerator.reduce, lot.tokens)
+        with contextlib.nullcontext() if alone else counted:
             if balancer:
-                balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
-            last = i == len(pieces) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
-                # Gradients are averaged over processes, hence the world; one division by all kept tokens.
-                accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
-            terms = terms * weight
-            sums += terms.cpu()
+                balancer.forget()  # what a pass over the step, or one that ran out of memory, has counted
+            for i, (batch, weight) in enumerate(batches()):
+                if balancer:
+                    balancer.mask = batch.attention_mask if weight else torch.zeros_like(batch.input_ids)
+                last = i == len(pieces) - 1
+                joined = contextlib.nullcontext() if last else accelerator.no_sync(model)
+                with joined, rows_apart(batch.rows):
+                    total, terms = self._forward(model, batch, teacher(batch) if teacher else {})
+                    # Gradients are averaged over processes, hence the world; one division by all kept tokens.
+                    accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
+                sums += terms * weight
         return sums
 
     def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,15 +305,13 @@ def _check_lengths(train: Train, student: BuiltStudent, rows: TokenRows) -> None
         )
 
 
-def _check_finite(step: int, means: torch.Tensor, norm: torch.Tensor, scaled: bool) -> None:
+def _check_finite(step: int, found: StepFound, scaled: bool) -> None:
     """Stop before a non-finite update reaches the weights. A loss scaler skips such steps by itself."""
-    if not bool(means.isfinite().all()):
+    if not all(map(math.isfinite, found.means)):
+        raise RunError(f"step {step + 1}: the loss is {found.means}; lower train.learning_rate or use fp32")
+    if not scaled and not math.isfinite(found.norm):
         raise RunError(
-            f"step {step + 1}: the loss is {means.tolist()}; lower train.learning_rate or use fp32"
-        )
-    if not scaled and not math.isfinite(float(norm)):
-        raise RunError(
-            f"step {step + 1}: the gradient norm is {float(norm)}; lower train.learning_rate or use fp32"
+            f"step {step + 1}: the gradient norm is {found.norm}; lower train.learning_rate or use fp32"
         )
 
 

@@ -23,6 +23,7 @@ from distill.data.batches import TokenRows, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import UserError
 from distill.training.checkpoint import BEST, load_trained, metadata_of, save_trained
+from distill.training.step import StudentStep, whole_step
 
 
 def split_rows(rows: TokenRows, section: Validation, seed: int) -> tuple[TokenRows, TokenRows | None]:
@@ -58,7 +59,7 @@ class Validator:
         """Whether patience has run out."""
         return bool(self.section.patience) and self.worse >= self.section.patience
 
-    def look(self, step: int, model: nn.Module, module: nn.Module, teacher) -> float:
+    def look(self, step: int, model: nn.Module, module: StudentStep, teacher) -> float:
         """Mean cross-entropy per token in nats after `step`; every process calls it. `module` is the unwrapped model.
 
         `objective` is then the weighted sum of the objectives per token.
@@ -67,7 +68,7 @@ class Validator:
         share = np.argsort(self.rows.lengths, kind="stable")[rank::world]
         training = [m for m in module.modules() if m.training]
         module.eval()
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         try:
             with torch.no_grad():
                 pieces = list(
@@ -75,14 +76,24 @@ class Validator:
                         share, self.rows.lengths, self.train.micro_batch_size, self.train.micro_batch_tokens
                     )
                 )
-                for indices, weight in even_pieces(pieces, max(from_all(len(pieces)))):
-                    batch = self.rows.collate(indices, self.pad_id).to(self.accelerator.device)
-                    objective, _, plain = model(batch, teacher(batch) if teacher else {}, held_out=True)
-                    total += weight * torch.stack([plain.double(), objective.double()]).cpu()
+                pieces = even_pieces(pieces, max(from_all(len(pieces))))
+
+                def batches():
+                    for indices, weight in pieces:
+                        yield (
+                            module.ready(self.rows.collate(indices, self.pad_id), self.accelerator.device),
+                            weight,
+                        )
+
+                kept = int(self.rows.completion_lengths.sum())
+                with whole_step(module, model, batches, self.accelerator.reduce, kept):
+                    for batch, weight in batches():
+                        objective, _, plain = model(batch, teacher(batch) if teacher else {}, held_out=True)
+                        total += weight * torch.stack([plain.double(), objective.double()])
         finally:
             for m in training:
                 m.training = True
-        everyone = self.accelerator.reduce(total.to(self.accelerator.device)).cpu()
+        everyone = self.accelerator.reduce(total).cpu()
         value, self.objective = (everyone / int(self.rows.completion_lengths.sum())).tolist()
         if value < self.best:
             self.best, self.best_step, self.worse = value, step + 1, 0

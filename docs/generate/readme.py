@@ -158,7 +158,38 @@ def sections(language: str) -> dict[str, str]:
     found = {"results": results_section(read_json(RESULTS), language)}
     if by_budget := claim_results():
         found["claims"] = claims_section(by_budget, language)
+    found["devices"] = devices_section(language)
     return found
+
+
+def devices_section(language: str) -> str:
+    """A row per recipes/results/device-*.json (recipes/benchmarks/device.py)."""
+    head = {
+        "en": "| device | models | equal to the CPU | exact resume | decode, tokens/s "
+        "| KD step LoRA / full, tokens/s | MFU | peak GB |",
+        "zh": "| 设备 | 模型 | 与 CPU 相等 | 精确续跑 | 解码，词元/秒 "
+        "| 蒸馏一步 LoRA / 全参数，词元/秒 | MFU | 峰值 GB |",
+    }[language]  # fmt: skip
+    size = {"en": ("small", "0.6B, 1.7B"), "zh": ("小模型", "0.6B、1.7B")}[language]
+    rows = []
+    for file in sorted(RESULTS_FOLDER.glob("device-*.json")):
+        found = read_json(file)
+        parts = found["parts"]
+        steps = [parts.get("kd", {}).get(f"{adapter} fused") for adapter in ("lora", "full")]
+        known = [step for step in steps if step]
+        mfu = [f"{step['mfu']:.1%}" for step in known if step["mfu"]]
+        cells = [
+            found["device"], size[not found["quick"]], *(_mark(parts.get(name)) for name in ("equality", "resume")),
+            f"{parts['decode']['greedy']['tokens_per_second']:,}" if parts.get("decode", {}).get("ok") else "–",
+            " / ".join(f"{step['tokens_per_second']:,}" for step in known) or "–", " / ".join(mfu) or "–",
+            " / ".join(f"{step['peak_bytes'] / 1e9:.2f}" for step in known) or "–",
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, "|---" * 8 + "|", *rows, ""])
+
+
+def _mark(part: dict[str, Any] | None) -> str:
+    return "–" if not part or part.get("ran") is False else "✓" if part.get("ok") else "✗"
 
 
 def replaced(text: str, name: str, section: str) -> str:

@@ -26,6 +26,7 @@ PAGES = (
     ("Evaluation", "docs/evaluation.md"),
     ("Mixture of experts", "docs/moe.md"),
     ("Cost", "docs/cost.md"),
+    ("Scale", "docs/scale.md"),
     ("The article on trial", "docs/claims.md"),
     ("Every key of a recipe", "docs/recipes.md"),
     ("Troubleshooting", "docs/troubleshooting.md"),

@@ -181,3 +181,31 @@ def test_stop_strings_through_a_recipe(make_recipe, run_cli):
     stopped = [r for r in rows if r["text"].endswith(("e", "9"))]
     assert stopped and all(r["finish_reason"] == "stop" for r in stopped)
     assert not any("e" in r["text"][:-1] or "9" in r["text"][:-1] for r in rows)
+
+
+def test_a_part_has_one_maker_and_a_free_process_takes_the_next(make_recipe, scripted, monkeypatch):
+    """Of two processes the other one is busy with part 1: this one makes all the others, and does not wait."""
+    path, run_dir = make_recipe()
+    recipe = load_recipe(path, ["generate.part_size=6"])
+    make_prompts(recipe)
+    real, busy = module.claimed, []
+    assert real(run_dir / "prompts" / "x") and not real(run_dir / "prompts" / "x")  # the first one has it
+
+    def claimed(part):
+        if part.name == "part-00001.parquet":
+            busy.append(part)
+            return False
+        return real(part)
+
+    monkeypatch.setattr(module, "claimed", claimed)
+    monkeypatch.setattr(module.Limits, "error", lambda *_: RunError("one part is somebody else's"))
+    with pytest.raises(RunError, match="somebody else's"):
+        module.generate(recipe)
+    made = sorted(p.name for p in (run_dir / "generations").glob("part-*.parquet"))
+    assert made == ["part-00000.parquet", "part-00002.parquet", "part-00003.parquet"] and len(busy) == 1
+    # What a killed run has claimed is free again.
+    (run_dir / "generations" / ".part-00001.parquet.tmpclaim").touch()
+    monkeypatch.setattr(module, "claimed", real)
+    module.generate(recipe)
+    assert len(list((run_dir / "generations").glob("part-*.parquet"))) == 4
+    assert not list((run_dir / "generations").glob(".*claim"))

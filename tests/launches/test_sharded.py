@@ -4,10 +4,11 @@ import os
 import subprocess
 
 import pytest
+import torch
 from conftest import PYTHON, ROOT
 from launching import processes_of
 from safetensors.torch import load_file
-from training_example import MIXED, SGD, assert_same, fake_dataset
+from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
 
 WORKER = str(ROOT / "tests" / "fsdp_worker.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -27,6 +28,35 @@ def test_two_sharded_processes_equal_one(tmp_path):
     saved = [load_file(folder / "state-0000002" / "tensors.safetensors") for folder in (one, two)]
     assert {n: t.shape for n, t in saved[0].items()} == {n: t.shape for n, t in saved[1].items()}
     assert any(name.startswith("optimizer.momentum_buffer") for name in saved[0])
+
+
+def sharded(path: str, *options: str) -> subprocess.CompletedProcess:
+    """`distill train` in two processes under Accelerate's FSDP2."""
+    launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "tests" / "fsdp_launch.py"), "train", path, *options]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_in_16_bits_only_products_are(make_recipe, trained):
+    """Losses and sums of gradients stay float32: Accelerate's own policy logs multiples of 1/32 instead."""
+    options = [*SGD, MIXED, "student.adapter=full", "train.precision=bf16"]
+    _, one = trained("one", *options)
+    path, two = make_recipe(name="two")
+    fake_dataset(two)
+    done = sharded(path, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = losses_of(two)
+    assert losses == pytest.approx(losses_of(one), rel=2e-3)
+    assert any(float(torch.tensor(x).bfloat16()) != float(torch.tensor(x)) for x in losses)
+
+
+@pytest.mark.slow
+def test_a_sharded_adapter_cannot_be_asked_without_itself(make_recipe):
+    path, run_dir = make_recipe()
+    fake_dataset(run_dir)
+    done = sharded(path, *SGD, "train.teachers={own_start: true}", "train.objectives=[{name: forward_kl}]")
+    assert done.returncode != 0 and "own_start: the starting weights of a sharded LoRA" in done.stderr
 
 
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])

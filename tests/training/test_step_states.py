@@ -78,6 +78,7 @@ def test_routers_that_agree_cost_nothing(hub):
         ("hidden_mse", "qwen3_moe", "llama"),
         ("router_distillation", "qwen3_moe", "qwen3_moe"),
         ("sequence_balance", "qwen3_moe", "llama"),
+        ("batch_balance", "qwen3_moe", "llama"),
     ],
 )
 def test_every_objective_trains_and_does_not_depend_on_the_split(trained, objective, student, teacher):
@@ -109,7 +110,7 @@ def test_a_projection_trains_resumes_and_stays_behind(trained, hub, monkeypatch,
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_hidden_loss(trained, make_recipe, hub):
-    options = ["train.objectives=[{name: hidden_mse}, {name: sequence_balance, weight: 0.1}]", *SGD]
+    options = ["train.objectives=[{name: hidden_mse}, {name: batch_balance, weight: 0.1}]", *SGD]
     pair = {"student": "qwen3_moe", "teacher": "qwen3_moe"}
     _, one = trained("one", *options, **pair)
     path, two = make_recipe(name="two", **pair)

@@ -24,7 +24,7 @@ from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.sources import Lot, OnPolicyRows
 from distill.training.step import StudentStep
-from distill.training.train import _check_finite, _check_lot, learning_rate, make_optimizer
+from distill.training.train import StepFound, _check_finite, _check_lot, learning_rate, make_optimizer
 
 # Six rows and steps of six rows: every step is all of them, whatever the plan of batches is.
 ROWS = 6
@@ -221,14 +221,19 @@ def test_the_bias_of_experts_counts_real_tokens_and_freezes_at_the_end(make_reci
 # ---- what stops a run --------------------------------------------------------------------------------------
 
 
+def found(loss: float, norm: float) -> StepFound:
+    return StepFound(torch.tensor([10.0, 10 * loss, 0.0]), torch.tensor(norm), None, tokens=10)
+
+
 def test_losses_and_gradients_that_are_not_finite_stop_it():
-    good, bad = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
-    _check_finite(0, good, torch.tensor(1.0), scaled=False)
-    _check_finite(0, good, torch.tensor(float("inf")), scaled=True)  # the loss scaler skips such a step
+    nan, inf = float("nan"), float("inf")
+    assert found(2.0, 1.0).means == [1.0, 2.0] and not found(2.0, 1.0).stop
+    _check_finite(0, found(2.0, 1.0), scaled=False)
+    _check_finite(0, found(2.0, inf), scaled=True)  # the loss scaler skips such a step
     with pytest.raises(RunError, match="step 8: the loss is"):
-        _check_finite(7, bad, torch.tensor(1.0), scaled=True)
+        _check_finite(7, found(nan, 1.0), scaled=True)
     with pytest.raises(RunError, match="step 8: the gradient norm is inf"):
-        _check_finite(7, good, torch.tensor(float("inf")), scaled=False)
+        _check_finite(7, found(2.0, inf), scaled=False)
 
 
 def test_rows_fit_to_the_token_and_a_step_has_a_row_for_each_process(make_recipe, hub):

@@ -5,21 +5,24 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import PYTHON, ROOT
 from launching import ENVIRONMENT
-from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after
+from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 
 from distill.config.recipe import load_recipe
 from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
+from distill.training.live_teachers import teacher_dtype
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
@@ -104,21 +107,31 @@ def test_what_a_failed_pass_left_behind_is_dropped(trained, monkeypatch):
 
 
 def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
-    tried = []
-    micro = MicroBatches.__new__(MicroBatches)
-    micro.size, micro.saved_bytes = 4, 77
-    micro.train = SimpleNamespace(auto_micro_batch=True)
-    micro.accelerator = SimpleNamespace(num_processes=1)
-    micro._once = lambda *_: tried.append(micro.size) or micro.size if micro.size < 4 else fails()
-
-    def fails():
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    """Every try begins without counts and without gradients."""
     called = []
+    one = SimpleNamespace(states=(), ready=lambda batch, _device: batch)
+    train = SimpleNamespace(auto_micro_batch=True, objectives=[0], micro_batch_tokens=None, packing=False)
+    accelerator = SimpleNamespace(
+        num_processes=1, device="cpu", reduce=None, no_sync=lambda _: nullcontext(), backward=lambda _: None
+    )
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.train, micro.pad_id, micro.accelerator, micro.step = train, 0, accelerator, one
+    micro.size, micro.saved_bytes = 4, 77
+
+    def forward(_model, batch, _signals):
+        called.append(len(batch.row_tokens))
+        if called.count(4) + called.count(3) == 2 and 2 not in called:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(()), torch.zeros(1)
+
+    micro._forward = forward
     optimizer = SimpleNamespace(zero_grad=lambda **_: called.append("gradients"))
-    balancer = SimpleNamespace(forget=lambda: called.append("counts"))
-    micro.accumulate(None, optimizer, None, None, balancer)
-    assert (micro.size, micro.saved_bytes, tried) == (2, None, [2]) and called == ["gradients", "counts"]
+    balancer = SimpleNamespace(forget=lambda: called.append("counts"), mask=None)
+    lot = SimpleNamespace(share=np.arange(7), rows=stored(7), tokens=10)
+    micro.accumulate(None, optimizer, lot, None, balancer)
+    assert (micro.size, micro.saved_bytes) == (2, None)
+    assert called[:1] == ["counts"] and sorted(called[1:3]) == [3, 4]
+    assert called[3:5] == ["gradients", "counts"] and sorted(called[5:]) == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -271,3 +284,32 @@ def test_a_finished_arm_that_kept_its_best_weights_is_not_trained_again(trained)
     assert "best.safetensors" not in read_json(run_dir / "student" / "manifest.json")["files"]
     trained("kept", PLAIN, "train.validation={rows: 10, every: 1, keep_best: true}")
     assert (run_dir / "student" / "manifest.json").read_bytes() == before
+
+
+def test_a_teacher_in_float32_computes_as_the_student_does_on_a_gpu():
+    gpu, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    assert teacher_dtype("auto", gpu, half, torch.float32) == half
+    assert teacher_dtype("fp32", gpu, half, torch.float32) == torch.float32  # asked for
+    assert teacher_dtype("auto", gpu, None, torch.float32) == torch.float32  # the student trains in float32
+    assert teacher_dtype("auto", cpu, half, torch.float32) == torch.float32
+    assert teacher_dtype("auto", gpu, torch.float16, half) == half  # stored narrower: as stored
+
+
+def test_the_manifest_says_what_the_teacher_computes_in(trained):
+    _, run_dir = trained("stated", "train.objectives=[{name: forward_kl}]", "train.steps=2")
+    assert read_json(run_dir / "student" / "manifest.json")["precision"]["teacher"] == ["float32"]
+
+
+def test_deterministic_kernels_and_tf32_hold_for_the_training_alone(trained, monkeypatch):
+    seen = []
+    real = StudentStep.forward
+
+    def looks(*args, **named):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()))
+        return real(*args, **named)
+
+    monkeypatch.setattr(StudentStep, "forward", looks)
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    trained("exact", "train.deterministic=true", "train.tf32=true", "train.steps=2", "control.enabled=false")
+    assert set(seen) == {(True, "high")}
+    assert before == (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())

@@ -16,7 +16,10 @@ class Says(torch.nn.Module):
 
     def __init__(self, *values: float):
         super().__init__()
-        self.values, self.modes = list(values), []
+        self.values, self.modes, self.states = list(values), [], ()
+
+    def ready(self, batch, device):
+        return batch.to(device)
 
     def forward(self, batch, signals, held_out=False):
         assert held_out
@@ -75,12 +78,12 @@ def test_looks_are_due_after_every_so_many_steps_and_after_the_last(looking):
 
 def test_a_look_is_in_eval_mode_and_leaves_each_module_in_its_own(looking):
     validator, _ = looking([], "train.validation={rows: 7, every: 3}", "train.micro_batch_size=4")
-    module = torch.nn.ModuleDict({"says": Says(1.0), "frozen": torch.nn.Dropout(0.5)})
-    module.train()["frozen"].eval()
-    assert validator.look(0, module["says"], module, None) == pytest.approx(1.0)
+    module = Says(1.0)
+    module.frozen = torch.nn.Dropout(0.5)
+    module.train().frozen.eval()
+    assert validator.look(0, module, module, None) == pytest.approx(1.0)
     assert validator.objective == pytest.approx(2.0)
-    assert module["says"].modes == [False, False] and module.training and module["says"].training
-    assert not module["frozen"].training
+    assert module.modes == [False, False] and module.training and not module.frozen.training
 
 
 def test_a_seeded_choice_of_rows_is_held_out():

@@ -29,7 +29,7 @@ from distill.models.head import Head
 from distill.training import losses
 from distill.training.losses.gradients import MakeGradient, RowFormula, closed
 from distill.training.losses.rowwise import CPU_CHUNK
-from distill.training.losses.sparse import check_sampled, check_stored
+from distill.training.losses.sparse import already_checked, check_sampled, check_stored
 
 # Bytes of a chunk of logits. Every chunk reads the whole head again: at V = 151,936 float32 products of 96 rows take
 # 1.06 times as long as those of 147, which fit here and are as fast as more (on another CPU 110 rows 1.2 times 205).
@@ -83,8 +83,8 @@ class Term:
         """(value [m], what makes the gradient [m, V] of weight times value, but for `factor`)."""
         if self.closed is not None:
             value, make = self.closed(rows)
-            # -inf in a logit: the formula knows what it is worth. (Rows that are written over had none: it is a NaN.)
-            if rows.alone or math.isfinite(value.sum()):
+            # -inf in a logit: the formula knows what it is worth. (Where there can be none, it is a NaN.)
+            if rows.sure or math.isfinite(value.sum()):
                 return value, make
         value, gradient = self.formula(rows)
         return value, lambda out=None: torch.mul(gradient, self.weight / self.factor, out=out)
@@ -95,9 +95,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Given:
-    """Tensors of N rows as they are: targets, dense logits, ids with log-probabilities or weights."""
+    """Tensors of N rows as they are: targets, dense logits, ids with log-probabilities or weights.
+
+    checked: whether stored signals were held to `CHECKS` already, on the host.
+    """
 
     tensors: tuple[Tensor, ...]
+    checked: bool = False
 
     def chunk(self, part: slice, _like: Tensor) -> tuple[Tensor, ...]:
         return tuple(t[part] for t in self.tensors)
@@ -121,6 +125,11 @@ class Projected:
         self.hidden, self.head = hidden.detach(), head
         self._scratch = scratch or Scratch()
         self._weight = head.weight.detach().to(hidden.dtype)
+        self.vocabulary = len(head.weight)
+
+    @property
+    def finite(self) -> bool:
+        return self.head.finite
 
     def chunk(self, part: slice, like: Tensor | None) -> tuple[Tensor, ...]:
         """The teacher's logits for a student chunk `like` [n, V]: cut, or padded with -inf, to its V.
@@ -173,7 +182,8 @@ def fused_loss(
         return sum(nothing, hidden.new_zeros(())).float() * 0, hidden.new_zeros(0, dtype=torch.float64)
     # The closed forms take stored signals as they are: they are looked at here, once, and not row by row.
     for form in signals.keys() & CHECKS.keys():
-        CHECKS[form]((len(hidden), len(head.weight)), *signals[form].tensors)
+        if not signals[form].checked:
+            CHECKS[form]((len(hidden), len(head.weight)), *signals[form].tensors)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -189,7 +199,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: Head, terms, signals, dtype, scratch: Scratch, leave):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        sums = [0.0] * len(terms)
+        sums = [torch.zeros((), dtype=torch.float64, device=hidden.device) for _ in terms]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight_low = weight.detach().to(dtype)
         d_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if wants_hidden else None
@@ -199,13 +209,14 @@ class _FusedLoss(torch.autograd.Function):
         wants = wants_hidden or wants_weight or wants_bias
         size = chunk_rows(len(hidden), len(weight), dtype.itemsize, hidden.device)
         buffer = scratch.take(size, hidden, len(weight), dtype)
-        ours, alone = _ours(head, terms, signals)
+        known = _ours(head, terms, signals)
         for start in range(0, len(hidden), size):
             part = slice(start, min(start + size, len(hidden)))
             states = hidden[part].detach().to(dtype)
             logits = head.raw(states, buffer[: len(states)], weight_low)
             given = {form: signal.chunk(part, logits) for form, signal in signals.items()}
-            scales = _pieces(logits, given, head, terms, sums, ours, alone, wants)
+            with already_checked():
+                scales = _pieces(logits, given, head, terms, sums, known, wants)
             if not wants:
                 continue
             # From here on `logits` holds d loss / d raw logits, divided by the first factor and each row by its scale.
@@ -224,10 +235,10 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype if bias is not None else None
         ctx.factor, ctx.leave = terms[0].factor, leave
-        sums = torch.tensor(sums, dtype=torch.float64, device=hidden.device)
+        total = sum(t.weight * s for t, s in zip(terms, sums))
+        sums = torch.stack(sums)
         ctx.mark_non_differentiable(sums)
-        weights = torch.tensor([t.weight for t in terms], dtype=torch.float64, device=sums.device)
-        return (sums * weights).sum().to(wide), sums
+        return total.to(wide), sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -240,9 +251,9 @@ class _FusedLoss(torch.autograd.Function):
         return *found, None, None, None, None, None, None
 
 
-def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """Of "student" and "dense": which logits are made here, so that they may be shifted, and which of those one
-    objective reads, so that it may write over them.
+def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> dict[str, Any]:
+    """What `RowFormula` may know. Of "student" and "dense": which logits are made here, so that they may be shifted,
+    and which of those one objective reads, so that it may write over them; whether any can be -inf or is padded.
 
     Nothing is written over where a logit may be -inf: the formula must see it as it was.
     """
@@ -253,7 +264,11 @@ def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> tuple[froze
     readers = {"student": len(terms), "dense": sum(term.form == "dense" for term in terms)}
     all_finite = "student" in finite and (not readers["dense"] or "dense" in finite)
     alone = {who for who in finite if all_finite and readers[who] == 1}
-    return frozenset(finite), frozenset(alone)
+    dense = signals.get("dense")
+    sure = head.finite and (not readers["dense"] or getattr(dense, "finite", False))
+    width = getattr(dense, "vocabulary", None)
+    padded = None if width is None else width < len(head.weight)
+    return {"ours": frozenset(finite), "alone": frozenset(alone), "sure": sure, "padded": padded}
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
@@ -268,16 +283,15 @@ def _pieces(
     given: dict[str, tuple[Tensor, ...]],
     head: Head,
     terms: list[Term],
-    sums: list[float],
-    ours: frozenset[str],
-    alone: frozenset[str],
+    sums: list[Tensor],
+    known: dict[str, Any],
     wants: bool,
 ) -> Tensor | None:
     """Losses of a chunk [n, V] of raw logits, a few rows at a time so that temporaries stay in the cache.
 
     Adds to `sums`, and overwrites `logits` with d loss / d logits / the first term's factor. A float16 gradient would
     vanish (the loss scaler multiplies it only in `backward`), so its rows are divided by their largest entry too,
-    which is returned. `ours` are the names of what may be written to on the way.
+    which is returned. `known`: of `_ours`.
     """
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scales = logits.new_empty(len(logits), dtype=wide) if logits.dtype == torch.float16 else None
@@ -287,13 +301,13 @@ def _pieces(
         part = slice(start, start + rows)
         raw = logits[part].to(wide)
         said = {form: tuple(t[part] for t in ts) for form, ts in given.items()}
-        piece, makers = RowFormula(head.transform(raw), said, ours, alone), []
+        piece, makers = RowFormula(head.transform(raw), said, **known), []
         for i, term in enumerate(terms):
             value, make = term(piece)
             if term.form == "targets" and "from_teacher" in given:
                 (written,) = piece.given["from_teacher"]
                 value, make = value * written, _masked(make, written)
-            sums[i] += float(value.sum())
+            sums[i] += value.sum()
             makers.append(make)
         if not wants:
             continue

@@ -104,7 +104,8 @@ class RowFormula:
 
     Softmaxes are computed once per temperature, whatever the number of objectives that read them. Of "student" and
     "dense" (the teacher's logits), `ours` names what may be shifted in place and `alone` what one objective reads,
-    and may write over (see `Softmax`).
+    and may write over (see `Softmax`). `sure`: no logit is -inf, but for those of a vocabulary padded to the student's
+    width; `padded` says whether the teacher's is (None: look).
     """
 
     def __init__(
@@ -113,9 +114,11 @@ class RowFormula:
         given: dict[str, tuple[Tensor, ...]],
         ours: frozenset[str] = frozenset(),
         alone: frozenset[str] = frozenset(),
+        sure: bool = False,
+        padded: bool | None = None,
     ):
         self.student, self.given = student, given
-        self.ours, self.alone = ours, alone
+        self.ours, self.alone, self.sure, self.padded = ours, alone, sure, padded
         self._softmaxes: dict[tuple[str, float], Softmax] = {}
 
     def _softmax(self, who: str, given: Tensor, temperature: float) -> Softmax:
@@ -124,10 +127,13 @@ class RowFormula:
             logits = logits if temperature == 1 else logits / temperature
             found = Softmax(logits, who in self.ours or logits is not given, who in self.alone)
             # A vocabulary padded to the student's width (fused.py) counts as the formulas count it.
-            if who == "dense" and logits.numel() and found.logits[0, -1].item() == -torch.inf:
+            if who == "dense" and logits.numel() and self._is_padded(found.logits):
                 found.forbid()
             self._softmaxes[who, temperature] = found
         return self._softmaxes[who, temperature]
+
+    def _is_padded(self, logits: Tensor) -> bool:
+        return logits[0, -1].item() == -torch.inf if self.padded is None else self.padded
 
     def q(self, temperature: float) -> Softmax:
         """The student's."""

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.errors import RunError, UserError
+from distill.models.head import at_places
 from distill.models.hooks import Tap
 from distill.models.layers import decoder_layers
 
@@ -170,8 +171,10 @@ class HiddenTap(Tap):
 
         return heard
 
-    def take(self, keep: Tensor) -> dict[int, Tensor]:
+    def take(self, keep: Tensor, places: Tensor | None = None) -> dict[int, Tensor]:
         """States of the last pass by layer, [N, d] at keep [B, T] bool, row-major; then lets go of them.
+
+        places: `keep` as numbers [N], where they are known (`Batch.places`).
 
         Raises RunError where there was no pass since the last call, or states are not [B, T, d].
         """
@@ -183,5 +186,5 @@ class HiddenTap(Tap):
                     f"decoder layer {layer} returned {list(states.shape)} for a batch of {list(keep.shape)}; "
                     "hidden states of this architecture cannot be matched token by token"
                 )
-            taken[layer] = states[keep]
+            taken[layer] = states[keep] if places is None else at_places(states, places)
         return taken

@@ -63,16 +63,42 @@ def sequence_balance(scores: Tensor, indices: Tensor, mask: Tensor) -> Tensor:
 
 
 def batch_balance(scores: Tensor, indices: Tensor, mask: Tensor) -> Tensor:
-    """The same sum over all real tokens of the micro-batch as if they were one sequence -> [B], all equal.
+    """The same sum over all real tokens of a batch as if they were one sequence -> [B], all equal.
 
     scores [B, T, E], indices [B, T, k], mask [B, T]. Perfect balance is 1 (k in transformers, which does not
-    divide by k). It allows sequences to specialise, and depends on how the batch is split into micro-batches.
-    No direction, no temperature, no T^2. Source: Switch Transformers (arXiv 2101.03961, equations 4 to 6)
-    without its factor alpha, for k choices instead of one.
+    divide by k). It allows sequences to specialise. In training the batch is the whole optimizer step, over
+    micro-batches and processes (`balance_part`; arXiv 2501.11873, section 3, where a small batch is shown to
+    hinder specialisation), so it does not matter how the step is split. No direction, no temperature, no T^2.
+    Source: Switch Transformers (arXiv 2101.03961, equations 4 to 6) without its factor alpha, for k choices
+    instead of one.
+    """
+    chosen, tokens = chosen_experts(scores, indices, mask), mask.sum()
+    return balance_part(scores, indices, mask, chosen, tokens).expand(scores.shape[0])
+
+
+def chosen_experts(scores: Tensor, indices: Tensor, mask: Tensor) -> Tensor:
+    """How often the real tokens of mask [B, T] chose each of the E experts, [E] float64; arguments as above."""
+    _check_layer(scores, indices, mask)
+    real = mask.reshape(-1, 1).double().expand(-1, indices.shape[-1])
+    counts = torch.zeros(scores.shape[-1], dtype=torch.float64, device=scores.device)
+    return counts.scatter_add_(0, indices.long().flatten(), real.flatten())
+
+
+def balance_part(scores: Tensor, indices: Tensor, mask: Tensor, chosen: Tensor, tokens: Tensor) -> Tensor:
+    """What these tokens add to `batch_balance` of a larger batch, where experts were `chosen` [E] by `tokens` -> [].
+
+    The sum over all parts of the larger batch is its value, and so are the gradients: counts have none, and the mean
+    shares are a sum over tokens.
     """
     _check_layer(scores, indices, mask)
-    flat = [tensor.flatten(0, 1).unsqueeze(0) for tensor in (scores, indices, mask)]
-    return sequence_balance(*flat).expand(scores.shape[0])
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    experts, k = scores.shape[-1], indices.shape[-1]
+    scores = scores.to(wide)
+    shares = scores / scores.sum(-1, keepdim=True)
+    # Where the mask is 0 a share may be anything, NaN too.
+    sums = torch.where(mask.bool().unsqueeze(-1), shares, 0.0).sum((0, 1))
+    tokens = torch.as_tensor(tokens, device=scores.device).to(wide).clamp(min=1)
+    return (chosen.to(wide) * (experts / (k * tokens)) * sums / tokens).sum()
 
 
 def _check_layer(scores: Tensor, indices: Tensor, mask: Tensor) -> None:
@@ -83,13 +109,15 @@ def _check_layer(scores: Tensor, indices: Tensor, mask: Tensor) -> None:
         )
 
 
-def per_kept_token(values: Tensor, keep: Tensor) -> Tensor:
+def per_kept_token(values: Tensor, keep: Tensor, places: Tensor | None = None) -> Tensor:
     """Each sequence's value at each of its kept tokens: values [B], keep [B, T] bool -> [N], row-major.
+
+    places: `keep` as numbers [N], where they are known (`Batch.places`).
 
     Summed over a step and divided by its kept tokens this is the mean over sequences weighted by their kept
     tokens, however the step is split into micro-batches.
     """
-    return values.repeat_interleave(keep.sum(1))
+    return values.repeat_interleave(keep.sum(1)) if places is None else values[places // keep.shape[1]]
 
 
 # ------------------------------------------------------------------------------------- the teacher's routing

@@ -35,7 +35,8 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logs = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     # Looking first is cheap, and the usual chunk without -inf is spared a slow backward pass. The comparison
     # is negated because a NaN, which must stay one, makes the minimum NaN and would hide a -inf.
-    if logs.numel() and not logs.detach().amin() > -torch.inf:
+    # On an accelerator the look is the dear part: the host would wait for it.
+    if logs.numel() and (logits.device.type != "cpu" or not logs.detach().amin() > -torch.inf):
         logs = torch.nan_to_num(logs, nan=torch.nan, posinf=torch.inf, neginf=FORBIDDEN)
     return logs
 

@@ -10,6 +10,10 @@ gradients are those of `distill.training.losses.divergences`, from where these f
 Shapes: N kept tokens, V vocabulary, K stored tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +32,19 @@ def _check_shapes(shape: tuple[int, ...], ids: Tensor, values: Tensor) -> None:
         raise UserError(f"{shape[0]} student rows against {ids.shape[0]} stored: select the same tokens")
 
 
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
+
+
+@contextmanager
+def already_checked() -> Iterator[None]:
+    """Inside, stored signals are taken as they are: somebody has looked at all of them."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
 def _outside(shape: tuple[int, ...], ids: Tensor) -> str:
     return (
         f"stored ids run from {ids.min().item()} to {ids.max().item()} but the student has "
@@ -38,8 +55,10 @@ def _outside(shape: tuple[int, ...], ids: Tensor) -> str:
 def check_stored(shape: tuple[int, ...], ids: Tensor, logprobs: Tensor) -> None:
     """Refuse what would give a wrong number silently; `shape` is that of the logits, (N, V).
 
-    One transfer of three flags from the device.
+    One transfer of three flags from the device, which a training step spares itself (`already_checked`).
     """
+    if _checked.get():
+        return
     _check_shapes(shape, ids, logprobs)
     if ids.numel() == 0:
         return
@@ -65,6 +84,8 @@ def check_stored(shape: tuple[int, ...], ids: Tensor, logprobs: Tensor) -> None:
 
 def check_sampled(shape: tuple[int, ...], ids: Tensor, weights: Tensor) -> None:
     """The same for sampled tokens."""
+    if _checked.get():
+        return
     _check_shapes(shape, ids, weights)
     if ids.numel():
         outside = (ids < 0).any() | (ids >= shape[1]).any()

@@ -1,0 +1,86 @@
+"""A pretend accelerator (tests/fakegpu.py) runs everything that touches a device, and counts how often the host waits.
+
+Waits are what a GPU costs that nobody sees on a CPU. One a training step, one a decoding step (its end check), and a
+few a batch where results go to disk.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import PYTHON, ROOT
+
+OBJECTIVES = (
+    "cross_entropy", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl",
+    "adaptive_kl", "total_variation", "alpha_beta_divergence", "ranking_hinge", "ranking_logistic",
+    "sparse_forward_kl renormalise", "sparse_forward_kl tail_bucket", "sparse_forward_kl zero",
+    "sampled_cross_entropy", "hidden_cosine", "hidden_mse", "router_distillation", "sequence_balance",
+    "batch_balance", "several teachers", "stored states", "own head with a soft cap",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accelerator")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [PYTHON, str(ROOT / "tests" / "fakegpu_worker.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_the_helper_counts_and_refuses(found):
+    """Five kinds of waits are tried on purpose, and a CPU tensor beside one of the device is an error."""
+    assert found["the helper"]["waits"] == 5, found["the helper"]["where"]
+    assert "same device" in found["the helper"]["mixed"]
+
+
+def test_every_objective_is_right_and_never_waits(found):
+    from distill.config.objectives import OBJECTIVES as KNOWN
+
+    assert {name.split()[0] for name in OBJECTIVES} >= KNOWN.keys() - {"uld"}
+    for name in OBJECTIVES:
+        assert found[name]["difference"] < 2e-5, name
+        assert found[name]["waits"] == 0, (name, found[name]["where"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_optimizer_step_waits_once(found, optimizer):
+    """Four micro-batches, a teacher, batch_balance, clipping; resumed from a file in the middle."""
+    step = found[f"optimizer steps {optimizer}"]
+    assert step["difference"] < 2e-5
+    assert step["waits"] == 1 and "train.py" in next(iter(step["where"])), step["where"]
+
+
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
+def test_a_decoding_step_waits_for_its_end_check_alone(found, how):
+    decoded = found[f"decode {how}"]
+    assert decoded["difference"] == 0
+    assert decoded["waits"] <= decoded["steps"] + 12, decoded["where"]
+
+
+def test_routing_is_recorded_without_waiting_for_it(found):
+    """The sums are made once at the end; the version before looked three times a layer and step."""
+    routed = found["routing while decoding"]
+    assert routed["difference"] == 0
+    assert routed["waits"] <= routed["steps"] + 12 + 20 * routed["layers"], routed["where"]
+
+
+@pytest.mark.parametrize("kind, a_batch", [("none", 2), ("top_k", 4), ("sampled", 3), ("hidden", 2)])
+def test_scores_go_to_the_host_once_a_batch(found, kind, a_batch):
+    scored = found[f"score {kind}"]
+    assert scored["difference"] < 1e-5 and scored["waits"] <= a_batch * scored["batches"], scored["where"]
+
+
+@pytest.mark.parametrize(
+    "name", ["top-k 1", "drop an expert", "random routing", "uniform routing", "shuffled routing"]
+)
+def test_interventions_are_those_of_the_cpu(found, name):
+    changed = found[f"intervention {name}"]
+    assert changed["difference"] < 1e-6 and changed["waits"] <= 2, changed["where"]
+
+
+def test_the_expert_bias_is_counted_without_waiting(found):
+    assert found["expert bias"]["difference"] < 1e-7
+    assert not any("balance.py" in place for place in found["expert bias"]["where"])

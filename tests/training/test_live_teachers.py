@@ -1,0 +1,47 @@
+"""A live teacher that remembers: the same states, whichever rows of a batch it has read before."""
+
+import numpy as np
+import pytest
+import torch
+from step_example import build, rows
+
+from distill.training.live_teachers import FrozenTeacher
+
+
+def states(teacher: FrozenTeacher, batch) -> torch.Tensor:
+    return teacher(batch)["dense"].hidden
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_read_before_are_not_read_again_and_say_the_same(packed):
+    data = rows(n=7)
+    plain, remembering = FrozenTeacher(build("qwen3")), FrozenTeacher(build("qwen3"), 1e9)
+    read = []
+    remembering.model.register_forward_pre_hook(
+        lambda _m, _args, named: read.append(len(named["input_ids"])), with_kwargs=True
+    )
+    make = data.pack if packed else lambda picked: data.collate(picked, 0)
+    for picked, new in (([0, 2, 5], 3), ([5, 1, 2, 6, 0], 2), ([6, 5, 4, 3], 2), ([3, 1], 0)):
+        batch = data.collate(np.array(picked), 0)
+        if not packed:
+            torch.testing.assert_close(states(remembering, batch), states(plain, batch))
+            assert sum(read) == new
+        else:  # one sequence: read as a whole where any row is new
+            batch = make(np.array([0]))
+            torch.testing.assert_close(states(remembering, batch), states(plain, batch))
+            assert len(read) == (picked == [0, 2, 5])
+        read.clear()
+
+
+def test_a_part_of_a_batch_is_the_batch_of_those_rows():
+    data = rows(n=6)
+    whole = data.collate(np.arange(6), 0)
+    for picked in ([1, 4], [4, 0, 3], [5]):
+        part, alone = whole.select(picked), data.collate(np.array(picked), 0)
+        width = alone.input_ids.shape[1]
+        assert torch.equal(part.targets, alone.targets) and list(part.row_tokens) == list(alone.row_tokens)
+        assert torch.equal(part.places, part.keep.flatten().nonzero()[:, 0])
+        wide = torch.zeros_like(part.keep)
+        start = 0 if whole.attention_mask[0, 0] else part.keep.shape[1] - width
+        wide[:, start : start + width] = alone.keep
+        assert torch.equal(part.keep, wide)
