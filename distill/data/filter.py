@@ -29,7 +29,7 @@ from typing import Any
 from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
-from distill.data.plain_text import check_documents, document_rows
+from distill.data.prompts import check_documents, document_rows
 from distill.data.signals import HEAD, HIDDEN, SignalFormat
 from distill.data.terms import require_permission
 from distill.errors import UserError

@@ -7,11 +7,17 @@ solution, completion, question`. `solution` (the worked steps) is empty unless t
 public training set has questions and final answers only, the reasoning is what the teacher has to bring.
 `question` is what a template was filled with, without the template's own words; empty for the embedded tasks.
 
+Plain text has no questions (`prompts.documents`): documents are cut into windows of tokens (`document_rows`). There is
+nothing for the teacher to write and nothing to verify; a live teacher scores the text itself, and the control arm reads
+the same rows by cross-entropy alone, so that both arms see equal tokens. The first token of a window is context, every
+other one is trained on; windows touch, so that each token of a document is trained on once. The first window of a
+document begins with the tokenizer's BOS token, or its end token where it has none, as text is read in evaluation.
+
     distill generate RECIPE        runs this first
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,14 +26,13 @@ from distill import console
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
-from distill.data.plain_text import document_prompts
 from distill.errors import UserError
 from distill.files import like_it
 from distill.stages import Stage
 from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, fingerprint, parts, read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
 from distill.tasks.conversations import conversation, with_system
-from distill.tasks.documents import is_embedded, python_docs
+from distill.tasks.documents import documents, is_embedded, python_docs
 from distill.tasks.problems import sample_problems
 from distill.tasks.reading import FORMS, Problems, Table, arrow_rows, read_table, text_of
 from distill.tasks.verify import extract_answer, letter, require_package
@@ -325,3 +330,61 @@ def _hash_source(source: str) -> str | None:
             f"prompts.source: '{source}' is neither 'tasks' nor a file{like_it(path)}; give one of them"
         )
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
+# ---- plain text ----------------------------------------------------------------------------------------
+
+
+_SHORTEST = 8  # tokens of a row: a document's last few are not worth one
+
+
+def document_prompts(section: Prompts) -> list[dict[str, Any]]:
+    """Rows of the stage `prompts/`, one per document. Raises UserError for a source that cannot be read."""
+    texts = documents(section.source, "train", "prompts.source")[: section.limit]
+    return [
+        {
+            "prompt_id": f"document-{number:05d}",
+            "messages": [],
+            "answer": "",
+            "verifier": "exact",
+            "family": "text",
+            "level": "text",
+            "split": "train",
+            "solution": None,
+            "completion": text,
+            "question": None,
+        }
+        for number, text in enumerate(texts)
+    ]
+
+
+def document_rows(prompts: dict[str, dict], tokenizer, window: int) -> Iterator[dict[str, Any]]:
+    """Training rows of DATASET_SCHEMA: windows of at most `window` tokens, the first of which is context."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    for prompt in prompts.values():
+        tokens = [
+            first,
+            *tokenizer(prompt["completion"], add_special_tokens=False, verbose=False)["input_ids"],
+        ]
+        for number, start in enumerate(range(0, len(tokens) - 1, window - 1)):
+            piece = tokens[start : start + window]
+            if len(piece) < _SHORTEST and number:
+                continue
+            yield {
+                "prompt_id": prompt["prompt_id"],
+                "sample_idx": number,
+                "messages": [],
+                "prompt_ids": piece[:1],
+                "completion_ids": piece[1:],
+                "text": tokenizer.decode(piece[1:]),
+                "family": prompt["family"],
+                "level": prompt["level"],
+            }
+
+
+def check_documents(section: Prompts, context: int | None) -> None:
+    """Raises UserError for windows that the student cannot read."""
+    if context is not None and section.window > context:
+        raise UserError(
+            f"prompts.window={section.window}: the student reads {context} tokens at most; lower it"
+        )
