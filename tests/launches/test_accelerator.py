@@ -67,7 +67,7 @@ def test_routing_is_recorded_without_waiting_for_it(found):
     assert routed["waits"] <= routed["steps"] + 12 + 20 * routed["layers"], routed["where"]
 
 
-@pytest.mark.parametrize("kind, a_batch", [("none", 2), ("top_k", 4), ("sampled", 3), ("hidden", 2)])
+@pytest.mark.parametrize("kind, a_batch", [("none", 2), ("top_k", 4), ("sampled", 3), ("hidden", 3)])
 def test_scores_go_to_the_host_once_a_batch(found, kind, a_batch):
     scored = found[f"score {kind}"]
     assert scored["difference"] < 1e-5 and scored["waits"] <= a_batch * scored["batches"], scored["where"]
