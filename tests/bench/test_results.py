@@ -2,15 +2,15 @@
 
 import pytest
 
-from distill.bench.results import _decide, _differ
-from distill.bench.verdicts import mean_interval, verdict_p
+from distill.bench.judge import _differ, decide
+from distill.bench.verdicts import effect, verdict_p
 
 
 def claim(sample: list[float], comparable: bool = True) -> dict:
-    effect = {"n": len(sample), **mean_interval(sample)}
-    p_value = verdict_p(effect, "greater") if comparable else None
+    found = effect({"arm": 1.0}, {"arm": dict(enumerate(sample))})
+    p_value = verdict_p(found, "greater") if comparable else None
     return {
-        "effect": effect, "expect": "greater", "margin": 0.0, "p_value": p_value, "comparable": comparable,
+        "family": "headline", "p_value_equivalent": None, "effect": found, "expect": "greater", "margin": 0.0, "p_value": p_value, "comparable": comparable,
         "verdict": "INCONCLUSIVE" if comparable else "NOT COMPARABLE",
     }  # fmt: skip
 
@@ -21,11 +21,11 @@ WEAK, STRONG = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
 
 def test_a_claim_that_stands_alone_does_not_stand_among_many():
     alone = [claim(STRONG)]
-    _decide(alone)
+    decide(alone)
     assert alone[0]["p_value"] == alone[0]["p_value_holm"] == pytest.approx(0.0131, abs=1e-4)
     assert alone[0]["verdict"] == "SUPPORTED"
     many = [claim(STRONG), *(claim(WEAK) for _ in range(3))]
-    _decide(many)
+    decide(many)
     assert many[0]["p_value"] == pytest.approx(0.0131, abs=1e-4)
     assert many[0]["p_value_holm"] == pytest.approx(4 * 0.013072, abs=1e-4)
     assert [c["verdict"] for c in many] == ["INCONCLUSIVE"] * 4
@@ -33,7 +33,7 @@ def test_a_claim_that_stands_alone_does_not_stand_among_many():
 
 def test_what_is_not_comparable_is_in_no_family():
     three = [claim(STRONG), claim(STRONG, comparable=False), claim([9.0, 10.0, 11.0])]
-    _decide(three)
+    decide(three)
     assert [c["verdict"] for c in three] == ["SUPPORTED", "NOT COMPARABLE", "SUPPORTED"]
     assert three[1]["p_value_holm"] is None
     assert three[0]["p_value_holm"] == pytest.approx(0.0131, abs=1e-4), "the larger of two is multiplied by 1"
@@ -48,8 +48,12 @@ def test_arms_share_what_a_claim_says_they_do():
         "c": {"steps": [5, 5], "tokens": [1000, 2100], "prompts": ["x", "z"]},
         "checkpoint": {"steps": [None], "tokens": [None], "prompts": [None]},
     }
-    assert _differ("steps", ["a", "b"], budgets) == "a 5, b 6"
-    assert _differ("tokens", ["a", "b"], budgets) is None
-    assert _differ("tokens", ["a", "c"], budgets) == "a 2000, c 2100"
-    assert _differ("prompts", ["a", "c"], budgets) == "a y, c z"
-    assert _differ("prompts", ["a", "b", "checkpoint"], budgets) is None
+
+    def differ(key, arms):
+        return _differ(key, {arm: [0, 1][: len(budgets[arm][key])] for arm in arms}, [0, 1], budgets)
+
+    assert differ("steps", ["a", "b"]) == "a 5, b 6"
+    assert differ("tokens", ["a", "b"]) is None
+    assert differ("tokens", ["a", "c"]) == "a 2000, c 2100"
+    assert differ("prompts", ["a", "c"]) == "a y, c z"
+    assert differ("prompts", ["a", "b", "checkpoint"]) is None

@@ -1,5 +1,6 @@
 """The engine behind `distill play`, without browser and without Gradio: it says what decoding says, and why."""
 
+import importlib.util
 import json
 import shutil
 
@@ -175,6 +176,8 @@ def spaced(text: str) -> str:
 def told_outside(playground, names):
     """What the embedded models were never trained on is said, and answered only when it is asked again."""
     assert playground.narrow
+    if importlib.util.find_spec("gradio") is None:
+        return  # the page itself is an extra
     controls = play_page.Controls(playground)
     rest = (0, 0, None, None, None, [])
     [first] = list(controls.ask("Why is the sky blue {x}?", *rest))
