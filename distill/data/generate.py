@@ -119,11 +119,11 @@ def claimed(part: Path) -> bool:
     Parts are taken when a process is free, so a slow one does not hold the others up. The claim has the name of a
     temporary file: what a killed run leaves of it goes before the next one starts.
     """
-    try:
-        with writing(part.parent):
+    with writing(part.parent):
+        try:
             part.with_name(f".{part.name}.claim.tmp0").touch(exist_ok=False)
-    except FileExistsError:
-        return False
+        except FileExistsError:
+            return False
     return True
 
 

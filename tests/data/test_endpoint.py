@@ -530,7 +530,7 @@ def test_defaults_are_as_documented():
     section = Endpoint(base_url="http://localhost:8000/v1")
     assert section.model_dump(exclude={"base_url"}) == {
         "api_key_env": "OPENAI_API_KEY", "concurrency": 8, "timeout": 60, "retries": 5, "backoff": 1.0,
-        "top_logprobs": 0,
+        "top_logprobs": 0, "tokenizer": None,
     }  # fmt: skip
 
 
