@@ -10,7 +10,8 @@ def claim(sample: list[float], comparable: bool = True) -> dict:
     found = effect({"arm": 1.0}, {"arm": dict(enumerate(sample))})
     p_value = verdict_p(found, "greater") if comparable else None
     return {
-        "family": "headline", "p_value_equivalent": None, "effect": found, "expect": "greater", "margin": 0.0, "p_value": p_value, "comparable": comparable,
+        "family": "headline", "p_value_equivalent": None, "effect": found,
+        "expect": "greater", "margin": 0.0, "p_value": p_value, "comparable": comparable,
         "verdict": "INCONCLUSIVE" if comparable else "NOT COMPARABLE",
     }  # fmt: skip
 
