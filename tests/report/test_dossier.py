@@ -298,6 +298,7 @@ def test_one_scale_of_colours_for_all_maps():
     more, less = colour([100.0, 1.0], 25.0, "expert 0"), colour([1.0, 100.0], 25.0, "expert 0")
     assert int(more[1:3], 16) > int(more[5:], 16) and int(less[5:], 16) > int(less[1:3], 16)  # orange, purple
     assert more == colour([400.0, 1.0], 25.0, "expert 0")  # the scale ends at 4 times
+    assert more != colour([50.0, 1.0], 25.0, "expert 0")  # and not before
 
 
 def test_a_loss_is_coloured_around_zero():
