@@ -121,6 +121,7 @@ def _opening(path: Path) -> list[str]:
 def _section(section: type[Section], values: dict[str, Any], depth: int) -> Iterator[str]:
     """Lines of one section: its keys in order, those not in `values` as comments."""
     for name, field in section.model_fields.items():
+        name = field.alias or name
         inner = section_of(field.annotation)
         nested = inner is not None and inner is not Objective
         if nested:

@@ -226,7 +226,7 @@ def test_command_line_measures_the_mixture_and_notes_the_dense_model(hub, tmp_pa
     # Neither timings nor pages are looked at here, and they take most of the time.
     monkeypatch.setattr(measure, "usage_cost", lambda *given: usage_cost(*given[:-1], False))
     monkeypatch.setattr("distill.report.dossier.build_dossier", lambda out, *_: out)
-    monkeypatch.setattr("distill.devices.pick_device", lambda: torch.device("cpu"))  # one thread, as set
+    monkeypatch.setattr("distill.devices.pick_device", lambda **_: torch.device("cpu"))  # one thread, as set
     out = tmp_path / "eval"
     command = ["evaluate", hub["qwen3_moe"], hub["llama"], "--tasks", "easy", "--problems", "4"]
     command += ["--max-new-tokens", "4", "--out", out]
