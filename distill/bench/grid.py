@@ -45,7 +45,10 @@ class Arm(Section):
         None, description="the student starts where this arm's ended (same seed, adapter merged)"
     )
     teacher: ArmName | None = Field(None, description="the teacher is what this arm's training made")
-    checkpoint: str | None = Field(None, description="measure this model as it is; nothing is trained")
+    checkpoint: str | None = Field(
+        None,
+        description="measure this model as it is; nothing is trained. 'student.from': what the student is made from it",
+    )
     once: bool = Field(False, description="one run, of the first seed, for all seeds")
     seeds: Count | dict[ArmName, Count] | None = Field(
         None, description="so many seeds instead of the budget's, or {budget: so many}"

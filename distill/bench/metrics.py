@@ -56,23 +56,33 @@ METRICS = {
     "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
 }
 _WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.(?:flops_per_token|usd_per_million))")
+_OF_TEXT = re.compile(r"text\.(.+)\.(nll|kl|agreement)")
+_TEXT = {
+    "nll": Metric("nats/token", "the text {}, read by the model"),
+    "kl": Metric("nats/token", "KL from the teacher to the model on the text {}"),
+    "agreement": Metric("%", "tokens of the text {} of which model and teacher find the same one likeliest"),
+}
 MODEL = "student"  # the name under which every run's model is measured
+TEACHER = "teacher"  # and of what it is compared with, where `evaluate.models` asks for it
 
 
 def metric(name: str) -> Metric:
-    """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token.
-
-    KeyError for another."""
+    """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token;
+    `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`). KeyError for another."""
     if name.startswith("flaw."):
         return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")
     if found := _WITH_K.fullmatch(name):
         of = METRICS[found[2]]
         return Metric(of.unit, f"{of.words}, {found[1]} experts per token")
+    if found := _OF_TEXT.fullmatch(name):
+        of = _TEXT[found[2]]
+        return Metric(of.unit, of.words.format(found[1]))
     return METRICS[name]
 
 
 def is_metric(name: str) -> bool:
-    return name in METRICS or name.startswith("flaw.") or bool(_WITH_K.fullmatch(name))
+    known = name in METRICS or name.startswith("flaw.")
+    return known or bool(_WITH_K.fullmatch(name)) or bool(_OF_TEXT.fullmatch(name))
 
 
 def read_metrics(run: Path) -> dict[str, float]:
@@ -113,6 +123,11 @@ def _measured(model: dict[str, Any]) -> dict[str, float | None]:
             if price := cost.get("usd_per_hour"):
                 speed = entry.get("decode_tokens_per_second")
                 found[f"{k}.cost.usd_per_million"] = usd_per_million(price, speed)
+    for name, text in (model.get("text") or {}).items():
+        found[f"text.{name}.nll"] = text["nll_per_token"]
+        if beside := text.get("teacher"):
+            found[f"text.{name}.kl"] = beside["forward_kl"]
+            found[f"text.{name}.agreement"] = beside["top1_agreement"]
     layers = list(model.get("moe", {}).get("layers", {}).values())
     if layers:
         found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)

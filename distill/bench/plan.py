@@ -3,9 +3,10 @@
     bench, file = load_bench("recipes/claims.yaml")
     tasks = plan(bench, "small", file)               # in an order in which each finds what it needs
 
-Three kinds of tasks: `answers` (prompts and what a teacher says of them), `rows` (the training set made of
-those) and `run` (training and measuring). Runs whose recipes agree on everything that a teacher's answers depend
-on share them, and so with rows: one generation serves all arms of a seed. Nothing heavy is imported here.
+Four kinds of tasks: `base` (a student made from a model, `student.from`), `answers` (prompts and what a teacher says of
+them), `rows` (the training set made of those) and `run` (training and measuring). Runs whose recipes agree on
+everything that a teacher's answers depend on share them, and so with rows and bases: one generation serves all arms of
+a seed. Nothing heavy is imported here.
 """
 
 import json
@@ -16,17 +17,17 @@ from typing import Any
 from distill.bench.claims import Claim
 from distill.bench.grid import Arm, Bench, arms_within
 from distill.bench.metrics import MODEL
-from distill.config.recipe import Recipe, make_recipe, read_recipe
-from distill.config.training import StudentSection
+from distill.config.recipe import BASE_FOLDER, Recipe, make_recipe, read_recipe
 from distill.errors import UserError
 from distill.storage import fingerprint
 
+MADE = "student.from"  # as an arm's `checkpoint`: what the recipe makes its student from, before training
 KNOWN_BEFORE = ("prompts", "steps", "rows")  # of distill.bench.claims.EQUAL: recipes settle these
 
 
 @dataclass
 class Task:
-    kind: str  # "answers", "rows" or "run"
+    kind: str  # "base", "answers", "rows" or "run"
     name: str
     folder: Path
     recipe: Recipe  # with run_dir = folder
@@ -54,12 +55,14 @@ def plan(bench: Bench, budget: str, file: Path) -> dict[str, Task]:
                 problems += [f"arm {name}: {line}" for line in error.problems]
                 break
             run.merged = name in wanted
+            _made(run, root, tasks)
             if not arm.checkpoint:
                 first = name
                 while arms[first].start:
                     first = arms[first].start
                 begun = run if first == name else _run(bench, first, arms[first], seed, root, arms, file)
-                _share(run, begun.recipe.student, root, tasks, arms)
+                _made(begun, root, tasks)
+                _share(run, begun, root, tasks, arms)
             tasks[run.name] = run
     if not problems:
         problems = [
@@ -88,11 +91,11 @@ def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[st
     if arm.teacher:
         needs.append(runs_of(bench, arm.teacher, seed, arms))
         changes["teacher.model"] = str(root / needs[-1] / "student")
-    if arm.checkpoint:
-        changes |= {"student.model": arm.checkpoint, "student.config": None}
-    fixed = {
-        "run_dir": str(folder), "seed": seed + arm.seed_offset, "control.enabled": False, "evaluate.models": [MODEL]
-    }  # fmt: skip
+    if arm.checkpoint and arm.checkpoint != MADE:
+        changes |= {"student.model": arm.checkpoint, "student.config": None, "student.from": None}
+    fixed = {"run_dir": str(folder), "seed": seed + arm.seed_offset, "control.enabled": False}
+    if "teacher" not in changes.get("evaluate.models", ()):
+        fixed["evaluate.models"] = [MODEL]
     if isinstance(bench.recipe, str):
         where, data = read_recipe(bench.recipe)
     else:
@@ -104,15 +107,32 @@ def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[st
     )
 
 
-def _share(
-    run: Task, origin: StudentSection, root: Path, tasks: dict[str, Task], arms: dict[str, Arm]
-) -> None:
+def _made(run: Task, root: Path, tasks: dict[str, Task]) -> None:
+    """A student that is made from a model is made once, for all runs that start from the same."""
+    student = run.recipe.student
+    if student.made_from is None:
+        return
+    key = fingerprint([student.made_from.model_dump(mode="json"), student.chat_template_kwargs])
+    name = f"base-{key[:12]}"
+    folder = root / "shared" / name
+    base = student.model_copy(update={"model": str(folder / BASE_FOLDER)})
+    if name not in tasks:
+        recipe = run.recipe.model_copy(update={"run_dir": str(folder), "student": base})
+        tasks[name] = Task("base", name, folder, recipe)
+    run.recipe = run.recipe.model_copy(update={"student": base.model_copy(update={"made_from": None})})
+    run.needs = [*run.needs, name]
+    if run.checkpoint == MADE:
+        run.checkpoint = base.model
+
+
+def _share(run: Task, begun: Task, root: Path, tasks: dict[str, Task], arms: dict[str, Arm]) -> None:
     """The tasks that make the run's training set, new ones where no other run has asked for the same.
 
-    `origin`: the student that the run's chain of `start` begins with. Rows are in its tokenizer, and it is there
-    before anything has been trained.
+    `begun`: the run that this one's chain of `start` begins with. Rows are in its student's tokenizer, and that student
+    is there before anything has been trained.
     """
-    recipe = run.recipe
+    recipe, origin = run.recipe, begun.recipe.student
+    made_bases = [need for need in begun.needs if need in tasks and tasks[need].kind == "base"]
     whole: dict[str, Any] = {
         "prompts": recipe.prompts.identity(),
         "seed": recipe.seed,
@@ -127,7 +147,7 @@ def _share(
     made = {**whole, "filter": recipe.filter.model_dump(mode="json"), "tokenizer": tokenizer}
     if recipe.evaluate.source or recipe.filter.decontaminate:
         made["held_out"] = recipe.evaluate.model_dump(mode="json")
-    rows = _shared("rows", fingerprint(made), run, root, tasks, [answers.name])
+    rows = _shared("rows", fingerprint(made), run, root, tasks, [answers.name, *made_bases])
     rows.recipe = rows.recipe.model_copy(update={"student": origin})
     rows.rows = answers.folder
     run.rows = rows.folder

@@ -35,7 +35,7 @@ from typing import Any
 from distill import console
 from distill.bench.forecast import describe
 from distill.bench.grid import Bench, Prepared, load_bench, pick_budget
-from distill.bench.metrics import MODEL, read_metrics
+from distill.bench.metrics import MODEL, TEACHER, read_metrics
 from distill.bench.plan import Task, plan
 from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
 from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_results
@@ -348,8 +348,14 @@ def run_task(task: Task, redo: bool = False) -> float:
     begun = time.perf_counter()
     task.folder.mkdir(parents=True, exist_ok=True)
     with open(task.folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        {"answers": _answers, "rows": _rows, "run": _run}[task.kind](task, redo)
+        {"base": _base, "answers": _answers, "rows": _rows, "run": _run}[task.kind](task, redo)
     return time.perf_counter() - begun
+
+
+def _base(task: Task, redo: bool) -> None:
+    from distill.training.start import make_base
+
+    make_base(task.recipe, redo)
 
 
 def _answers(task: Task, redo: bool) -> None:
@@ -357,7 +363,7 @@ def _answers(task: Task, redo: bool) -> None:
     from distill.data.prompts import make_prompts
 
     make_prompts(task.recipe, redo)
-    if task.recipe.teacher:
+    if task.recipe.teacher and not task.recipe.prompts.documents:
         generate(task.recipe, redo)
 
 
@@ -374,8 +380,9 @@ def _run(task: Task, redo: bool) -> None:
 
     model = str(task.folder / "student")
     if task.checkpoint:
-        model = task.checkpoint
-        evaluate_named(task.recipe, {MODEL: model}, redo)
+        model, teacher = task.checkpoint, task.recipe.teacher
+        beside = {TEACHER: teacher.model} if TEACHER in task.recipe.evaluate.models else {}
+        evaluate_named(task.recipe, {MODEL: model, **beside}, redo)
     else:
         _link(task.folder, task.rows, _LINKED)
         train_arms(task.recipe, redo)

@@ -87,8 +87,10 @@ def _sources(run: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 def evaluate_named(recipe: Recipe, checkpoints: dict[str, str], redo: bool = False) -> dict[str, Any]:
-    """Stage `eval/` of the recipe's run folder for these checkpoints alone, whatever the run itself has trained."""
-    return _stage_of(recipe, checkpoints, {}, None, redo)
+    """Stage `eval/` of the recipe's run folder for these checkpoints alone, whatever the run itself has trained.
+
+    One named "teacher" is what the others are compared with."""
+    return _stage_of(recipe, checkpoints, {}, "teacher" if "teacher" in checkpoints else None, redo)
 
 
 def _stage_of(

@@ -4,6 +4,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import ROOT
 from grid_example import TINY, written
 
@@ -204,3 +205,58 @@ def test_the_committed_results_open_as_a_page(budget, tmp_path):
     build_bench_page(results, tmp_path / "bench.html")
     page = (tmp_path / "bench.html").read_text()
     assert all(claim["id"] in page for claim in results["claims"]) and "±" in page
+
+
+def test_a_grid_on_plain_text_with_a_student_made_from_a_model(tmp_path):
+    """As recipes/claims_language.yaml: the student is made once, nothing is generated, texts are the metrics."""
+    recipe = {
+        "run_dir": "x",
+        "prompts": {"documents": True, "source": str(ROOT / "recipes/language/letters.txt"), "window": 32},
+        "teacher": {"model": str(ROOT / "checkpoints/base")},
+        "student": {"from": {"model": str(ROOT / "checkpoints/base"), "layers": 2}, "adapter": "full"},
+        "train": {
+            "objectives": [{"name": "forward_kl"}], "steps": 2, "warmup_steps": 1, "batch_size": 2, "micro_batch_size": 2,
+            "learning_rate": 1e-3, "precision": "fp32",
+        },
+        "evaluate": {
+            "source": str(ROOT / "recipes/language/prompts.jsonl"), "limit": 1, "max_new_tokens": 4, "speed": False,
+            "text": [str(ROOT / "recipes/language/letters.txt")], "fidelity_rows": 0,
+            "models": ["student", "teacher"],
+        },
+    }  # fmt: skip
+    claim = {"group": "G", "sentence": "s", "hypothesis": "h", "expect": "less", "equal": [], "axis": "steps"}
+    bench = {
+        "title": "T", "recipe": recipe, "run_dir": str(tmp_path / "grid"), "budgets": {"small": {"seeds": 2}},
+        "set": {"evaluate.models": ["student", "teacher"]},
+        "arms": {
+            "pruned": {"checkpoint": "student.from", "once": True},
+            "teacher": {"checkpoint": str(ROOT / "checkpoints/base"), "once": True},
+            "text": {"set": {"train.objectives": [{"name": "cross_entropy"}]}},
+            "taught": {},
+        },
+        "claims": [
+            {**claim, "id": "kl", "metric": "text.letters.txt.kl", "effect": {"taught": 1, "pruned": -1}},
+            {**claim, "id": "nll", "metric": "text.letters.txt.nll", "effect": {"taught": 1, "text": -1}},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(bench))
+    results = run_bench(str(path), "small", jobs=1, say=lambda line: None)
+    grid = tmp_path / "grid"
+    assert len(list((grid / "shared").glob("base-*"))) == 1 and not list(grid.glob("*/generations"))
+    arms = {name: arm["metrics"] for name, arm in results["arms"].items()}
+    assert arms["teacher"]["text.letters.txt.kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert arms["teacher"]["text.letters.txt.agreement"]["mean"] == 1
+    assert arms["pruned"]["parameters.total"]["mean"] < arms["teacher"]["parameters.total"]["mean"]
+    for arm in ("text", "taught"):  # what was made is where they started, and both moved away from it
+        found = arms[arm]["text.letters.txt.nll"]["values"]
+        assert (
+            set(found) == {"0", "1"} and arms["pruned"]["text.letters.txt.nll"]["mean"] not in found.values()
+        )
+        assert json.loads((grid / f"{arm}-1/student/manifest.json").read_text())["counts"]["steps"] == 2
+    (kl,) = [c for c in results["claims"] if c["id"] == "kl"]
+    assert kl["unit"] == "nats/token"
+    with pytest.raises(UserError, match="letters"):
+        bench["claims"][0]["metric"] = "text.letters.txt.kll"
+        path.write_text(yaml.safe_dump(bench))
+        load_bench(str(path))
