@@ -215,8 +215,8 @@ def test_a_grid_on_plain_text_with_a_student_made_from_a_model(tmp_path):
         "teacher": {"model": str(ROOT / "checkpoints/base")},
         "student": {"from": {"model": str(ROOT / "checkpoints/base"), "layers": 2}, "adapter": "full"},
         "train": {
-            "objectives": [{"name": "forward_kl"}], "steps": 2, "warmup_steps": 1, "batch_size": 2, "micro_batch_size": 2,
-            "learning_rate": 1e-3, "precision": "fp32",
+            "objectives": [{"name": "forward_kl"}], "steps": 2, "warmup_steps": 1, "batch_size": 2,
+            "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
         },
         "evaluate": {
             "source": str(ROOT / "recipes/language/prompts.jsonl"), "limit": 1, "max_new_tokens": 4, "speed": False,
