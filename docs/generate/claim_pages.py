@@ -2,12 +2,16 @@
 
     claims_section(claim_results(), "en")       # markdown between the markers of README.md
     claims_page(claim_results(), bench)         # docs/claims.md, whole
+    language_section(results, "en")             # the table of the second story, of recipes/claims_language.yaml
+    language_page(found)                        # docs/claims-language.md, whole
 
 Run by docs/generate/readme.py. Results are shown as what they are: those of version 1 were measured under the first
 registration, whose words stand in the results themselves, and no verdict of theirs is set beside a hypothesis of
 today's recipes/claims.yaml. The checklist is of today's file, whatever has been measured of it.
 """
 
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from distill.bench.grid import Bench, load_bench
@@ -20,7 +24,10 @@ from distill.storage import PROJECT_ROOT, hash_yaml, read_json
 
 RESULTS_FOLDER = PROJECT_ROOT / "recipes" / "results"
 CLAIMS_PAGE = PROJECT_ROOT / "docs" / "claims.md"
+LANGUAGE_PAGE = PROJECT_ROOT / "docs" / "claims-language.md"
 BENCH = "recipes/claims.yaml"
+LANGUAGE_BENCH = "recipes/claims_language.yaml"
+PREFIXES = {BENCH: "claims", LANGUAGE_BENCH: "language"}  # of the files in recipes/results
 _VERDICTS = {
     "SUPPORTED": "成立",
     "NOT SUPPORTED": "不成立",
@@ -94,9 +101,9 @@ SUPPORTED: the whole interval lies where the hypothesis says, and the p-value is
 """
 
 
-def claim_results() -> dict[str, dict]:
-    """Committed results of the claims by budget, the smaller first; {} if there are none."""
-    files = [RESULTS_FOLDER / f"claims-{budget}.json" for budget in ("small", "full")]
+def claim_results(prefix: str = "claims") -> dict[str, dict]:
+    """Committed results of a bench file by budget, the smaller first; {} if there are none."""
+    files = [RESULTS_FOLDER / f"{prefix}-{budget}.json" for budget in ("small", "full")]
     return {f.stem.partition("-")[2]: read_json(f) for f in files if f.is_file()}
 
 
@@ -164,6 +171,10 @@ def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) ->
     first = {name: results for name, results in found.items() if first_registration(results)}
     second = {name: results for name, results in found.items() if name not in first}
     lines = ["# The article on trial", "", *_RULES.splitlines(), ""]
+    lines += [
+        "Claims that need a real language model stand on [a page of their own](claims-language.md).",
+        "",
+    ]
     if second:
         lines += [*_measured(second), ""]
         lines += ["## Facts", "", "True by construction or by counting: numbers without a verdict.", ""]
@@ -190,12 +201,81 @@ def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) ->
     return "\n".join([*lines, ""])
 
 
-def checklist(bench: Bench) -> list[str]:
+def language_page(found: dict[str, dict[str, Any]]) -> str:
+    """docs/claims-language.md: what was measured with real language models, and the checklist."""
+    bench = load_bench(str(PROJECT_ROOT / LANGUAGE_BENCH))[0]
+    lines = [f"# {bench.title}", "", "The rules are those of [the first page](claims.md): registered before measured, "
+             "effects within a seed, Holm's correction by family. The arms are in "
+             f"[{LANGUAGE_BENCH}](../{LANGUAGE_BENCH}).",
+             ""]  # fmt: skip
+    lines += [*_measured(found, bench=LANGUAGE_BENCH), ""] if found else ["Not measured yet.", ""]
+    return "\n".join([*lines, *checklist(bench, LANGUAGE_BENCH), ""])
+
+
+_TEXT_WORDS = {
+    "en": {
+        "head": "| | parameters | NLL | KL from the teacher | same likeliest token, % | NLL | KL | same, % |",
+        "over": "| | | *text of the kind that was read* | | | *text of another kind* | | |",
+        "teacher": "teacher, 30 layers",
+        "pruned": "10 of its layers, untrained",
+        "text": "control: the text alone",
+        "mixture": "student: the teacher too",
+        "sentence": "Nats per token; mean over {n} seeds [95 % interval of the mean]. {seconds:.0f} seconds of "
+        "training for the student and {control:.0f} for the control, one thread of: {device}; commit {commit}. "
+        "The claims that rest on this: [docs/claims-language.md](docs/claims-language.md).",
+    },
+    "zh": {
+        "head": "| | 参数量 | NLL | 与教师的 KL | 首选词元相同，% | NLL | KL | 相同，% |",
+        "over": "| | | *与训练同类的文本* | | | *另一类文本* | | |",
+        "teacher": "教师，30 层",
+        "pruned": "取其 10 层，未训练",
+        "text": "对照：只读文本",
+        "mixture": "学生：加上教师的分布",
+        "sentence": "单位：奈特/词元；{n} 个种子的均值 [均值的 95 % 区间]。"
+        "训练用时：学生 {seconds:.0f} 秒，对照 {control:.0f} 秒，"
+        "单线程，{device}；提交 {commit}。由此得出的判定见 [docs/claims-language.md](docs/claims-language.md)。",
+    },
+}
+TEXTS = ("python-docs", "letters.txt")
+
+
+def language_section(results: dict[str, Any], language: str = "en") -> str:
+    """The table of the second story: every arm's likelihood and closeness to the teacher, on both texts."""
+    words, arms = _TEXT_WORDS[language], results["arms"]
+    lines = ["", words["head"], "|---" * 8 + "|", words["over"]]
+    for name in ("teacher", "pruned", "text", "mixture"):
+        found = arms[name]["metrics"]
+        cells = [words[name], f"{found['parameters.total']['mean'] / 1e6:.1f} M"]
+        for text in TEXTS:
+            for key, scale in (("nll", 1), ("kl", 1), ("agreement", 100)):
+                cells.append(_mean(found[f"text.{text}.{key}"]["values"].values(), scale))
+        lines.append(f"| {' | '.join(cells)} |")
+    seconds = {name: arms[name]["metrics"]["train.seconds"]["mean"] for name in ("mixture", "text")}
+    sentence = words["sentence"].format(
+        n=len(arms["mixture"]["metrics"]["train.seconds"]["values"]), seconds=seconds["mixture"],
+        control=seconds["text"], device=results["device"], commit=shown_commit(results),
+    )  # fmt: skip
+    return "\n".join([*lines, "", sentence, ""])
+
+
+def _mean(values: Iterable[float], scale: int) -> str:
+    """Mean and Student's 95 % interval of it, as text; one value is exact and has none."""
+    from scipy import stats
+
+    sample, digits = [scale * value for value in values], 1 if scale == 100 else 2
+    mean = statistics.fmean(sample)
+    if len(sample) < 2:
+        return f"{mean:.{digits}f}"
+    half = stats.t.ppf(0.975, len(sample) - 1) * statistics.stdev(sample) / len(sample) ** 0.5
+    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+
+
+def checklist(bench: Bench, file: str = BENCH) -> list[str]:
     """The referee's: of each claim what would falsify it, what differs between its arms, what had been looked at."""
     lines = [
         "## The referee's checklist",
         "",
-        f"Of each claim of [{BENCH}](../{BENCH}): what would falsify it, what differs between its arms, what is "
+        f"Of each claim of [{file}](../{file}): what would falsify it, what differs between its arms, what is "
         "checked to be equal, and what had been looked at before it was written. "
         f"Unless a row says otherwise: {bench.looked or 'nothing'}.",
     ]
@@ -226,14 +306,14 @@ def _differs(bench: Bench, arms: list[str]) -> list[str]:
     return [line for line in differences(bench, arms) if not line.startswith("evaluate.")]
 
 
-def _measured(found: dict[str, dict[str, Any]], level: str = "##") -> list[str]:
+def _measured(found: dict[str, dict[str, Any]], level: str = "##", bench: str = BENCH) -> list[str]:
     """Tables of results that share a registration, `found` by budget, the largest last."""
     largest = list(found.values())[-1]
     lines = []
     for name, results in found.items():
         seconds = results["seconds"]
         lines.append(
-            f"- `distill bench {BENCH} --budget {name}`: {results['tasks']} tasks, "
+            f"- `distill bench {bench} --budget {name}`: {results['tasks']} tasks, "
             f"{seconds['wall'] / 60:.0f} minutes on the wall with {results['jobs']} at a time, "
             f"{seconds['work'] / 60:.0f} minutes of work; {results['device']}; commit {shown_commit(results)}."
         )
@@ -298,15 +378,20 @@ def _claim_cell(results: dict[str, Any], claim_id: str) -> str:
 
 def _arms(results: dict[str, Any]) -> str:
     """Markdown table: what each arm is, how well it does (mean ± sd over seeds), and what a run of it used."""
-    lines = ["| arm | what it is | easy, % | medium, % | hard, % | steps | trained tokens | training FLOPs |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    shown = {f"accuracy.{level}": (f"{level}, %", 100, 1) for level in ("easy", "medium", "hard")}
+    if not any(key in arm["metrics"] for arm in results["arms"].values() for key in shown):
+        texts = (f"text.{text}.{key}" for text in TEXTS for key in ("nll", "kl"))
+        shown = {key: (key.removeprefix("text."), 1, 3) for key in texts}
+    heads = " | ".join(head for head, _, _ in shown.values())
+    lines = [f"| arm | what it is | {heads} | steps | trained tokens | training FLOPs |",
+             "|---|---|" + "---|" * len(shown) + "---|---|---|"]  # fmt: skip
     for name, arm in results["arms"].items():
         cells = []
-        for level in ("easy", "medium", "hard"):
-            found = arm["metrics"].get(f"accuracy.{level}", (None, None))
+        for key, (_, scale, digits) in shown.items():
+            found = arm["metrics"].get(key, (None, None))
             mean, sd = (found["mean"], found["sd"]) if isinstance(found, dict) else found
-            spread = f" ± {100 * sd:.1f}" if sd is not None else ""
-            cells.append("" if mean is None else f"{100 * mean:.1f}{spread}")
+            spread = f" ± {scale * sd:.{digits}f}" if sd is not None else ""
+            cells.append("" if mean is None else f"{scale * mean:.{digits}f}{spread}")
         used = arm["budget"]
         numbers = [amount(used[key], "") if used[key] else "" for key in ("tokens", "flops")]
         steps = f"{used['steps']:.0f}" if used["steps"] else ""

@@ -2,6 +2,7 @@
 
     distill demo && python docs/generate/readme.py checkpoints/demo                                   (a measured run)
     distill bench recipes/claims.yaml --budget full && python docs/generate/readme.py checkpoints/claims      (a grid)
+    python docs/generate/readme.py checkpoints/claims-language              (recipes/claims_language.yaml)
     python docs/generate/readme.py                                                            (the pages alone, anew)
 
 A run's scores are copied to recipes/results/ (small JSON, no answers), and the pages are written between their markers
@@ -25,12 +26,16 @@ sys.path.append(
 from cases import DISTILLATION, GKD
 from claim_pages import (
     CLAIMS_PAGE,
+    LANGUAGE_PAGE,
+    PREFIXES,
     RESULTS_FOLDER,
     claim_results,
     claims_page,
     claims_section,
     compact,
     first_registration,
+    language_page,
+    language_section,
 )
 from training import TITLES
 
@@ -158,6 +163,8 @@ def sections(language: str) -> dict[str, str]:
     found = {"results": results_section(read_json(RESULTS), language)}
     if by_budget := claim_results():
         found["claims"] = claims_section(by_budget, language)
+    if measured := claim_results("language").get("small"):
+        found["language"] = language_section(measured, language)
     found["devices"] = devices_section(language)
     return found
 
@@ -203,8 +210,9 @@ def main() -> int:
         for run in map(Path, sys.argv[1:]):
             if (run / "results.json").is_file():
                 found = read_json(run / "results.json")
-                write_json(RESULTS_FOLDER / f"claims-{found['budget']}.json", compact(found))
-                shutil.copyfile(run / ITEMS, RESULTS_FOLDER / f"claims-{found['budget']}-{ITEMS}")
+                kept = f"{PREFIXES[found['bench']]}-{found['budget']}"
+                write_json(RESULTS_FOLDER / f"{kept}.json", compact(found))
+                shutil.copyfile(run / ITEMS, RESULTS_FOLDER / f"{kept}-{ITEMS}")
             else:
                 write_json(RESULTS, collect(run))
         for language, path in PAGES.items():
@@ -214,6 +222,7 @@ def main() -> int:
             write_atomic(path, text)
         if found := claim_results():
             write_atomic(CLAIMS_PAGE, claims_page(found))
+        write_atomic(LANGUAGE_PAGE, language_page(claim_results("language")))
         section = speed_section(read_json(SPEED_RESULTS))
         write_atomic(SPEED_PAGE, replaced(SPEED_PAGE.read_text(), "speed", section))
     except DistillError as error:

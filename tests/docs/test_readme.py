@@ -53,6 +53,43 @@ def test_claims_are_those_of_the_result_files(language):
             assert doses[1.0] == "SUPPORTED"
 
 
+def _language_results() -> dict:
+    def arm(values: dict[str, list[float]]) -> dict:
+        return {"metrics": {
+            name: {"mean": sum(v) / len(v), "sd": None, "values": {str(100 + i): x for i, x in enumerate(v)}}
+            for name, v in values.items()
+        }}  # fmt: skip
+
+    texts = [f"text.{text}.{key}" for text in claim_pages.TEXTS for key in ("nll", "kl", "agreement")]
+    once = {name: [0.5] for name in texts} | {"parameters.total": [134.5e6]}
+    seeds = {name: [4.0, 4.2, 4.1] for name in texts} | {
+        "parameters.total": [63.7e6] * 3,
+        "train.seconds": [500.0] * 3,
+    }
+    arms = {"teacher": arm(once), "pruned": arm(once), "text": arm(seeds), "mixture": arm(seeds)}
+    return {"arms": arms, "device": "cpu (X)", "commit": {"id": "abc", "clean": True}}
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_the_table_of_language_models(language):
+    shown = claim_pages.language_section(_language_results(), language)
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) == 7 and len({row.count("|") for row in rows}) == 1
+    # by hand: mean 4.1, sd 0.1, Student's 97.5 % point of two degrees 4.3027: 4.1 -+ 4.3027 * 0.1 / sqrt(3)
+    assert rows[-1].count("4.10 [3.85, 4.35]") == 4 and rows[-1].count("410.0 [385.2, 434.8]") == 2
+    assert "| 0.50 | 0.50 | 50.0 |" in rows[3] and "134.5 M" in rows[3]
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_the_second_story_is_that_of_the_result_files(language):
+    found, text = claim_results("language"), PAGES[language].read_text()
+    assert claim_pages.LANGUAGE_PAGE.read_text() == claim_pages.language_page(found)
+    if "small" in found:
+        shown = sections(language)["language"]
+        assert shown in text and replaced(text, "language", shown) == text
+        assert not claim_pages.stale(found["small"]) and found["small"]["seeds"] >= 5
+
+
 @pytest.mark.parametrize("language", PAGES)
 def test_verdicts_of_the_first_registration_are_called_so(language):
     """No verdict of the old run stands beside a hypothesis of the new file: words are those of the results."""
