@@ -129,8 +129,8 @@ def quiet_libraries() -> None:
     line on standard error says what is waited for, unless they are there already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not quiet() and not {"torch", "transformers"} <= sys.modules.keys():
-        warn("loading torch and transformers ...")
+    if first_process() and not quiet() and not {"torch", "transformers"} <= sys.modules.keys():
+        print("loading torch and transformers ...", file=sys.stderr, flush=True)
     if verbose():
         return
     import transformers

@@ -92,7 +92,7 @@ def test_a_line_stands_before_the_wait_for_torch(tmp_path):
         ["init", "mine", "--teacher", model, "--student", model],
     ]  # fmt: skip
     for words, (what, said) in zip(commands, _refused(commands, tmp_path)):
-        assert (what, said) == ("asked", "distill: loading torch and transformers ...\n"), words
+        assert (what, said) == ("asked", "loading torch and transformers ...\n"), words
     assert [said for _, said in _refused(commands, tmp_path, "--quiet")] == [""] * len(commands)
 
 
