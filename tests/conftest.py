@@ -107,6 +107,35 @@ def fresh_accelerator():
         state.AcceleratorState._reset_state()
 
 
+# Where pages and speeds are what is tried. Elsewhere they are by-products of a run, and more than half of its time.
+DRAWN = {"report", "bench", "cost", "docs", "evaluation", "play"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drafts(request):
+    """Figures of pages are empty, and speeds measured on a few tokens, unless the folder or the module (`DRAWN = True`)
+    is about them; pages are whole but for that."""
+    if (
+        request.path.parent.name in DRAWN
+        or getattr(request.module, "DRAWN", False)
+        or "torch" not in sys.modules
+    ):
+        yield
+        return
+    from distill.evaluation import usage
+    from distill.report import drawing
+
+    def empty(figure) -> str:
+        width, height = 72 * figure.get_size_inches()
+        return f'<svg viewBox="0 0 {width} {height}"><g></g></svg>'
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "written_svg", empty)
+        patch.setattr(usage, "DECODE_TOKENS", 4)
+        patch.setattr(usage, "_REPEATS", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> dict[str, str]:
     """A tiny 'hub': folders of other families, each with its own tokenizer."""
