@@ -123,8 +123,14 @@ def bar(*iterable: Any, main: bool = True, **options: Any) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own warnings and bars out of ours; with --verbose their warnings are shown."""
+    """Keep the libraries' own warnings and bars out of ours; with --verbose their warnings are shown.
+
+    A command calls it right before it imports what takes torch and transformers. That is 5 s of work for a CPU, so a
+    line on standard error says what is waited for, unless they are there already.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if first_process() and not quiet() and not {"torch", "transformers"} <= sys.modules.keys():
+        print("loading torch and transformers ...", file=sys.stderr, flush=True)
     if verbose():
         return
     import transformers

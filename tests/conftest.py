@@ -1,29 +1,32 @@
-"""Shared fixtures: tiny models of other families on disk, with tokenizers of their own; everything offline."""
+"""Shared fixtures: tiny models of other families on disk, with tokenizers of their own; everything offline.
+
+Torch and transformers are imported where a fixture needs them: a file of tests that needs neither runs in a second, and
+the process that hands tests to workers never does.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["DISTILL_THREADS"] = "1"  # tests run side by side
+# Tests run side by side, so each process computes on one thread, those that tests start too.
+os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 # A busy machine is no fault of a test: nothing here is timed.
 hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("untimed")
-
-pytest_plugins = ["training_example"]  # the fixture `trained`
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -33,8 +36,21 @@ CHATML = (
 )
 
 
-def byte_tokenizer(template: str | None, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Neighbouring tests go to one worker, so that what a module makes for all its tests is made once; who is done
+    takes from the others."""
+    if config.option.dist == "load":  # what `-n` alone asks for
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+
+def byte_tokenizer(template: str | None, extra: tuple[str, ...] = ()) -> "PreTrainedTokenizerFast":
     """Byte-level BPE without merges: any text, few tokens. `extra` makes two vocabularies differ in content."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +65,10 @@ def byte_tokenizer(template: str | None, extra: tuple[str, ...] = ()) -> PreTrai
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
 
 
-def save_model(folder: Path, config: dict, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> str:
+def save_model(folder: Path, config: dict, tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> str:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": 32,
@@ -86,6 +105,35 @@ def fresh_accelerator():
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state()
+
+
+# Where pages and speeds are what is tried. Elsewhere they are by-products of a run, and more than half of its time.
+DRAWN = {"report", "bench", "cost", "docs", "evaluation", "play"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drafts(request):
+    """Figures of pages are empty, and speeds measured on a few tokens, unless the folder or the module (`DRAWN = True`)
+    is about them; pages are whole but for that."""
+    if (
+        request.path.parent.name in DRAWN
+        or getattr(request.module, "DRAWN", False)
+        or "torch" not in sys.modules
+    ):
+        yield
+        return
+    from distill.evaluation import usage
+    from distill.report import drawing
+
+    def empty(figure) -> str:
+        width, height = 72 * figure.get_size_inches()
+        return f'<svg viewBox="0 0 {width} {height}"><g></g></svg>'
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "written_svg", empty)
+        patch.setattr(usage, "DECODE_TOKENS", 4)
+        patch.setattr(usage, "_REPEATS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +181,14 @@ def make_recipe(tmp_path, hub):
         return str(path), run_dir
 
     return write
+
+
+@pytest.fixture
+def trained(make_recipe):
+    """trained("name", "key=value", ...) -> final tensors of the student (and its run folder)."""
+    from training_example import trainer
+
+    return trainer(make_recipe)
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 """The tiny grid on the shipped pair that the tests of distill/bench run."""
 
+import contextlib
+import os
+from concurrent.futures import Future
+
 import yaml
 from conftest import ROOT
 
@@ -63,3 +67,41 @@ def written(tmp_path, **changes) -> str:
     content["set"] = {**TINY["set"], **changes.get("set", {})}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return str(path)
+
+
+class Inline:
+    """In the place of a bench's ProcessPoolExecutor: tasks in this process, since a worker imports torch anew."""
+
+    def __init__(self, *_, initializer, initargs):
+        initializer(*initargs)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextlib.contextmanager
+def in_this_process():
+    """`run_bench` inside starts no worker; how much is printed and the environment are as before when it ends."""
+    from distill import console
+    from distill.bench import run
+
+    before, pool, verbosity = dict(os.environ), run.ProcessPoolExecutor, console._verbosity
+    run.ProcessPoolExecutor = Inline
+    try:
+        yield
+    finally:
+        run.ProcessPoolExecutor = pool
+        console.set_verbosity(verbosity)
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,10 +1,11 @@
-"""`accelerate launch` of this command in processes of their own, as a user starts it."""
+"""Several processes of this command: by `accelerate launch` as a user starts them, or forked (tests/warm.py)."""
 
 import os
 import subprocess
 from pathlib import Path
 
 from conftest import PYTHON, ROOT
+from warm import finished
 
 from distill.storage import read_json
 
@@ -16,6 +17,12 @@ LAUNCH = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", CPU2, "-m
 def run(command: list[str]) -> None:
     """Run it to its end. Whoever compares two processes with one must see by `processes_of` that there were two."""
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def forked(words: list, processes: int = 1, script: Path | None = None) -> None:
+    """The same without the launcher and its imports: ranks forked from a warm process."""
+    done = finished(words, processes, script)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

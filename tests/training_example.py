@@ -46,9 +46,8 @@ SGD = ["train.optimizer=sgd", "train.learning_rate=0.5", "control.enabled=false"
 MIXED = "train.objectives=[{name: cross_entropy}, {name: forward_kl, weight: 0.5, temperature: 2.0}]"
 
 
-@pytest.fixture
-def trained(make_recipe):
-    """trained("name", "key=value", ...) -> final tensors of the student (and its run folder)."""
+def trainer(make_recipe):
+    """The fixture `trained` of tests/conftest.py."""
 
     def train(name: str, *overrides: str, student: str = "llama", teacher: str = "qwen3_moe"):
         path, run_dir = make_recipe(teacher, student, name)

@@ -173,9 +173,9 @@ def run_tasks(
     tasks: dict[str, Task], jobs: int, redo: bool, clock: "_Clock", say: Callable[[str], None]
 ) -> dict[str, list[str]]:
     """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
-    from distill.devices import cores
+    from distill.devices import asked_threads, cores
 
-    threads = max(1, cores() // jobs)
+    threads = max(1, (asked_threads() or cores()) // jobs)
     waiting, running, done, failed = dict(tasks), {}, set(), {}
     dependants = _dependants(tasks)
     with ProcessPoolExecutor(

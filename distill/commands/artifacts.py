@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from distill import console
 from distill.commands.command import Command, json_argument, language_argument, seed, whole
 from distill.errors import UserError
 from distill.files import check_targets
@@ -24,10 +25,9 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def import_command(arguments: argparse.Namespace) -> int:
-    from distill.console import quiet_libraries
+    console.quiet_libraries()
     from distill.convert.imports import format_import, import_model
 
-    quiet_libraries()
     out = Path(arguments.out) if arguments.out else None
     out, manifest = import_model(arguments.source, out, arguments.dtype)
     print(json.dumps(manifest, indent=2) if arguments.json else format_import(out, manifest))
@@ -62,10 +62,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export_command(arguments: argparse.Namespace) -> int:
     if arguments.gguf:
-        from distill.console import quiet_libraries
+        console.quiet_libraries()
         from distill.convert.layout import export_gguf
 
-        quiet_libraries()
         out, llama_cpp = (Path(given) if given else None for given in (arguments.out, arguments.llama_cpp))
         print(export_gguf(arguments.run_dir, out, llama_cpp))
         return 0
@@ -92,11 +91,10 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_command(arguments: argparse.Namespace) -> int:
-    from distill.console import quiet_libraries
+    check_targets(folder_out=arguments.out)
+    console.quiet_libraries()
     from distill.training.merge import format_errors, merge_adapter
 
-    check_targets(folder_out=arguments.out)
-    quiet_libraries()
     manifest = merge_adapter(arguments.adapter, Path(arguments.out), arguments.dtype)
     text = json.dumps(manifest["merge"], indent=2) if arguments.json else format_errors(manifest)
     print(text if arguments.json else f"{text}\nmerged model: {arguments.out}")
@@ -145,17 +143,10 @@ def describe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def describe_command(arguments: argparse.Namespace) -> int:
-    from distill.console import quiet_libraries
-    from distill.convert.gguf import gguf_config, is_gguf
-    from distill.models.describe import describe, describe_config, format_description
-    from distill.models.load import resolve_model
+    from distill.commands.described import described
 
-    quiet_libraries()
-    if is_gguf(arguments.model):
-        found = describe_config(gguf_config(Path(arguments.model)))
-    else:
-        found = describe(resolve_model(arguments.model))
-    print(json.dumps(found, indent=2) if arguments.json else format_description(found))
+    found, table = described(arguments.model)
+    print(json.dumps(found, indent=2) if arguments.json else table)
     return 0
 
 
@@ -178,8 +169,6 @@ def inherit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def inherit_command(arguments: argparse.Namespace) -> int:
-    from distill.evaluation.inherit import audit, checkpoint_names, format_audit, read_probes, write_audit
-
     for name in ("per_flaw", "max_new_tokens"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise UserError(f"--{name.replace('_', '-')} {given}: at least 1")
@@ -187,6 +176,9 @@ def inherit_command(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out) if arguments.out else None
     if out and (out / "inherit.json").exists():
         raise UserError(f"{out} has an audit already; give another --out, or move it away")
+    console.quiet_libraries()
+    from distill.evaluation.inherit import audit, checkpoint_names, format_audit, read_probes, write_audit
+
     result, rows_of = audit(
         checkpoint_names(arguments.checkpoints),
         read_probes(arguments.probes, arguments.per_flaw),

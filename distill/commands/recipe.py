@@ -80,10 +80,10 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
     from distill.config.recipe import load_recipe, resolved
 
     recipe = load_recipe(path, overrides)
-    from distill import pipeline
-    from distill.console import quiet_libraries
-
-    quiet_libraries()
+    if command == "report" and not arguments.dry_run:
+        _report(recipe.path, arguments.lang)
+        return 0
+    console.quiet_libraries()
     if arguments.dry_run:
         from distill.commands.plan import derived
         from distill.training.start import planned_base
@@ -93,14 +93,14 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
             for name, value in derived(planned).items():
                 print(f"# {name}: {_shown(value)}")
         return 0
-    if command != "report":
-        from distill.doctor.checks import check_recipe
+    from distill import pipeline
+    from distill.doctor.checks import check_recipe
 
-        if recipe.student.made_from:  # what is checked next is what starts from it
-            pipeline.run(recipe, "base", arguments.redo, say=console.say)
-        check_recipe(recipe, command)
-        pipeline.run(recipe, command, arguments.redo, say=console.say)
-    if command in ("run", "report"):
+    if recipe.student.made_from:  # what is checked next is what starts from it
+        pipeline.run(recipe, "base", arguments.redo, say=console.say)
+    check_recipe(recipe, command)
+    pipeline.run(recipe, command, arguments.redo, say=console.say)
+    if command == "run":
         _report(recipe.path, arguments.lang)
     elif command == "evaluate" and console.first_process():
         _dossier(recipe.path / "eval", arguments.lang)
@@ -264,7 +264,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     prompts = load_prompts(keys)
     if sources and arguments.problems is not None and prompts.limit is None:
         prompts = load_prompts([*keys, f"prompts.limit={arguments.problems}"])
-    from distill.console import quiet_libraries
+    console.quiet_libraries()
     from distill.devices import pick_device
     from distill.doctor.checks import check_checkpoints
     from distill.evaluation.evaluate import evaluate_checkpoints
@@ -272,7 +272,6 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     from distill.report.report import summary_table
     from distill.storage import read_json
 
-    quiet_libraries()
     judged = names if arguments.teacher is None else {**names, "teacher": arguments.teacher}
     threads = arguments.threads or 0
     if threads < 0:
@@ -324,9 +323,7 @@ def bench_command(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
-    from distill.bench.page import claims_text
     from distill.bench.run import describe_plan, run_bench, run_tuning
-    from distill.bench.tuning import tuning_text
 
     if arguments.dry_run:
         import yaml
@@ -336,8 +333,12 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
     # With --json, standard output is the JSON alone.
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if arguments.json else console.say
     if arguments.tune:
+        from distill.bench.tuning import tuning_text
+
         found = run_tuning(arguments.recipe, arguments.jobs, arguments.redo, say)
         return found, tuning_text(found)
+    from distill.bench.page import claims_text
+
     found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say)
     return found, claims_text(found)
 

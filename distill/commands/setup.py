@@ -8,6 +8,7 @@ distill completion bash
 import argparse
 import json
 
+from distill import console
 from distill.commands.command import Command, json_argument, pair_arguments, recipe_arguments, with_pair
 from distill.errors import UserError
 
@@ -25,9 +26,7 @@ def init(arguments: argparse.Namespace) -> int:
     from distill.commands.scaffold import write_recipe
 
     if arguments.teacher or arguments.student:
-        from distill.console import quiet_libraries
-
-        quiet_libraries()
+        console.quiet_libraries()
     path = write_recipe(arguments.name, arguments.teacher, arguments.student)
     print(f"{path}: a recipe with every key explained; next: distill doctor {path}, then distill run {path}")
     return 0
@@ -42,12 +41,11 @@ def doctor(arguments: argparse.Namespace) -> int:
     from distill.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, with_pair(arguments.overrides, arguments))
-    from distill.console import quiet_libraries
+    console.quiet_libraries()
     from distill.doctor.checks import examine
     from distill.doctor.findings import as_json, format_findings
     from distill.training.start import planned_base
 
-    quiet_libraries()
     with planned_base(recipe) as planned:
         findings = examine(planned)
     report = as_json(findings)

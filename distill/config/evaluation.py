@@ -14,6 +14,8 @@ from distill.errors import nearest
 from distill.tasks.benchmarks import fill_in
 from distill.tasks.problems import SPLITS
 
+SEEN = 10  # answers and tokens below which nothing is said about a group of them; pages read it without torch
+
 
 class Interventions(Section):
     """Routing changed in every mixture of experts, answers compared (distill/evaluation/interventions.py)."""

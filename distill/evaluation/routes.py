@@ -31,7 +31,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +39,10 @@ import pyarrow.parquet as pq
 
 from distill.errors import RunError, UserError
 from distill.files import replacing
-from distill.models.routers import Router
-from distill.moe.recording import Decisions
+
+if TYPE_CHECKING:  # pages read routes, and torch takes seconds to import
+    from distill.models.routers import Router
+    from distill.moe.recording import Decisions
 
 ROUTES_VERSION = "1"
 ROUTES_SCHEMA = pa.schema(
@@ -89,8 +91,8 @@ def write_routes(
     name: str,
     tokenizer,
     rows: list[dict[str, Any]],
-    decisions: list[dict[str, Decisions]],
-    routers: list[Router],
+    decisions: "list[dict[str, Decisions]]",
+    routers: "list[Router]",
 ) -> Path:
     """Write `<folder>/<name>.parquet` (schema above), whole or not at all; returns its path.
 

@@ -51,7 +51,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.config.evaluation import Evaluate
+from distill.config.evaluation import SEEN, Evaluate
 from distill.console import first_process
 from distill.devices import from_all, share_of, summed
 from distill.errors import RunError, UserError
@@ -61,7 +61,7 @@ from distill.models.chat import prompt_ids
 from distill.models.routers import Router, bare_model
 from distill.moe.metrics import whole_model
 from distill.moe.recording import Decisions, Recording, record_routing
-from distill.moe.specialisation import SEEN, GroupShares
+from distill.moe.specialisation import GroupShares
 
 CLASSES = ("prompt", "thinking", "answer")
 BATCH_TOKENS = 16_384  # tokens of one pass with padding, at most; a longer row goes alone

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from distill.config.evaluation import SEEN
 from distill.moe.totals import FULL_MATRIX
 
-SEEN = 10  # answers and tokens below which nothing is said about a group
 FALSE_ENTRY_RATE = (
     0.05  # chance of any false entry in one table of one layer or, with `comparisons`, in all of them
 )

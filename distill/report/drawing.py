@@ -17,6 +17,7 @@ import io
 import re
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextToPath
 
@@ -129,13 +130,22 @@ class Hover:
         return re.sub(r'<g id="hover(\d+)">', titled, body)
 
 
+def written_svg(figure: Figure) -> str:
+    """The file that `figure.savefig` would write, which draws everything twice, the first time for the layout alone."""
+    buffer, canvas, dpi = io.StringIO(), FigureCanvasSVG(figure), figure.dpi
+    with _room_for_wide_letters():
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
+        figure.dpi = dpi  # which asking for the size of text had changed
+        # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
+        canvas.print_svg(buffer, metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    return buffer.getvalue()
+
+
 def to_svg(figure: Figure, label: str, min_width: int = 300, hover: Hover | None = None) -> str:
     """The figure as an inline `<svg>`; `label` is what a screen reader says."""
-    buffer = io.StringIO()
-    with _room_for_wide_letters():
-        # Every entry of the metadata block is dropped: it holds a date and addresses on the network.
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
-    svg = hover.written(buffer.getvalue()) if hover else buffer.getvalue()
+    written = written_svg(figure)
+    svg = hover.written(written) if hover else written
     svg = svg[svg.index("<svg") :]
     # The drawing's own style rule (`*{...}`) would reach the whole page.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)

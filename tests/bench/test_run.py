@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
-from grid_example import TINY, written
+from grid_example import TINY, Inline, written
 
 from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
 from distill.bench.plan import plan
-from distill.bench.run import describe_plan, run_bench
+from distill.bench.run import describe_plan, run_bench, run_tasks
 from distill.commands.cli import main
 from distill.errors import RunError, UserError
 
@@ -95,6 +95,24 @@ def test_a_larger_budget_takes_over_and_a_failed_run_stops_nobody(small, tmp_pat
     assert results["claims"][0]["effect"]["n"] == 3 and len(results["claims"]) == 3
     assert json.loads((grid / "clock.json").read_text())["wall"]["small"] == clock["wall"]["small"]
     assert (grid / "more-2" / "recipe.yaml").read_text().count("sequence-2/start") == 1
+
+
+@pytest.mark.parametrize("asked, threads", [("1", 1), ("6", 3), ("", 4)])
+def test_workers_share_the_threads_that_were_asked_for(monkeypatch, asked, threads):
+    """Or else the cores: two of them, of eight."""
+    seen = []
+
+    class Pool(Inline):
+        def __init__(self, jobs, context, *, initializer, initargs):
+            seen.append((jobs, *initargs))
+
+    monkeypatch.setattr("distill.bench.run.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr("distill.devices.cores", lambda: 8)
+    monkeypatch.setenv("DISTILL_THREADS", asked)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    run_tasks({}, 2, False, None, print)
+    assert seen == [(2, threads)]
 
 
 def test_every_problem_of_a_bench_file_is_told_at_once(tmp_path):

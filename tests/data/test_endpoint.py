@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -19,6 +18,7 @@ pytest.importorskip("openai", reason='needs pip install -e ".[endpoint]"')
 
 from conftest import PYTHON, ROOT
 from misbehaving_server import ODD_LOGPROBS, MisbehavingServer, completion, good_text
+from warm import Started, finished
 
 from distill.config.data import Endpoint
 from distill.config.data import TeacherSection as TeacherSection
@@ -394,11 +394,7 @@ def test_the_key_is_nowhere(make_recipe, run_cli):
     few = ["prompts.levels={easy: 12}"]
     told = ["echo", "echo_ok", "echo_page", "ok"]
     with MisbehavingServer(lambda q, _: told[sum(map(ord, q)) % 4]) as server:
-        done = subprocess.run(
-            [PYTHON, "-m", "distill", "generate", path, *overrides(server, retries=1), *few], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_LOG": "debug"}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = finished(["generate", path, *overrides(server, retries=1), *few], OPENAI_LOG="debug")
         assert done.returncode == 0, done.stderr
         server.script = lambda _q, _a: "echo_401"
         code, out, err = run_cli("generate", path, *overrides(server), *few, f"run_dir={run_dir}-refused")
@@ -419,15 +415,11 @@ def test_a_killed_stage_asks_for_missing_parts_only(make_recipe, run_cli):
     few = ["prompts.levels={easy: 24}", "generate.part_size=3"]
     parts = lambda: sorted((run_dir / "generations").glob("part-*.parquet"))  # noqa: E731
     with MisbehavingServer(lambda _q, _a: "ok", delay=0.05) as server:
-        process = subprocess.Popen(
-            [PYTHON, "-m", "distill", "generate", path, *overrides(server, concurrency=2), *few], cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
+        process = Started(["generate", path, *overrides(server, concurrency=2), *few])
         while len(parts()) < 3:
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.poll() is None, process.errors
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill(group=True)
         process.wait()
         kept = {p: p.read_bytes() for p in parts()}
         assert 3 <= len(kept) < 8

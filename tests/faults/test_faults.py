@@ -1,44 +1,36 @@
 """Kills and bad input: nothing lost, nothing twice, one clear line, nothing overwritten."""
 
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON, ROOT
+from warm import Started
 
 from distill.storage import hash_file, read_rows
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-
-def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [PYTHON, "-m", "distill", *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+def start(*arguments) -> Started:
+    return Started(arguments)
 
 
 def finish(*arguments) -> str:
     process = start(*arguments)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err.decode()
-    return err.decode()
+    assert process.wait() == 0, process.errors
+    return process.errors
 
 
-def kill_when(process: subprocess.Popen, ready) -> None:
+def kill_when(process: Started, ready) -> None:
     """SIGKILL as soon as `ready()` is true; fails if the process ends first."""
     deadline = time.monotonic() + 120
     while not ready():
-        assert process.poll() is None, f"ended before the kill: {process.stderr.read().decode()}"
+        assert process.poll() is None, f"ended before the kill: {process.errors}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill(group=True)
     process.wait()
 
 
@@ -247,9 +239,8 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_part(make_recipe):
         pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
     try:
         process = start("generate", path, *slow)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 1, err.decode()
-        lines = [line for line in err.decode().splitlines() if line.startswith("distill: ")]
+        assert process.wait(120) == 1, process.errors
+        lines = [line for line in process.errors.splitlines() if line.startswith("distill: ")]
         assert len(lines) == 1 and "No space left on device; free some space and run again" in lines[0]
         kept = contents(target)
         assert kept, "parts written before are kept"

@@ -1,13 +1,15 @@
 """Random SIGKILLs and SIGTERMs over every stage change nothing at the end, the step log included, and leave nothing.
 
-The children are forked from one warm process, so that a kill lands in the work and not in imports of torch. Ten
-in the ordinary suite; `pytest -m slow tests/faults/test_kills.py` does 300, DISTILL_KILLS=1000 as many.
+The children are forked from one warm process (tests/warm.py), so that a kill lands in the work and not in imports of
+torch. Four in the ordinary suite; `pytest -m slow tests/faults/test_kills.py` does 300, DISTILL_KILLS=1000 as many.
 """
 
 import fcntl
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -16,85 +18,52 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import PYTHON, ROOT
+from warm import Started
 
 from distill.files import is_leftover
 from distill.storage import hash_file, read_json, read_rows
 
-FORKS = """
-import os, random, signal, sys, time
-import torch
-torch.set_num_threads(1)
+# A bench's tasks in the process itself: a worker of its own would import torch anew after every kill.
+INLINE = """
+import sys
+from grid_example import in_this_process
 from distill.commands.cli import main
-import distill.training.arms, distill.evaluation.evaluate, distill.data.filter, distill.data.generate
-import distill.report.report, distill.report.dossier, distill.bench.run
-import peft, transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe
-from concurrent.futures import Future
 
-class Inline:  # a bench's tasks in this process: a worker of its own would import torch anew after every kill
-    def __init__(self, *_, initializer, initargs):
-        initializer(*initargs)
-    def __enter__(self):
-        return self
-    def __exit__(self, *_):
-        return False
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+with in_this_process():
+    sys.exit(main(sys.argv[1:]))
+"""
 
-distill.bench.run.ProcessPoolExecutor = Inline
-signals, kills, seed, longest = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-command = sys.argv[5:]
-rng = random.Random(seed)
 
-def child():
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1); os.dup2(null, 2)
-        os.setsid()
-        os._exit(main(command))
-    return pid
-
-def worked(pid):  # seconds of work of a child: on a busy machine the clock says nothing of how far it is
+def worked(running: Started, begun: float) -> float:
+    """Seconds of work of a process: on a busy machine the clock says nothing of how far it is."""
     try:
-        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        fields = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except OSError:
         return time.monotonic() - begun
 
-landed = 0
-while landed < kills:
-    pid, begun, goal, done = child(), time.monotonic(), rng.uniform(0.02, longest), 0
-    while not done and worked(pid) < goal and time.monotonic() < begun + 60 * longest:
-        time.sleep(rng.uniform(0.001, 0.004))
-        done, status = os.waitpid(pid, os.WNOHANG)
-    if not done:
-        done, status = os.waitpid(pid, os.WNOHANG)
-    if done:
-        assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
-        break
-    os.kill(pid, getattr(signal, rng.choice(signals)))
-    os.waitpid(pid, 0)
-    landed += 1
-pid = child()
-_, status = os.waitpid(pid, 0)
-assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
-print(landed)
-"""
 
-
-def survive(signals: str, kills: int, *command, longest: float = 0.5, seed: int = 1) -> int:
+def survive(
+    signals: str, kills: int, *command, longest: float = 0.5, seed: int = 1, script: Path | None = None
+) -> int:
     """How many kills landed before the command was done, which it is in the end."""
-    done = subprocess.run(
-        [PYTHON, "-c", FORKS, signals, str(kills), str(seed), str(longest), *map(str, command)],
-        cwd=ROOT, capture_output=True, text=True, timeout=3000, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return int(done.stdout.split()[-1])
+    rng = random.Random(seed)
+    landed = 0
+    while landed < kills:
+        running, begun, goal = Started(command, script), time.monotonic(), rng.uniform(0.02, longest)
+        while running.poll() is None and worked(running, begun) < goal:
+            if time.monotonic() > begun + 60 * longest:
+                break
+            time.sleep(rng.uniform(0.001, 0.004))
+        if running.poll() is not None:
+            assert running.returncode == 0, running.errors[-3000:]
+            break
+        running.kill(getattr(signal, rng.choice(signals.split(","))))
+        running.wait()
+        landed += 1
+    last = Started(command, script)
+    assert last.wait(3000) == 0, last.errors[-3000:]
+    return landed
 
 
 # ---- what is compared: every file, but for times -----------------------------------------------------
@@ -278,10 +247,12 @@ def test_a_bench_that_is_killed_again_and_again(make_recipe, run_cli, tmp_path, 
     file, whole = bench("whole")
     assert run_cli("bench", file, "--jobs", "1")[0] == 0
     landed = round_ = 0
+    (script := tmp_path / "inline.py").write_text(INLINE)
     while landed < wanted:
         round_ += 1
         file, grid = bench(f"killed{round_}")
-        more = survive("SIGKILL", wanted - landed, "bench", file, "--jobs", "1", longest=1.5, seed=round_)
+        words = ["bench", file, "--jobs", "1"]
+        more = survive("SIGKILL", wanted - landed, *words, longest=1.5, seed=round_, script=script)
         landed += more
         assert_undisturbed(grid, whole)
         assert round_ < 10, f"{landed} kills in {round_} runs: make it longer"

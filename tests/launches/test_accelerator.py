@@ -5,11 +5,10 @@ few a batch where results go to disk.
 """
 
 import json
-import os
-import subprocess
 
 import pytest
-from conftest import PYTHON, ROOT
+from conftest import ROOT
+from warm import finished
 
 OBJECTIVES = (
     "cross_entropy", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl",
@@ -23,9 +22,7 @@ OBJECTIVES = (
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerator")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [PYTHON, str(ROOT / "tests" / "fakegpu_worker.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = finished([folder], script=ROOT / "tests" / "fakegpu_worker.py", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 

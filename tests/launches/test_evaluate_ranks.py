@@ -1,11 +1,11 @@
-"""`accelerate launch` of an evaluation: two processes and three write the metrics of one, to the last bit."""
+"""An evaluation by two processes, and three under `accelerate launch`: the metrics of one, to the last bit."""
 
 import json
 import re
+from functools import partial
 
 import pytest
-from conftest import PYTHON
-from launching import LAUNCH, processes_of, run
+from launching import LAUNCH, forked, processes_of, run
 
 from distill.storage import hash_file, read_json
 
@@ -19,21 +19,22 @@ def untimed(value):
     return [untimed(item) for item in value] if isinstance(value, list) else value
 
 
-def evaluated(tmp_path, hub, name: str, command: list[str]):
+def evaluated(tmp_path, hub, name: str, start):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {i} " * (i + 1)}) for i in range(9)) + "\n")
     out = tmp_path / name
     options = ["--tasks", "easy", "medium", "--problems", "40", "--max-new-tokens", "12", "--top-k", "1"]
     options += ["--text", str(text), "--precision", "bf16", "--teacher", hub["qwen3_moe"], "--out", str(out)]
-    run([*command, "evaluate", hub["llama"], *options])
+    start(["evaluate", hub["llama"], *options])
     return out
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_evaluate_to_the_same_metrics(tmp_path, hub, processes):
     launch = [*LAUNCH[:-2], "--num_processes", str(processes), *LAUNCH[-2:]]
-    one = evaluated(tmp_path, hub, "one", [PYTHON, "-m", "distill"])
-    many = evaluated(tmp_path, hub, "many", launch)
+    one = evaluated(tmp_path, hub, "one", forked)
+    several = partial(forked, processes=2) if processes == 2 else lambda words: run([*launch, *words])
+    many = evaluated(tmp_path, hub, "many", several)
     assert processes_of(one) == 1 and processes_of(many) == processes
     alone, together = (untimed(read_json(out / "metrics.json")) for out in (one, many))
     assert alone == together

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import CHATML, PYTHON, byte_tokenizer, save_model
-from launching import LAUNCH, processes_of, run
+from launching import LAUNCH, forked, processes_of, run
 from safetensors.torch import load_file
 from training_example import MIXED, SGD, fake_dataset
 
@@ -32,10 +32,13 @@ def test_two_processes_train_to_the_same_weights(make_recipe, hub):
     """
     options = [*SGD, MIXED, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=3"]
     weights = {}
-    for name, command in (("one", ONE), ("two", LAUNCH)):
+    for name in ("one", "two"):
         path, run_dir = make_recipe(name=name)
         fake_dataset(run_dir)
-        run([*command, "train", path, *options, *(["teacher.device=sharded"] if name == "two" else [])])
+        if name == "one":
+            forked(["train", path, *options])
+        else:  # by the launcher: these two processes share nothing
+            run([*LAUNCH, "train", path, *options, "teacher.device=sharded"])
         weights[name] = load_file(run_dir / "student" / "model.safetensors")
         assert processes_of(run_dir / "student") == {"one": 1, "two": 2}[name]
         assert len((run_dir / "student" / "metrics.jsonl").read_text().splitlines()) == 4
@@ -63,14 +66,13 @@ def test_the_expert_bias_moves_under_ddp_as_in_one_process(make_recipe, tmp_path
     student = mixture(tmp_path / "mixture")
     options = [*SGD, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
     options += ["train.expert_bias_step=0.01", "train.expert_bias_freeze=0"]
-    three = [*LAUNCH[:-2], "--num_processes", "3", *LAUNCH[-2:]]
     weights = {}
-    for name, command in (("one", ONE), ("three", three)):
+    for name, processes in (("one", 1), ("three", 3)):
         path, run_dir = make_recipe(student=student, name=name)
         fake_dataset(run_dir)
-        run([*command, "train", path, *options])
+        forked(["train", path, *options], processes)
         weights[name] = load_file(run_dir / "student" / "model.safetensors")
-        assert processes_of(run_dir / "student") == {"one": 1, "three": 3}[name]
+        assert processes_of(run_dir / "student") == processes
     biases = [name for name in weights["one"] if name.endswith("e_score_correction_bias")]
     assert biases and all(weights["one"][name].abs().max() > 0.009 for name in biases)
     for name, tensor in weights["one"].items():

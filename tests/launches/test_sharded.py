@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 from conftest import PYTHON, ROOT
-from launching import processes_of
+from launching import forked, processes_of
 from safetensors.torch import load_file
 from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
 
@@ -67,19 +67,10 @@ def test_the_command_trains_a_sharded_student_to_the_same_weights(make_recipe, a
     for name in ("one", "two"):
         path, run_dir = make_recipe(name=name)
         fake_dataset(run_dir)
-        command = [PYTHON, "-m", "distill"]
         if name == "two":
-            launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = [*launch, str(ROOT / "tests" / "fsdp_launch.py")]
-        done = subprocess.run(
-            [*command, "train", path, *options],
-            env=ENVIRONMENT,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+            forked(["train", path, *options], 2, ROOT / "tests" / "fsdp_launch.py")
+        else:
+            forked(["train", path, *options])
         weights[name] = load_file(next((run_dir / "student").glob("*.safetensors")))
         assert processes_of(run_dir / "student") == {"one": 1, "two": 2}[name]
     assert_same(weights["one"], weights["two"], 1e-5)

@@ -2,15 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, MixtralConfig
+from warm import Started
 
 from distill.errors import RunError, UserError
 from distill.models.routers import Router
@@ -131,6 +127,7 @@ def test_take_gives_each_part_once_and_totals_stay():
 WORKER = """
 import json, sys, torch
 from pathlib import Path
+sys.path.insert(0, "tests/moe")
 from test_totals import decisions, mixtral, router, text
 from distill.moe.recording import Recording, record_routing
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -175,15 +172,8 @@ def test_two_processes_equal_one(tmp_path):
     The second recording is of a model that trains under DistributedDataParallel.
     """
     (tmp_path / "worker.py").write_text(WORKER)
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "worker.py"), str(rank), str(tmp_path)], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    started = [Started([rank, tmp_path], tmp_path / "worker.py") for rank in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0], started[0].errors
     alone = Recording([router(), router(6, 3, "other")], keep="counts")
     for seed in range(3):
         for record, call in zip(

@@ -59,10 +59,49 @@ def test_the_measured_run_was_of_this_code_and_within_its_ranges(number):
     assert measured["cpu_seconds"] < 5 * 60  # of the ten minutes that a lesson may take
 
 
-def test_a_lesson_runs_in_a_kernel(short):
+SMALL = """
+# %% [markdown] lang="en"
+# # Small
+
+# %% [markdown] lang="zh"
+# # 小
+
+# %%
+import sys
+
+import matplotlib.pyplot as plt
+
+from distill import lessons
+
+plt.plot([1, 2, 4])
+plt.show()
+print("progress", file=sys.stderr)
+
+# %% tags=["exercise"]
+def double(x):
+    return ...
+
+# %% tags=["solution"]
+def double(x):
+    return 2 * x
+
+# %%
+lessons.exercise("1", lambda: double(2) == 4, "add")
+lessons.expect("a number", 0.5, 0, 1, short=(0, 1))
+"""
+
+
+@pytest.mark.parametrize("lesson", ["small", pytest.param("real", marks=pytest.mark.slow)])
+def test_a_lesson_runs_in_a_kernel(short, lesson, monkeypatch):
     """As Jupyter runs it: the notebook with its install cell, in a process of its own."""
     number = min(NUMBERS, key=lambda n: FULL[str(n)]["cpu_seconds"])
-    made, told, _ = workshop.execute_in_kernel(workshop.read_lesson(number))
+    read = workshop.read_lesson(number)
+    if lesson == "small":  # a page of what every lesson has, without a model
+        (short / f"lesson{number}.py").write_text(SMALL)
+        with monkeypatch.context() as there:
+            there.setattr(workshop, "FOLDER", short)
+            read = workshop.read_lesson(number)
+    made, told, _ = workshop.execute_in_kernel(read)
     kinds = {m for c in made.cells if c.cell_type == "code" for o in c.outputs for m in o.get("data", {})}
     assert "image/png" in kinds
     assert told["exercises"] and not any(told["exercises"].values())

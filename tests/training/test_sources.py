@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer
-from launching import LAUNCH, processes_of, run
+from launching import forked, processes_of
 from safetensors.torch import load_file
 from training_example import SGD, assert_same, losses_of, stopped_after, stored
 
@@ -205,7 +205,7 @@ def test_accumulation_and_another_number_of_processes_change_nothing(trained, ma
     stopped_after(3, monkeypatch, lambda: trained("two", *options, "train.micro_batch_size=6"))
     path, two_dir = make_recipe(name="two")
     assert [p.name for p in (two_dir / "student").glob("state-*")] == ["state-0000003"]
-    run([*LAUNCH, "train", path, *options])
+    forked(["train", path, *options], 2)
     assert processes_of(two_dir / "student") == 2
     assert losses_of(two_dir) == pytest.approx(losses_of(run_dir), abs=1e-5)
     assert_same(whole, load_file(next((two_dir / "student").glob("*.safetensors"))), 1e-5)

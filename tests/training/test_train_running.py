@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import PYTHON, ROOT
-from launching import ENVIRONMENT
+from conftest import ROOT
 from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
+from warm import Started
 
 from distill.config.recipe import load_recipe
 from distill.errors import RunError, UserError
@@ -37,14 +36,13 @@ def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make
     options = [PLAIN, "train.steps=80", "train.checkpoint_every=0", "train.batch_size=4"]
     path, run_dir = make_recipe(name="told")
     fake_dataset(run_dir)
-    command = [PYTHON, "-m", "distill", "train", path, *options]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = Started(["train", path, *options])
     log = run_dir / "student" / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors
+    process.kill(signal.SIGTERM)
+    assert process.wait(120) == 143, process.errors
+    errors = process.errors
     assert "stopped by SIGTERM after step" in errors and "state saved" in errors and "Traceback" not in errors
     (state,) = (run_dir / "student").glob("state-*")
     assert int(state.name.partition("-")[2]) == log.read_text().count("\n") >= 5

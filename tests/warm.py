@@ -1,0 +1,215 @@
+"""`distill` in processes that are forked from a warm one, which has imported torch and the rest once.
+
+    done = finished(["train", path])                 # one process: returncode, stdout, stderr
+    done = finished(["train", path], processes=3)    # three ranks of one group over gloo, as torchrun starts them
+    process = Started(["generate", path])            # poll(), kill(signal), wait(), of a process group of its own
+
+A process of its own takes 5 s of imports before its work begins; here it takes a fork. What is tried is the same: other
+processes, their signals, files, locks and collectives. Not tried is the launcher: tests/launches/test_launch.py starts
+one pair of processes as a user does, and the slow tests start every launch file. Hashes of strings, and so the order of
+sets, are alike in all forks; in that pair they are not.
+
+The warm process computes nothing itself and so has no threads that a fork would lose.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+}  # fmt: skip
+_server: subprocess.Popen | None = None
+
+
+# ---- what tests call -----------------------------------------------------------------------------------
+
+
+class Started:
+    """A running `distill WORDS`, or a script with such words; its output lies in files until it is asked for."""
+
+    def __init__(self, words: list, script: Path | None = None, **environment: str):
+        self.folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        order = {
+            "words": [*map(str, words)], "script": script and str(script), "cwd": str(ROOT),
+            "environment": {**os.environ, **SETTINGS, **environment},
+            "out": str(self.folder / "out"), "err": str(self.folder / "err"),
+        }  # fmt: skip
+        self.pid = _ask(start=order)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal as in subprocess; None while it runs."""
+        if self.returncode is None:
+            self.returncode = _ask(poll=self.pid)
+        return self.returncode
+
+    def kill(self, number: int = signal.SIGKILL, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    def wait(self, timeout: float = 240) -> int:
+        """The exit code. Raises TimeoutError, after killing it and all that it started."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill(group=True)
+                raise TimeoutError(f"still running after {timeout} s: {self.errors[-3000:]}")
+            time.sleep(0.005)
+        return self.returncode
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return (self.folder / "err").read_text()
+
+
+def finished(
+    words: list, processes: int = 1, script: Path | None = None, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
+    """All ranks run to their end; where one fails the others are killed, as a launcher does. Output is that of all."""
+    ranks = [Started(words, script, **_rank(rank, processes, environment)) for rank in range(processes)]
+    deadline, failed = time.monotonic() + timeout, False
+    while any(rank.poll() is None for rank in ranks):
+        failed = time.monotonic() > deadline or any(rank.poll() for rank in ranks)
+        if failed:
+            time.sleep(0.5)  # a mistake that all of them find is told by all
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill(group=True)
+                    rank.wait()
+        time.sleep(0.005)
+    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return subprocess.CompletedProcess(
+        words, code, "".join(rank.output for rank in ranks), "".join(rank.errors for rank in ranks)
+    )
+
+
+_ports: dict[str, str] = {}
+
+
+def _rank(rank: int, processes: int, environment: dict[str, str]) -> dict[str, str]:
+    """What torchrun gives to one of several processes; the port is the same for all of a group."""
+    if processes == 1:
+        return environment
+    if rank == 0:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            _ports["now"] = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _ports["now"],
+    }
+    return {**world, **place, **environment}
+
+
+def _ask(**order):
+    """One order to the warm process, which is started for the first of them; its answer."""
+    global _server
+    if _server is None:
+        _server = subprocess.Popen(
+            [sys.executable, __file__], env={**os.environ, **SETTINGS}, cwd=ROOT, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        atexit.register(_server.kill)
+    _server.stdin.write(json.dumps(order) + "\n")
+    _server.stdin.flush()
+    said = _server.stdout.readline()
+    assert said, f"the warm process has ended: {_server.poll()}"
+    return json.loads(said)
+
+
+# ---- the warm process ----------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3.modeling_qwen3
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+    import distill.commands.plan
+    import distill.data.filter
+    import distill.data.generate
+    import distill.doctor.checks
+    import distill.evaluation.evaluate
+    import distill.pipeline
+    import distill.report.dossier
+    import distill.report.report
+    import distill.training.arms  # noqa: F401
+
+    orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in orders:
+        order = json.loads(line)
+        if "start" in order:
+            said = os.fork() or _child(order["start"])
+            with contextlib.suppress(OSError):  # both do it, so that neither need wait for the other
+                os.setpgid(said, said)
+        else:
+            done, status = os.waitpid(order["poll"], os.WNOHANG)
+            said = os.waitstatus_to_exitcode(status) if done else None
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
+
+
+def _child(order: dict) -> None:
+    """The command in this fork; never returns."""
+    import runpy
+    import traceback
+
+    import numpy as np
+
+    from distill.commands.cli import main
+
+    os.setpgid(0, 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    os.chdir(order["cwd"])
+    random.seed()  # as in processes that were started apart
+    np.random.seed()
+    sys.argv = [order["script"] or "distill", *order["words"]]
+    try:
+        if order["script"]:
+            runpy.run_path(order["script"], run_name="__main__")
+            code = 0
+        else:
+            code = main(order["words"])
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
