@@ -129,11 +129,7 @@ def expert_findings(pair: Pair) -> list[Finding]:
             text = f"{wants[0]} needs a mixture-of-experts student, and this one is dense"
             return [*found, Finding("experts", FAIL, text, "leave it out, or take a MoE student")]
         return found or [Finding("experts", OK, "both are dense")]
-    if train.expert_bias_step:
-        try:
-            ExpertBiasBalancer(student_skeleton(pair.recipe.student))
-        except UserError as error:
-            found += failures("experts", error)
+    found += _balanced(pair)
     if any(o.signal == "routers" for o in train.objectives) and pair.teacher:
         found += _routers_match(sizes)
     return found
@@ -161,6 +157,27 @@ def _reached(pair: Pair, table: dict) -> list[Finding]:
             "student.lora.experts=true to train them (each with its own rank)",
         )
     ]
+
+
+def _balanced(pair: Pair) -> list[Finding]:
+    """That what is asked to balance the experts can: routers that stay frozen, and biases that nobody saves, cannot."""
+    section, train, found = pair.recipe.student, pair.recipe.train, []
+    if train.expert_bias_step:
+        try:
+            ExpertBiasBalancer(student_skeleton(section))
+        except UserError as error:
+            found += failures("experts", error)
+        if section.adapter == "lora":
+            text = (
+                "train.expert_bias_step does nothing for the student that is saved: it moves a bias of the frozen base, "
+                "which no adapter carries, so the student would be used with other routing than it was trained with"
+            )
+            found.append(Finding("experts", FAIL, text, "set it to 0, or student.adapter=full"))
+    names = [o.name for o in train.objectives if o.signal == "own_routers"]
+    if names and section.adapter == "lora" and not section.lora.router:
+        text = f"{' and '.join(names)} balances nothing: the routers stay frozen, and it only bends what they read"
+        found.append(Finding("experts", WARN, text, "student.lora.router=true, or leave it out"))
+    return found
 
 
 def _routers_match(sizes: dict[str, set[tuple[int, int]]]) -> list[Finding]:
