@@ -200,8 +200,8 @@ def precisions(layers: int) -> list[dict]:
 
 def likelihood(p: float) -> dict:
     short = {key: score(p, N)[key] for key in ("n", "accuracy", "stderr", "ci95")}
-    return {"options": "letter", "mean_options": 4.0, "errors": 0} | dict.fromkeys(
-        ("sum", "per_token", "per_byte"), short
+    return {"form": "plain", "options": "letter", "mean_options": 4.0, "errors": 0} | dict.fromkeys(
+        ("sum", "per_character", "per_token", "per_byte"), short
     )
 
 

@@ -197,6 +197,8 @@ class Validation(Section):
 class Train(Section):
     """How it trains. The same loop for student and control arm, one process or many."""
 
+    later: ClassVar = ("head_precision",)
+
     objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
         [Objective(name="cross_entropy")], description="terms of the loss, each a name, a weight and options"
     )
@@ -232,6 +234,11 @@ class Train(Section):
         "fp8-emulated-tensor",
         "fp8-emulated-gradient-blocks",
     ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
+    head_precision: Literal["same", "fp32"] = Field(
+        "same",
+        description="of the student's output head alone; fp32: it sees updates that bf16 rounds away "
+        "(distill/models/rounding.py), and its logits are not rounded",
+    )
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
     checkpoint_every: Whole = Field(100, description="steps; 0 keeps none")
     gradient_checkpointing: bool = Field(

@@ -73,6 +73,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     ]
     if pair.does("train"):
         checks += [("trained", student_checks.trained), ("experts", student_checks.expert_findings)]
+        checks += [("precision", student_checks.rounding)]
     checks += [("evaluation", needs.measured), ("control", needs.references), ("memory", footprint.memory)]
     for name, check in checks:
         found += findings_of(name, check, pair)

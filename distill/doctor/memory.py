@@ -3,19 +3,23 @@
     for phase in phases(pair): print(phase.name, phase.parts, phase.held)
 
 What must be held is counted: weights in the dtype they get, 16-bit copies that autocast keeps, a float32 gradient and
-two Adam moments per trained parameter, the chunk of logits that exists at a time. The cache of keys and values is an
-upper bound (every answer as long as allowed). Activations are an order of magnitude, after Korthikanti et al. 2022
-(arXiv 2205.05198, section 4.1) without the attention matrix: per token and layer 8 hidden vectors and 4 of the MLP's
-width. On a CPU everything shares main memory with the program itself.
+two Adam moments per trained parameter, logits as far as they exist at a time. The cache of keys and values is an upper
+bound (every answer as long as allowed). Activations are what autograd keeps of a Llama block, tensor by tensor
+(`_activations`). On a CPU the program itself counts too: Python with its libraries, and a kilobyte per token of every
+tokenizer. What was forecast and what was measured, on two real models: docs/training.md, "Memory".
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 
+from distill.config.evaluation import Evaluate
+from distill.data.scoring import BATCH_LOGITS, CHUNK_LOGITS
 from distill.devices import device_memory, free_memory
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Pair, Side
-from distill.models.precision import resolve_precision
+from distill.evaluation.answers import MOST_ON_CPU
+from distill.models.precision import PLAIN_ATTENTION_LIMIT, resolve_precision
 from distill.training.losses.fused import chunk_rows
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -23,9 +27,13 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # A number in 4 bits with double quantisation: 0.5 + 8/64/8 + 4/(64*256) bytes; in 8 bits one scale per row besides.
 _ROUNDED = {"4bit": 0.516, "8bit": 1.0}
-_PROGRAM = 700e6  # torch, transformers and their libraries in a process of this project
+_PROGRAM = 530e6  # torch, transformers, datasets and their libraries in a process of this project
+_PER_TOKEN = 1000  # bytes of a tokenizer: its table, and the same again as a dictionary of Python
+_SCORE_BYTES = 6  # of an attention score: as a logit and as a probability, in 16 bits and in part in float32
+_COLUMNS = 64  # by which a cache of keys and values grows (distill/models/decode.py)
+_COMPARED = 8 * CHUNK_LOGITS * 4  # what a pass over text takes besides its logits
 _UNKNOWN_PROMPT = 256  # tokens, where prompts cannot be counted
-HELD = ("weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights")
+HELD = ("program", "weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights")
 
 
 def gigabytes(amount: float) -> str:
@@ -73,7 +81,7 @@ def memory(pair: Pair) -> list[Finding]:
     has, found = device_memory(pair.device), []
     on_cpu = pair.device.type == "cpu"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1
-    room = has / processes - (_PROGRAM if on_cpu else 0)
+    room = has / processes
     needed = phases(pair)
     for phase in needed:
         finding = _judge(phase, room, has, pair)
@@ -85,7 +93,7 @@ def memory(pair: Pair) -> list[Finding]:
         each = "; ".join(f"{p.name} {gigabytes(p.total)} ({_largest(p)})" for p in needed)
         found = [Finding("memory", OK, f"{each}; the device has {gigabytes(has)}")]
         free = free_memory(pair.device)
-        if free is not None and processes * (most + (_PROGRAM if on_cpu else 0)) > free:
+        if free is not None and processes * most > free:
             text = f"{gigabytes(most)} fit into {gigabytes(has)}, but only {gigabytes(free)} are free at this moment"
             found.append(Finding("memory", WARN, text, "end what else runs on this device"))
     return found
@@ -110,7 +118,7 @@ def _judge(phase: Phase, room: float, has: float, pair: Pair) -> Finding | None:
 
 
 def _largest(phase: Phase) -> str:
-    name, size = max(phase.parts.items(), key=lambda part: part[1])
+    name, size = max(phase.parts.items(), key=lambda part: part[1] if part[0] != "program" else 0)
     return f"{name} {gigabytes(size)}"
 
 
@@ -158,20 +166,48 @@ def _weights(side: Side, dtype: str, quantize: str = "none") -> float:
     return whole * min(each, 2) + (facts["parameters_total"] - whole) * _ROUNDED[quantize]
 
 
+def _program(pair: Pair, stage: Side) -> dict[str, float]:
+    """The process itself, where it shares memory with the models: the checks' tokenizers, and the stage's own."""
+    if pair.device.type != "cpu":
+        return {}
+    return {"program": _PROGRAM + _PER_TOKEN * sum(len(s.tokenizer) for s in [*pair.sides, stage])}
+
+
+def _loading(side: Side, weights: float) -> float:
+    """Bytes while weights are brought into another dtype: those of the files are in memory beside them."""
+    stored = side.facts["weight_bytes"]
+    return weights + stored if weights != stored else weights
+
+
 def _cache(side: Side, tokens: int, each: float) -> float:
     """Of one row of so many tokens; sliding layers keep all of them here (distill/models/decode.py)."""
     facts = side.facts
     stored = facts["weight_bytes"] / facts["parameters_total"]
-    return facts["kv_bytes_per_token"] / stored * each * tokens
+    columns = math.ceil(tokens / _COLUMNS) * _COLUMNS
+    return facts["kv_bytes_per_token"] / stored * each * columns
 
 
-def _activations(side: Side, tokens: int, each: float, layers: int) -> float:
-    """Bytes kept of so many tokens in so many layers."""
+def _activations(side: Side, tokens: int, low: float, layers: int) -> float:
+    """Bytes that autograd keeps of so many tokens in so many layers; `low`: bytes of a number in products.
+
+    Of a block of width d, with m in its MLP. Both norms keep their float32 input and what they made of it, and the products
+    after them its cast: 2 (4 + 4 + low) d, of which in float32 the cast is nothing new. Queries, keys and values before and
+    after rotation, repeated for their groups, the attention's result, and its cast: 8 low d. The gated MLP: 4 low m.
+    """
     facts = side.facts
     width, depth = facts["hidden_size"], facts["layers"]
     body = facts["parameters_active"] - facts["vocab_size"] * width
     mlp = max(0.0, body / depth - 4 * width**2) / (3 * width)  # of a gated MLP with that many parameters
-    return tokens * layers * each * (8 * width + 4 * mlp)
+    norms = 2 * (8 + (low if low < 4 else 0)) * width
+    return tokens * layers * (norms + 8 * low * width + 4 * low * mlp)
+
+
+def _scores(pair: Pair, rows: int, length: int, low: float, layers: int) -> float:
+    """Bytes of attention's scores [rows, heads, T, T], where they are made at once (distill/models/precision.py)."""
+    if pair.device.type != "cpu" or low == 4 or length > PLAIN_ATTENTION_LIMIT:
+        return 0
+    heads = getattr(pair.student.config.get_text_config(decoder=True), "num_attention_heads", 0) or 0
+    return rows * heads * length**2 * layers * _SCORE_BYTES
 
 
 def _prompt(pair: Pair, side: Side, held_out: bool = False) -> int:
@@ -179,19 +215,38 @@ def _prompt(pair: Pair, side: Side, held_out: bool = False) -> int:
     return lengths.longest[0] if lengths else _UNKNOWN_PROMPT
 
 
+def _of_passes(side: Side, tokens: int, models: int) -> float:
+    """Bytes of logits while so many tokens of text are read at once by so many models, in float32."""
+    return models * 4 * side.rows * min(tokens, max(1, BATCH_LOGITS // side.rows)) + _COMPARED if tokens else 0
+
+
 def _generation(pair: Pair) -> Phase:
     teacher, recipe = pair.teacher, pair.recipe
     each = _weight_bytes(teacher, recipe.teacher.dtype)
-    rows = recipe.generate.batch_size
-    tokens = _prompt(pair, teacher) + recipe.generate.max_new_tokens
-    cache = _cache(teacher, tokens, each)
+    rows, new = recipe.generate.batch_size, recipe.generate.max_new_tokens
+    cache = _cache(teacher, _prompt(pair, teacher) + new, each)
     logits = 24 * teacher.rows  # scores in float32, their sum in float64
+    weights = _weights(teacher, recipe.teacher.dtype)
     parts = {
-        "weights": _weights(teacher, recipe.teacher.dtype),
+        **_program(pair, teacher),
+        "weights": weights,
         "cache of keys and values": rows * cache,
         "logits": rows * logits,
     }
-    return Phase("generate", parts, "generate.batch_size", rows, cache + logits)
+    scored = _of_passes(teacher, rows * new if recipe.generate.signal.kind != "none" else 0, 1)
+    return _with_the_rest(
+        Phase("generate", parts, "generate.batch_size", rows, cache + logits),
+        scored, _loading(teacher, weights) - weights,
+    )  # fmt: skip
+
+
+def _with_the_rest(phase: Phase, *moments: float) -> Phase:
+    """With what other moments than decoding's take beyond it: bytes besides the program and the weights."""
+    now = sum(size for name, size in phase.parts.items() if name not in HELD)
+    more = max(moments) - now
+    if more > 0:
+        phase.parts["text read at once, or files while they load"] = more
+    return phase
 
 
 def _training(pair: Pair) -> Phase:
@@ -201,24 +256,30 @@ def _training(pair: Pair) -> Phase:
     full = recipe.student.adapter == "full"
     trained = facts["parameters_total"] if full else pair.adapter_parameters
     dtype = "auto" if not full and low == 2 else "fp32"
-    length = _prompt(pair, student) + recipe.generate.max_new_tokens
-    if recipe.prompts.documents:
-        length = recipe.prompts.window
-    length = min(
-        length, train.max_length or length, recipe.filter.max_tokens or length, student.context or length
-    )
+    length = _row_length(pair)
     rows = min(train.micro_batch_size, train.batch_size)
     if train.micro_batch_tokens:
         rows = max(1, min(rows, train.micro_batch_tokens // length))
     layers = 2 if train.gradient_checkpointing else facts["layers"]
-    per_row = _activations(student, length, low, layers)
+    kept_inputs = 4 * length * facts["layers"] * facts["hidden_size"] if train.gradient_checkpointing else 0
+    per_row = _activations(student, length, low, layers) + _scores(pair, 1, length, low, layers) + kept_inputs
     live = pair.teacher and recipe.needs_live_teacher and not train.teachers.own_start
-    chunk = chunk_rows(rows * length, student.rows, low, pair.device) * student.rows * low
+    head = 4 if train.head_precision == "fp32" else low
+    chunk = chunk_rows(rows * length, student.rows, head, pair.device) * student.rows * head
+    weights = _weights(student, dtype, recipe.student.quantize)
+    cast = low == 2 and recipe.student.quantize == "none" and weights > 3 * facts["parameters_total"]
+    # In the forward pass copies and activations come, in the backward pass they go and gradients come. With several
+    # passes a step gradients are there before.
+    copies = 2 * facts["parameters_total"] if cast else 0
+    going = copies + rows * per_row
+    alone = rows >= train.batch_size and not train.packing
+    gradients = max(0.0, 4 * trained - going) if alone else 4 * trained
     parts = {
-        "weights": _weights(student, dtype, recipe.student.quantize),
-        "16-bit copies": 2 * facts["parameters_total"] if full and low == 2 else 0,
+        **_program(pair, student),
+        "weights": weights,
+        "16-bit copies": copies,
         "adapter": 0 if full else 4 * trained,
-        "gradients": 4 * trained,
+        "gradients": gradients,
         "optimizer": 8 * trained if train.optimizer == "adamw" else 0,
         "logits": chunk * (2 if live else 1) + (4 * student.rows * facts["hidden_size"] if full else 0),
         "activations": rows * per_row,
@@ -236,17 +297,40 @@ def _training(pair: Pair) -> Phase:
     return Phase("train", parts, "train.micro_batch_size", rows, per_row)
 
 
+def _row_length(pair: Pair) -> int:
+    """Tokens of the longest training row, as far as it can be known."""
+    recipe = pair.recipe
+    length = _prompt(pair, pair.student) + recipe.generate.max_new_tokens
+    if recipe.prompts.documents:
+        length = recipe.prompts.window
+    limits = recipe.train.max_length, recipe.filter.max_tokens, pair.student.context
+    return min(length, *(limit for limit in limits if limit))
+
+
 def _evaluation(pair: Pair) -> Phase:
     """The student beside the teacher it is compared with; each model in the dtype it is stored in."""
-    recipe = pair.recipe
-    tokens = _prompt(pair, pair.student, held_out=True) + recipe.evaluate.max_new_tokens
-    rows = min(recipe.evaluate.batch_size, max(1, len(pair.test_rows or [])) * recipe.evaluate.samples)
-    if pair.test_rows is None or not recipe.evaluate.source:  # on the hub, or looked at in part
-        rows = recipe.evaluate.batch_size
-    parts, per_row = {"weights": 0.0}, 0.0
-    for side in pair.sides:
-        parts["weights"] += _weights(side, "auto")
+    section = pair.recipe.evaluate
+    tokens = _prompt(pair, pair.student, held_out=True) + section.max_new_tokens
+    rows = min(section.batch_size, max(1, len(pair.test_rows or [])) * section.samples)
+    if pair.test_rows is None or not section.source:  # on the hub, or looked at in part
+        rows = section.batch_size
+    return evaluation_phase(pair.sides, section, tokens, rows, _program(pair, pair.student))
+
+
+def evaluation_phase(
+    sides: list[Side], section: Evaluate, tokens: int, rows: int, program: dict[str, float]
+) -> Phase:
+    """Models that are in memory together, `rows` answers of `tokens` with their prompts at a time."""
+    weights, per_row, fits = 0.0, 0.0, rows
+    for side in sides:
+        weights += _weights(side, "auto")
         each = side.facts["weight_bytes"] / side.facts["parameters_total"]
-        per_row = max(per_row, _cache(side, tokens, each) + 24 * side.rows)
-    parts["cache of keys and values"] = rows * per_row
-    return Phase("evaluate", parts, "evaluate.batch_size", rows, per_row)
+        cache, logits = _cache(side, tokens, each), 24 * side.rows
+        if program:  # a CPU takes no more at a time (distill/evaluation/answers.py)
+            fits = min(fits, max(1, int(MOST_ON_CPU // (2 * cache + logits))))
+        per_row = max(per_row, cache + logits)
+    parts = {**program, "weights": weights, "cache of keys and values": fits * per_row}
+    read = min(section.fidelity_rows, 64) * section.max_new_tokens if len(sides) > 1 else 0
+    read = max(read, 16 * section.text_window if section.text else 0, 64 * 8 if section.likelihood else 0)
+    passes = max(_of_passes(side, read, len(sides)) for side in sides)
+    return _with_the_rest(Phase("evaluate", parts, "evaluate.batch_size", fits, per_row), passes)

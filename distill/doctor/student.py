@@ -4,14 +4,17 @@ The student is built from its config on the meta device and the adapter is reall
 what PEFT does and not what was asked of it (distill/models/lora.py on the families where it silently trains others).
 """
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures
-from distill.doctor.pair import Pair, Side
+from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
 from distill.models.parameters import LINEAR, trainable_table, weight_groups
 from distill.models.precision import resolve_precision
+from distill.models.rounding import FEW_STEPS, lost_steps, stored_matrices
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.balance import ExpertBiasBalancer
@@ -26,6 +29,23 @@ def precision(pair: Pair) -> list[Finding]:
     fix = "train.precision=auto, which takes fp32 here" if slow else None
     found = [Finding("precision", WARN if slow else OK, f"{choice.name}: {choice.reason}", fix)]
     return [*found, *_teacher_dtype(pair)]
+
+
+def rounding(pair: Pair) -> list[Finding]:
+    """Updates that are too small for the 16 bits of products, in a sample of the weights where they lie here."""
+    section, train = pair.recipe.student, pair.recipe.train
+    start = section.made_from.model if section.made_from else section.model
+    if start is None or section.quantize != "none" or not Path(base_of(start)).is_dir():
+        return []
+    low, lora, names = resolve_precision(train.precision, pair.device).half, None, None
+    if section.adapter == "lora":
+        lora, names = section.lora, set(pair.adapted[0].weights)
+    skeleton = _skeleton(model_side("student", start))
+    stored = stored_matrices(Path(base_of(start)), skeleton, train.head_precision == "same", names)
+    lost = lost_steps(train, low, stored, lora)
+    if lost is None:
+        return []
+    return [Finding("precision", WARN if lost.steps > FEW_STEPS else NOTE, lost.text(), lost.fix)]
 
 
 def _teacher_dtype(pair: Pair) -> list[Finding]:
@@ -109,11 +129,7 @@ def expert_findings(pair: Pair) -> list[Finding]:
             text = f"{wants[0]} needs a mixture-of-experts student, and this one is dense"
             return [*found, Finding("experts", FAIL, text, "leave it out, or take a MoE student")]
         return found or [Finding("experts", OK, "both are dense")]
-    if train.expert_bias_step:
-        try:
-            ExpertBiasBalancer(student_skeleton(pair.recipe.student))
-        except UserError as error:
-            found += failures("experts", error)
+    found += _balanced(pair)
     if any(o.signal == "routers" for o in train.objectives) and pair.teacher:
         found += _routers_match(sizes)
     return found
@@ -141,6 +157,27 @@ def _reached(pair: Pair, table: dict) -> list[Finding]:
             "student.lora.experts=true to train them (each with its own rank)",
         )
     ]
+
+
+def _balanced(pair: Pair) -> list[Finding]:
+    """That what is asked to balance the experts can: routers that stay frozen, and biases that nobody saves, cannot."""
+    section, train, found = pair.recipe.student, pair.recipe.train, []
+    if train.expert_bias_step:
+        try:
+            ExpertBiasBalancer(student_skeleton(section))
+        except UserError as error:
+            found += failures("experts", error)
+        if section.adapter == "lora":
+            text = (
+                "train.expert_bias_step does nothing for the student that is saved: it moves a bias of the frozen base, "
+                "which no adapter carries, so the student would be used with other routing than it was trained with"
+            )
+            found.append(Finding("experts", FAIL, text, "set it to 0, or student.adapter=full"))
+    names = [o.name for o in train.objectives if o.signal == "own_routers"]
+    if names and section.adapter == "lora" and not section.lora.router:
+        text = f"{' and '.join(names)} balances nothing: the routers stay frozen, and it only bends what they read"
+        found.append(Finding("experts", WARN, text, "student.lora.router=true, or leave it out"))
+    return found
 
 
 def _routers_match(sizes: dict[str, set[tuple[int, int]]]) -> list[Finding]:

@@ -182,9 +182,9 @@ def turn_end(side: Side) -> int | None:
     except UserError:  # told about where prompts are counted
         return None
     rest = side.tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    added = side.tokenizer.added_tokens_decoder
-    # A newline may be an added token too (Gemma), and ends no turn.
-    special = {*side.tokenizer.all_special_ids, *(i for i, t in added.items() if str(t).strip())}
+    # Added tokens are words too: line breaks, runs of blanks, tags of HTML (Gemma). None of them ends a turn.
+    marked = {i for i, token in side.tokenizer.added_tokens_decoder.items() if token.special}
+    special = {i for i in {*marked, *side.tokenizer.all_special_ids} if side.tokenizer.decode([i]).strip()}
     return next((i for i in rest if i in special), None)
 
 

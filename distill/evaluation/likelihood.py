@@ -2,14 +2,20 @@ r"""Likelihoods of given text: which option of a multiple choice is most probabl
 
     distill evaluate CHECKPOINT --tasks mmlu:FILE --likelihood      -> models.<name>.likelihood in metrics.json
 
-Asked of every problem whose verifier is `choice` (MMLU, GPQA, C-Eval, or a file's own). Two kinds of options:
-the letter, as `Answer: B` after the prompt, and where the problem brings its choices as a list, their words.
-The prompt is what the model would answer, so a prompt that asks for reasoning first gets none: these numbers
-stand beside written answers, they do not replace them.
+Asked of every problem whose verifier is `choice` (MMLU, GPQA, C-Eval, or a file's own), in two forms:
 
-Three scores, because the usual ones differ and none is right for all: the sum log p(option), which favours
-short options; per token; per UTF-8 byte, which does not depend on the tokenizer (lm-evaluation-harness calls
-the first acc and a per-byte one acc_norm). Of equal options the first is taken.
+| form | what stands before the option | options: letter | options: text, where the problem brings a list |
+|---|---|---|---|
+| chat | the prompt, through the model's template | `Answer: B` | the words of the choice |
+| plain | as lm-evaluation-harness writes its tasks, without a template | ` B`, after question, lettered choices and `Answer:` (its mmlu) | ` ` and the words, after `Question: ...` and `Answer:` (its arc) |
+
+Published numbers are mostly of the plain form. In the chat form the prompt is what the model would answer, so a prompt
+that asks for reasoning first gets none: these numbers stand beside written answers, they do not replace them. In the plain
+form the tokens are the harness's too: context and option are one text, cut where the context's own tokens end.
+
+Four scores, because the usual ones differ and none is right for all: the sum log p(option), which favours short options
+(acc of the harness); per character (its acc_norm); per UTF-8 byte, which does not depend on the tokenizer (its acc_bytes);
+per token. Of equal options the first is taken.
 
 Only the logits of option tokens are computed. Shapes: O options of all problems.
 
@@ -59,14 +65,49 @@ def likelihoods(model, tokenizer, problems: list[dict], batch_size: int = 64) ->
     found: dict[str, list[dict]] = {}
     for task in dict.fromkeys(p["level"] for p in asked):
         own = [p for p in asked if p["level"] == task]
-        kinds = {"letter": [[f"Answer: {x}" for x in letters_of(p)] for p in own]}
-        if all(p.get("choices") for p in own):
-            kinds["text"] = [p["choices"] for p in own]
-        found[task] = [
-            {"options": kind, **_scores(model, tokenizer, own, options, batch_size)}
-            for kind, options in kinds.items()
-        ]
+        found[task] = []
+        for kind in ("letter", "text") if all(p.get("choices") for p in own) else ("letter",):
+            for form, rows_of in (("chat", _chat_rows), ("plain", _plain_rows)):
+                rows = [rows_of(tokenizer, p, kind) for p in own]
+                scores = _scores(model, tokenizer, own, rows, batch_size)
+                found[task].append({"form": form, "options": kind, **scores})
     return found
+
+
+# A problem's options as rows: (context, tokens of the option, its text as lengths count it).
+Rows = list[tuple[list[int], list[int], str]]
+
+
+def _chat_rows(tokenizer, problem: dict, kind: str) -> Rows:
+    """The option as the model's own answer. Where the template opens <think>, it stands behind its end."""
+    prompt = prompt_ids(tokenizer, problem["messages"])
+    texts = [f"Answer: {x}" for x in letters_of(problem)] if kind == "letter" else problem["choices"]
+    return [(prompt, completion_ids(tokenizer, text) if text else [], text) for text in texts]
+
+
+def _plain_rows(tokenizer, problem: dict, kind: str) -> Rows:
+    """The option as the end of a text, with the tokenizer's own special tokens and no template."""
+    question = question_of(problem)
+    if kind == "letter":
+        texts, context = list(letters_of(problem)), f"{question}\n{_listed(problem)}Answer:"
+    else:
+        texts, context = problem["choices"], f"Question: {question}\nAnswer:"
+    before = tokenizer(context, verbose=False)["input_ids"]
+    whole = [tokenizer(f"{context} {text}", verbose=False)["input_ids"] for text in texts]
+    return [(before, ids[len(before) :] if text else [], text) for ids, text in zip(whole, texts)]
+
+
+def question_of(problem: dict) -> str:
+    """The question alone: without what a template puts around it and, where there is a list of choices, without it."""
+    text = (problem.get("question") or problem["messages"][-1]["content"]).strip()
+    if problem.get("choices"):
+        text = text.removesuffix(_listed(problem).strip()).strip()
+    return text
+
+
+def _listed(problem: dict) -> str:
+    """The lettered lines of a problem with a list of choices; "" where they are part of its question."""
+    return "".join(f"{x}. {choice}\n" for x, choice in zip(LETTERS, problem.get("choices") or []))
 
 
 def letters_of(problem: dict) -> str:
@@ -86,21 +127,15 @@ def letters_of(problem: dict) -> str:
     return LETTERS[:count]
 
 
-def _scores(model, tokenizer, problems, options: list[list[str]], batch_size: int) -> dict[str, Any]:
-    prompts, texts, starts = [], [], [0]
-    for problem, offered in zip(problems, options):
-        prompt = prompt_ids(tokenizer, problem["messages"])
-        prompts += [prompt] * len(offered)
-        texts += offered
-        starts.append(len(texts))
-    # Where the template opens <think>, an option stands behind its end.
-    tokens = [completion_ids(tokenizer, text) if text else [] for text in texts]
-    empty = [text for text, ids in zip(texts, tokens) if not ids]
-    if empty:
+def _scores(model, tokenizer, problems, rows: list[Rows], batch_size: int) -> dict[str, Any]:
+    contexts, tokens, texts = map(list, zip(*(row for found in rows for row in found)))
+    starts = np.cumsum([0, *map(len, rows)]).tolist()
+    if not all(tokens):
         raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
-    sums = np.array([sum(found) for found in _logprobs(model, tokenizer, prompts, tokens, batch_size)])
+    sums = np.array([sum(found) for found in _logprobs(model, tokenizer, contexts, tokens, batch_size)])
     per = {
         "sum": sums,
+        "per_character": sums / [len(text) for text in texts],
         "per_token": sums / [len(ids) for ids in tokens],
         "per_byte": sums / [len(text.encode()) for text in texts],
     }

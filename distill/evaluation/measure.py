@@ -120,7 +120,8 @@ def measure_model(
     if not problems:
         return [], _unanswered(name, path, model, tokenizer, plan, reference, is_teacher)
     rows, answering = answer_problems(model, tokenizer, problems, name, section)
-    moe = routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}
+    with console.slow(f"evaluate {name}: routing"):
+        moe = routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}
     # One context for all models, so that their FLOPs/token compare; the page states it.
     described = describe_model(model, context=section.max_new_tokens)
     flops = int(described["flops_per_token"] * (answering["prompt_tokens"] + answering["generated_tokens"]))
@@ -132,22 +133,21 @@ def measure_model(
             **answering,
             "flops": flops,
             "flops_per_answer": flops // len(rows),
-            # Timed while the other processes of a launch wait.
-            **main_alone(
-                lambda: usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, section.speed)
-            ),
+            **_usage(name, model, tokenizer, described, answering, plan),
         },
     }
     if moe.get("layers"):
         result["moe"] = moe
     first = [row for row in rows if row["sample_idx"] == 0]
     if reference and not is_teacher:
-        result |= reference.compare(model, tokenizer, problems, first)
+        with console.slow(f"evaluate {name}: closeness to the teacher"):
+            result |= reference.compare(model, tokenizer, problems, first)
     if section.temperature == 0 and (answers := answer_calibration(rows)):
         result["calibration"] = {**result.get("calibration", {}), "answers": answers}
     if text := _text(model, tokenizer, plan, reference, first if is_teacher else None):
         result["text"] = text
     if section.solutions:
+        console.say(f"evaluate {name}: worked solutions")
         result["solutions"] = solutions_nll(model, tokenizer, problems, rows, section.solutions)
     if section.likelihood:
         console.say(f"evaluate {name}: likelihood of options")
@@ -159,9 +159,18 @@ def measure_model(
 
         result["interventions"] = interventions_for(model, tokenizer, problems, section, kept)
     if section.precisions:
+        console.say(f"evaluate {name}: again in {', '.join(section.precisions)}")
         result["precision"] = _precision(model, tokenizer, plan, reference, first, is_teacher)
     result["warnings"] = warnings(rows, result, section, moe.get("error"), tokenizer)
     return rows, result
+
+
+def _usage(name: str, model, tokenizer, described: dict, answering: dict, plan: Plan) -> dict[str, Any]:
+    """What using it costs, timed while the other processes of a launch wait."""
+    with console.slow(f"evaluate {name}: its speed (--no-speed leaves it out)"):
+        return main_alone(
+            lambda: usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, plan.section.speed)
+        )
 
 
 def _unanswered(name: str, path: str, model, tokenizer, plan: Plan, reference, is_teacher: bool) -> dict:

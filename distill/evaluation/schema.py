@@ -79,14 +79,22 @@ class TaskScore(Score):
 
 
 class LikelihoodScore(Block):
-    """Multiple choice by the log-likelihood of each option, under three normalisations."""
+    """Multiple choice by the log-likelihood of each option, under four normalisations."""
 
+    form: Literal["chat", "plain"] = Field(
+        "chat",
+        description="chat: after the prompt, through the model's template; plain: as lm-evaluation-harness writes it, "
+        "without one",
+    )
     options: Literal["letter", "text"] = Field(
-        description="what was scored after the prompt: 'Answer: B', or the words of the choice"
+        description="what was scored: the letter (chat: 'Answer: B', plain: ' B'), or the words of the choice"
     )
     mean_options: float = Field(description="choices per problem")
     errors: int = Field(description="problems with a non-finite option; they count as not correct")
-    sum: Score = Field(description="by log p(option)")
+    sum: Score = Field(description="by log p(option); plain: acc of lm-evaluation-harness")
+    per_character: Score | None = Field(
+        None, description="by log p(option) / its characters; plain: acc_norm of lm-evaluation-harness"
+    )
     per_token: Score = Field(description="by log p(option) / its tokens")
     per_byte: Score = Field(description="by log p(option) / its UTF-8 bytes")
 

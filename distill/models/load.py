@@ -104,7 +104,7 @@ def load_model(
     check_folder(folder)
     check_weights(folder)
     rounded = {} if quantize == "none" else _rounded(name, dtype, torch.device(device), quantize)
-    with refusing(f"cannot load '{name}' as a causal LM"):
+    with console.slow(f"loading {name}"), refusing(f"cannot load '{name}' as a causal LM"):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],

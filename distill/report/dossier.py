@@ -31,7 +31,7 @@ from distill.report.experts import changes_view, moe_view, precision_view
 from distill.report.findings import findings, headline
 from distill.report.numbers import absent
 from distill.report.pages import TEMPLATES, page_environment
-from distill.report.runs import Run, families
+from distill.report.runs import Run, families, other_scores
 from distill.report.viewer import viewer_data
 from distill.report.words import say, speaking
 from distill.storage import parts, read_json, read_table, write_atomic
@@ -161,29 +161,6 @@ def fidelity_rows(evaluation: Evaluation) -> list[tuple[str, str, dict]]:
     return rows
 
 
-def other_scores(evaluation: Evaluation) -> dict[str, list[tuple]]:
-    """Rows of the tables beside the written answers, sorted by task, then in the order of the models."""
-    rows: dict[str, list[tuple]] = {"likelihoods": [], "texts": [], "harness": []}
-    for name, model in evaluation.models.items():
-        rows["likelihoods"] += [
-            (t, name, s) for t, found in (model.get("likelihood") or {}).items() for s in found
-        ]
-        rows["texts"] += [(file, name, score) for file, score in (model.get("text") or {}).items()]
-        for task, found in ((model.get("harness") or {}).get("tasks") or {}).items():
-            errors = found.get("stderr") or {}
-            rows["harness"] += [
-                (task, name, _metric(m), v, errors.get(m), found) for m, v in found["metrics"].items()
-            ]
-    return {kind: sorted(found, key=lambda row: row[0]) for kind, found in rows.items()}
-
-
-def _metric(key: str) -> str:
-    """`acc,none` as people say it: accuracy; a filter of the harness stands in brackets."""
-    name, _, how = key.partition(",")
-    said = {"acc": say("accuracy"), "acc_norm": say("accuracy by length"), "exact_match": say("exact match")}
-    return said.get(name, name.replace("_", " ")) + (f" ({how})" if how not in ("", "none") else "")
-
-
 def _script() -> tuple[Markup, str]:
     """The page's script and the policy's word for it: exactly these bytes may run."""
     script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("tables.js", "viewer.js"))
@@ -240,7 +217,7 @@ def _shown(evaluation: Evaluation) -> dict[str, Any]:
         "calibration": calibration(evaluation),
         "few": draw.FEW_ANSWERS,
         "fidelity": fidelity_rows(evaluation),
-        **other_scores(evaluation),
+        **other_scores(evaluation.models),
         "viewer": viewer_data(routes, answers, VIEWER_BYTES),
         "report": (evaluation.path.parent / "report.html").is_file(),
         "script": script,

@@ -27,7 +27,7 @@ from distill.report.findings import headline
 from distill.report.heat import expert_load
 from distill.report.numbers import NB, absent, percent
 from distill.report.pages import page_environment
-from distill.report.runs import MODEL_ORDER, Run, families, ordered, read_run, tasks_in_order
+from distill.report.runs import MODEL_ORDER, Run, families, ordered, other_scores, read_run, tasks_in_order
 from distill.report.words import called, say, speaking
 from distill.storage import parts, read_table, write_atomic
 
@@ -208,6 +208,7 @@ def _shown(run: Run) -> dict:
         "tasks": tasks,
         "ks": [k for k in ks if k != "1"],
         "families": families(run),
+        **other_scores(run.models),
         "training": training(run) if run.curves else None,
         "experts": expert_tables(run),
         "precision": {stage: computed_in(m.get("precision")) for stage, m in run.manifests.items()},

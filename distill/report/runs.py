@@ -14,6 +14,7 @@ from distill.evaluation.schema import METRICS_VERSION
 from distill.files import like_it
 from distill.integrity import unsealed, verify_folder
 from distill.report.numbers import absent
+from distill.report.words import say
 from distill.storage import read_json
 
 MODEL_ORDER = ["base", "control", "student", "teacher"]
@@ -106,3 +107,26 @@ def families(run: Run) -> list[tuple[str, str, list]]:
     pairs = {(family, task) for model in models for family, levels in model.items() for task in levels}
     rows = sorted(pairs, key=lambda pair: (pair[0], rank.get(pair[1], len(rank)), pair[1]))
     return [(family, task, [m.get(family, {}).get(task) for m in models]) for family, task in rows]
+
+
+def other_scores(models: dict[str, dict]) -> dict[str, list[tuple]]:
+    """Rows of the tables beside the written answers, sorted by task, then in the order of the models."""
+    rows: dict[str, list[tuple]] = {"likelihoods": [], "texts": [], "harness": []}
+    for name, model in models.items():
+        rows["likelihoods"] += [
+            (t, name, s) for t, found in (model.get("likelihood") or {}).items() for s in found
+        ]
+        rows["texts"] += [(file, name, score) for file, score in (model.get("text") or {}).items()]
+        for task, found in ((model.get("harness") or {}).get("tasks") or {}).items():
+            errors = found.get("stderr") or {}
+            rows["harness"] += [
+                (task, name, _metric(m), v, errors.get(m), found) for m, v in found["metrics"].items()
+            ]
+    return {kind: sorted(found, key=lambda row: row[0]) for kind, found in rows.items()}
+
+
+def _metric(key: str) -> str:
+    """`acc,none` as people say it: accuracy; a filter of the harness stands in brackets."""
+    name, _, how = key.partition(",")
+    said = {"acc": say("accuracy"), "acc_norm": say("accuracy by length"), "exact_match": say("exact match")}
+    return said.get(name, name.replace("_", " ")) + (f" ({how})" if how not in ("", "none") else "")

@@ -125,6 +125,8 @@ NAMES |= {
     "uniform": mark("uniform routing"),
     "shuffled": mark("shuffled routing"),
     "letter": mark("letter"),
+    "chat": mark("chat"),
+    "plain": mark("plain"),
     "text": mark("text"),
     "tango": mark("Tango's score interval"),
     "bootstrap over problems": mark("bootstrap over problems"),

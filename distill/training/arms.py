@@ -24,6 +24,7 @@ from distill.models.load import eos_ids, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import resolve_precision
 from distill.models.quantize import logical_size
+from distill.models.rounding import lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json
@@ -77,7 +78,7 @@ def train_arm(
     needs_teacher = any(o.live for o in recipe.train.objectives)  # itself, or its stored states
     config = {
         "student": recipe.student.identity(),
-        "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
+        "train": recipe.train.identity(exclude=NOT_IDENTITY),
         "teacher": recipe.teacher.identity(exclude={"terms", "device"})
         if needs_teacher and recipe.teacher
         else None,
@@ -109,6 +110,10 @@ def train_arm(
         stage.begin(redo)
         computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if teacher else ""
         say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
+        read = matrices(student.model, head=recipe.train.head_precision == "same")
+        lora = recipe.student.lora if recipe.student.adapter == "lora" else None
+        if recipe.student.quantize == "none" and (lost := lost_steps(recipe.train, precision.half, read, lora)):
+            say(f"{arm}: {lost.text()}; {lost.fix}")
     accelerator.wait_for_everyone()
 
     # ---- train, save -----------------------------------------------------------------------------------

@@ -73,6 +73,22 @@ def put(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each whole and with a storage of its own: safetensors takes no others.
+
+    Copied is only what needs it, as tied weights: all of them would be the training state a second time in memory.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        found[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+    return found
+
+
 def save_state(
     folder: Path,
     step: int,
@@ -96,8 +112,7 @@ def save_state(
         with writing(folder, size):
             remove(temporary)
             temporary.mkdir(parents=True)
-            # Tied tensors share storage, which safetensors refuses: copies cost little at save time.
-            save_file({n: t.clone() for n, t in tensors.items()}, temporary / TENSORS)
+            save_file(apart(tensors), temporary / TENSORS)
             weights = hash_file(temporary / TENSORS)
             write_sealed(temporary / "state.json", {"step": step, "hash": weights, **extra})
             sync_all(temporary)
@@ -174,7 +189,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 def save_trained(path: Path, module: nn.Module, step: int, write: bool = True) -> None:
     """The trained tensors alone after `step`, without the optimizer: the best so far. Atomic, with its own hash."""
-    tensors = {f"model.{n}": whole(t).clone() for n, t in trained_tensors(module).items()}
+    tensors = apart({f"model.{n}": whole(t) for n, t in trained_tensors(module).items()})
     if write:
         with replacing(path, sum(t.nbytes for t in tensors.values())) as temporary:
             save_file(tensors, temporary, {"step": str(step), "hash": hash_tensors(tensors)})

@@ -78,8 +78,17 @@ ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
 class StudentStep(nn.Module):
     """forward(batch, signals) -> (weighted sum of all objectives, each objective's own sum [objectives])."""
 
-    def __init__(self, model: nn.Module, objectives: list[Objective], states: nn.ModuleList | None = None):
-        """`states`: the objectives that are not on logits, in the recipe's order (they are modules: some learn)."""
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: list[Objective],
+        states: nn.ModuleList | None = None,
+        exact_head: bool = False,
+    ):
+        """`states`: the objectives that are not on logits, in the recipe's order (they are modules: some learn).
+
+        exact_head: the head multiplies in float32 whatever autocast says. Raises UserError where it is no plain matrix.
+        """
         super().__init__()
         self.model = model
         self.states = states if states is not None else nn.ModuleList()
@@ -93,6 +102,12 @@ class StudentStep(nn.Module):
         self.__dict__["scratch"] = Scratch()
         self.__dict__["kept"] = None if at.fusable else KeptLogits(model)
         self.__dict__["tied"] = TiedGradient.of(model) if at.fusable else None
+        self.exact_head = exact_head
+        if exact_head and not at.fusable:
+            raise UserError(
+                "train.head_precision=fp32 is for an output head that is one plain matrix, and this one is not; leave it "
+                "out, or use train.precision=fp32"
+            )
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -103,6 +118,8 @@ class StudentStep(nn.Module):
     @property
     def head_form(self) -> str:
         """For manifests and people: how the loss is computed."""
+        if self.exact_head:
+            return "fused with the head, which multiplies in float32"
         return "fused with the head" if self.at else "on whole logits (this head is not one plain matrix)"
 
     def forward(
@@ -166,6 +183,10 @@ class StudentStep(nn.Module):
 
     def _loss(self, hidden: Tensor, terms: list[Term], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         leave = self.tied.leave if self.tied and self.tied.asked else None
+        if self.exact_head:
+            with torch.autocast(hidden.device.type, enabled=False):
+                exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+                return fused_loss(exact, self.at.head(), terms, given, self.scratch, leave)
         return fused_loss(hidden, self.at.head(), terms, given, self.scratch, leave)
 
     def _with_states(self, total: Tensor, sums: list[Tensor], batch: Batch, signals: dict[str, Any]):

@@ -89,6 +89,11 @@ def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
             "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
         )
     plugin = accelerator.state.fsdp_plugin
+    if recipe.train.head_precision == "fp32" and plugin.mixed_precision_policy is not None:
+        raise UserError(
+            "train.head_precision=fp32: a sharded student's weights come together in 16 bits, the head's too; use "
+            "recipes/accelerate/ddp.yaml, or train.precision=fp32"
+        )
     if plugin.mixed_precision_policy is not None:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -121,7 +126,7 @@ def train_student(
     bare = student.model
     prepare_model(train, student, teacher)
     states = state_objectives(train.objectives, bare, teacher, recipe.seed)
-    step_module = StudentStep(bare, train.objectives, states)
+    step_module = StudentStep(bare, train.objectives, states, train.head_precision == "fp32")
     optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
     model, optimizer = accelerator.prepare(step_module, optimizer)
     # Only now: what `prepare` wraps may hold other tensors than before, and a bias moved there moves nothing.

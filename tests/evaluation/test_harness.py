@@ -11,6 +11,7 @@ from distill.config.evaluation import Evaluate  # noqa: E402
 from distill.errors import RunError, UserError  # noqa: E402
 from distill.evaluation import harness  # noqa: E402
 from distill.evaluation.harness import check_harness, run_harness  # noqa: E402
+from distill.evaluation.likelihood import likelihoods  # noqa: E402
 from distill.models.load import load_model, load_tokenizer  # noqa: E402
 from distill.storage import read_json  # noqa: E402
 
@@ -52,6 +53,51 @@ def tasks(tmp_path_factory):
     for name, text in (("choice", CHOICE), ("generate", GENERATE)):
         (folder / f"{name}.yaml").write_text(text.format(data=folder / "docs.jsonl"))
     return str(folder)
+
+
+PLAIN = """
+task: tiny_{name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{text}"
+doc_to_choice: "{choice}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_bytes}}]
+metadata: {{version: 1.0}}
+"""
+LETTERED = "{{question.strip()}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\nAnswer:"
+
+
+def test_likelihood_of_the_plain_form_is_the_harness_s_number(hub, tmp_path, monkeypatch):
+    """Forty questions with options of unequal length; mmlu's text by letter, arc's by the words."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    words = ["yes", "no, never", "ä", "perhaps", "of course it is", "3", "naïve", "we do not know"]
+    rows = [
+        {"question": f"Is {i} so?", "choices": [words[(i * k + k) % 8] for k in (1, 3, 5)], "label": i % 3}
+        for i in range(40)
+    ]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    forms = {"letter": (LETTERED, "{{['A', 'B', 'C']}}"), "text": ("Question: {{question}}\\nAnswer:", "{{choices}}")}
+    for name, (text, choice) in forms.items():
+        task = PLAIN.format(name=name, data=tmp_path / "docs.jsonl", text=text, choice=choice)
+        (tmp_path / f"{name}.yaml").write_text(task)
+    model, tokenizer = load_model(hub["plain"], "fp32"), load_tokenizer(hub["plain"])
+    section = Evaluate(harness=["tiny_letter", "tiny_text"], harness_include=str(tmp_path))
+    theirs = run_harness(model, tokenizer, section)["tasks"]
+    problems = [
+        {"prompt_id": str(i), "messages": [{"role": "user", "content": row["question"]}], "level": "all"}
+        | {"answer": "ABC"[row["label"]], "verifier": "choice", "choices": row["choices"], "question": row["question"]}
+        for i, row in enumerate(rows)
+    ]
+    ours = {f["options"]: f for f in likelihoods(model, tokenizer, problems)["all"] if f["form"] == "plain"}
+    for name in forms:
+        metrics = theirs[f"tiny_{name}"]["metrics"]
+        assert ours[name]["sum"]["accuracy"] == pytest.approx(metrics["acc,none"], abs=1e-12)
+        assert ours[name]["per_character"]["accuracy"] == pytest.approx(metrics["acc_norm,none"], abs=1e-12)
+        assert ours[name]["per_byte"]["accuracy"] == pytest.approx(metrics["acc_bytes,none"], abs=1e-12)
+    assert len({f"{ours['text'][kind]['accuracy']:.3f}" for kind in ("sum", "per_character")}) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

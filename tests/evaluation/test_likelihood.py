@@ -10,7 +10,7 @@ from conftest import CHATML, byte_tokenizer
 from transformers import PreTrainedConfig
 
 from distill.errors import UserError
-from distill.evaluation.likelihood import letters_of, likelihoods
+from distill.evaluation.likelihood import _plain_rows, letters_of, likelihoods, question_of
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
@@ -40,12 +40,15 @@ def test_scores_are_the_definitions(hub):
     model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
     problems = [problem(i, choices, "ABC"[i]) for i, choices in enumerate(CHOICES)]
     found = likelihoods(model, tokenizer, problems, batch_size=2)["quiz"]
-    assert [f["options"] for f in found] == ["letter", "text"]
+    assert [(f["form"], f["options"]) for f in found] == [
+        ("chat", "letter"), ("plain", "letter"), ("chat", "text"), ("plain", "text")
+    ]  # fmt: skip
+    found = [f for f in found if f["form"] == "chat"]
     for score, texts in zip(
         found, (lambda p: [f"Answer: {x}" for x in letters_of(p)], lambda p: p["choices"])
     ):
         assert score["errors"] == 0 and score["mean_options"] == 3
-        right = dict.fromkeys(("sum", "per_token", "per_byte"), 0)
+        right = dict.fromkeys(("sum", "per_token", "per_byte", "per_character"), 0)
         for p in problems:
             options = texts(p)
             pairs = [by_hand(model, tokenizer, p, o) for o in options]
@@ -53,12 +56,57 @@ def test_scores_are_the_definitions(hub):
                 "sum": [total for total, _ in pairs],
                 "per_token": [total / n for total, n in pairs],
                 "per_byte": [total / len(o.encode()) for (total, _), o in zip(pairs, options)],
+                "per_character": [total / len(o) for (total, _), o in zip(pairs, options)],
             }
             for name, v in values.items():
                 right[name] += "ABCDEF"[v.index(max(v))] == p["answer"]
         for name, count in right.items():
             assert score[name]["accuracy"] == pytest.approx(count / 3) and score[name]["n"] == 3
             assert score[name]["ci95"][0] <= count / 3 <= score[name]["ci95"][1]
+
+
+def scored(model, tokenizer, asked: dict, options: str = "text", form: str = "chat") -> dict:
+    (found,) = [
+        f
+        for f in likelihoods(model, tokenizer, [asked])["quiz"]
+        if (f["form"], f["options"]) == (form, options)
+    ]
+    return found
+
+
+PLAIN = {
+    "letter": ("Question 7?\nA. yes\nB. nö\nAnswer:", [" A", " B"]),
+    "text": ("Question: Question 7?\nAnswer:", [" yes", " nö"]),
+}
+
+
+@pytest.mark.parametrize("options", PLAIN)
+def test_the_plain_form_is_the_harness_s_text(hub, options):
+    """Without a template, the tokens of context and option as one text; lengths without the blank before it."""
+    model, tokenizer = load_model(hub["plain"], "fp32"), load_tokenizer(hub["plain"])
+    asked = problem(7, ["yes", "nö"], "A")
+    context, texts = PLAIN[options]
+    rows = _plain_rows(tokenizer, asked, options)
+    assert [tokenizer.decode(before) for before, _, _ in rows] == [context] * 2
+    assert [tokenizer.decode(ids) for _, ids, _ in rows] == texts
+    assert [text for _, _, text in rows] == [text[1:] for text in texts]
+    found = scored(model, tokenizer, asked, options, "plain")
+    for name, size in (("sum", lambda t: 1), ("per_character", len), ("per_byte", lambda t: len(t.encode()))):
+        values = []
+        for text in texts:
+            before, ids = tokenizer(context)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logs = model(torch.tensor([before + ids])).logits[0].double().log_softmax(-1)
+            values.append(sum(float(logs[len(before) - 1 + i, t]) for i, t in enumerate(ids)) / size(text[1:]))
+        assert found[name]["accuracy"] == float(values[0] >= values[1]), name
+
+
+def test_the_question_is_what_was_asked():
+    listed = {"choices": ["x", "y"], "messages": [{"role": "user", "content": "Pick one.\nA. x\nB. y"}]}
+    assert question_of(listed) == "Pick one."
+    assert question_of({**listed, "question": "Which?"}) == "Which?"
+    other = {"choices": None, "messages": [{"role": "user", "content": "Pick one.\nA. x\nB. y\n"}]}
+    assert question_of(other) == "Pick one.\nA. x\nB. y"
 
 
 class Flat(torch.nn.Module):
@@ -80,9 +128,7 @@ class Flat(torch.nn.Module):
 def test_the_sum_prefers_short_options_and_the_others_do_not():
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.pad_token = tokenizer.eos_token
-    _, text = likelihoods(Flat(len(tokenizer)), tokenizer, [problem(0, ["long option", "b", "middle"], "B")])[
-        "quiz"
-    ]
+    text = scored(Flat(len(tokenizer)), tokenizer, problem(0, ["long option", "b", "middle"], "B"))
     assert text["sum"]["accuracy"] == 1.0
     assert text["per_token"]["accuracy"] == text["per_byte"]["accuracy"] == 0.0  # equal: the first is taken
 
@@ -97,7 +143,7 @@ class Skewed(Flat):
 
 def text_scores(model, tokenizer, choices: list[str], answer: str) -> dict[str, float]:
     tokenizer.pad_token = tokenizer.eos_token
-    _, text = likelihoods(model, tokenizer, [problem(0, choices, answer)])["quiz"]
+    text = scored(model, tokenizer, problem(0, choices, answer))
     return {name: text[name]["accuracy"] for name in ("sum", "per_token", "per_byte")}
 
 
@@ -115,7 +161,7 @@ def test_of_equal_options_the_first_is_taken():
     flat = Flat(len(tokenizer))
     for answer, right in (("A", 1.0), ("B", 0.0), ("C", 0.0)):
         assert set(text_scores(flat, tokenizer, ["abc", "xyz", "ijk"], answer).values()) == {right}, answer
-    letter, _ = likelihoods(flat, tokenizer, [problem(0, ["abc", "xyz"], "A")])["quiz"]
+    letter = scored(flat, tokenizer, problem(0, ["abc", "xyz"], "A"), "letter")
     assert letter["sum"]["accuracy"] == letter["per_byte"]["accuracy"] == 1.0
 
 
@@ -123,8 +169,8 @@ def test_non_finite_options_are_errors(hub):
     model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
     with torch.no_grad():
         model.lm_head.weight[:] = math.nan
-    (letter, _) = likelihoods(model, tokenizer, [problem(0, CHOICES[0], "A")])["quiz"]
-    assert letter["errors"] == 1 and letter["sum"]["accuracy"] == 0
+    for found in likelihoods(model, tokenizer, [problem(0, CHOICES[0], "A")])["quiz"]:
+        assert found["errors"] == 1 and found["sum"]["accuracy"] == 0
 
 
 def test_letters_are_read_off_the_prompt_where_no_choices_are_given():
@@ -147,7 +193,8 @@ def test_on_the_command_line(run_cli, hub, tmp_path):
     code, _, err = run_cli("evaluate", hub["llama"], *arguments)
     assert code == 0, err
     metrics = read_json(out / "metrics.json")["models"]["llama"]
-    assert [s["options"] for s in metrics["likelihood"]["mmlu"]] == ["letter", "text"]
+    assert [s["options"] for s in metrics["likelihood"]["mmlu"]] == ["letter", "letter", "text", "text"]
+    assert [s["form"] for s in metrics["likelihood"]["mmlu"]] == ["chat", "plain", "chat", "plain"]
     assert metrics["likelihood"]["mmlu"][1]["sum"]["n"] == metrics["tasks"]["mmlu"]["n"] == 3
     code, _, err = run_cli(
         "evaluate", hub["llama"], "--tasks", "easy", "--likelihood", "--out", tmp_path / "no"
