@@ -12,13 +12,16 @@ So everything that works on single tokens (projections, MLPs, experts, norms) ru
 alone on the same tokens laid out as rows [B, longest], causal, where padding stands behind the real tokens and is never
 read. A step of the embedded base then takes 0.7 of the padded one (64 rows, 34 % padding).
 
-It is registered with transformers as an attention implementation; without `rows_apart` it is transformers' `sdpa`, mask
-included. Sliding windows and models that do not ask the registry keep their own attention and the long mask.
+It is registered with transformers as an attention implementation, once over its `sdpa` and once over each model's own
+plain (`eager`) attention; without `rows_apart` it is just that, mask included. A sliding window becomes a mask [L, L] of
+one row, the same for all. Models that do not ask the registry, and layers of other kinds (chunked attention), keep their
+own attention and the long mask.
 
 Shapes: T tokens of the packed sequence, B rows, L the longest row, H heads, D size of a head.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,12 +30,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask, sliding_window_causal_mask_function
 
 from distill.errors import UserError
 from distill.models.routers import bare_model
 
-NAME = "distill_packed"  # of the attention implementation, as transformers knows it
+# Of the attention implementations, as transformers knows them: by what they take the place of.
+NAMES = {"sdpa": "distill_packed", "eager": "distill_packed_eager"}
+_EAGER = "eager_attention_forward"  # what every modeling file calls its own
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
@@ -125,32 +130,72 @@ def rows_apart(rows: PackedRows | None) -> Iterator[None]:
 def attend_by_row(model: nn.Module) -> bool:
     """Let the model's attention take packed rows apart; whether it does."""
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or kinds != {"full_attention"} or windows:
+    kind = getattr(config, "_attn_implementation", None)
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    both_ways = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
+    if kind not in NAMES or not layers <= {"full_attention", "sliding_attention"} or both_ways:
         return False
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    if kind == "eager" and not any(_own_attention(type(m)) for m in model.modules()):
+        return False
+    for of, attention, mask in (("sdpa", _sdpa, sdpa_mask), ("eager", _eager, eager_mask)):
+        AttentionInterface.register(NAMES[of], _by_row(attention))
+        AttentionMaskInterface.register(NAMES[of], _mask_of_rows(mask, whole=of == "eager"))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(NAME)
+    base.set_attn_implementation(NAMES[kind])
     return True
 
 
-def _mask(*given, **named):
-    return None if _rows is not None else sdpa_mask(*given, **named)
+def _mask_of_rows(of: Callable, whole: bool) -> Callable:
+    """As transformers' interface, but for packed rows a mask [1, 1, L, L] of any of them.
+
+    None where causal says it all and `of` may leave it to the attention, which `whole` forbids.
+    """
+
+    def mask(*given, **named):
+        if _rows is None:
+            return of(*given, **named)
+        length, window = _rows.shape[1], named.get("local_size")
+        cut = window is not None and window < length
+        if not cut and not whole:
+            return None
+        named |= {"batch_size": 1, "q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0}
+        named |= {"mask_function": sliding_window_causal_mask_function(window if cut else length)}
+        return of(**{**named, "attention_mask": None, "allow_is_causal_skip": False, "use_vmap": False})
+
+    return mask
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **named):
+def _by_row(attention: Callable) -> Callable:
     """As transformers' interface: query [1, H, T, D], ... -> (output [1, T, H, D], None)."""
-    if _rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
-    rows, longest = _rows.shape
 
-    def apart(states: Tensor) -> Tensor:
-        heads, size = states.shape[1], states.shape[3]
-        found = states[0].index_select(1, _rows.places).view(heads, rows, longest, size)
-        return found.transpose(0, 1)  # [B, H, L, D]
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **named):
+        if _rows is None:
+            return attention(module, query, key, value, attention_mask, **named)
+        rows, longest = _rows.shape
+        if attention_mask is not None and attention_mask.shape[-1] != longest:
+            return attention(module, query, key, value, attention_mask, **named)  # the model's own long mask
 
-    named["is_causal"] = True
-    output, _ = sdpa_attention_forward(module, apart(query), apart(key), apart(value), None, **named)
-    return output.flatten(0, 1).index_select(0, _rows.back)[None], None
+        def apart(states: Tensor) -> Tensor:
+            heads, size = states.shape[1], states.shape[3]
+            found = states[0].index_select(1, _rows.places).view(heads, rows, longest, size)
+            return found.transpose(0, 1)  # [B, H, L, D]
+
+        named["is_causal"] = attention_mask is None
+        output, _ = attention(module, apart(query), apart(key), apart(value), attention_mask, **named)
+        return output.flatten(0, 1).index_select(0, _rows.back)[None], None
+
+    return attend
+
+
+def _sdpa(*given, **named):
+    return sdpa_attention_forward(*given, **named)
+
+
+def _own_attention(kind: type) -> Callable | None:
+    """The plain attention of a module's modeling file; wrappers (FSDP2) derive classes of their own from it."""
+    files = (sys.modules.get(c.__module__) for c in kind.__mro__)
+    return next((getattr(file, _EAGER) for file in files if hasattr(file, _EAGER)), None)
+
+
+def _eager(module: nn.Module, *given, **named):
+    return _own_attention(type(module))(module, *given, **named)
