@@ -12,9 +12,9 @@ So everything that works on single tokens (projections, MLPs, experts, norms) ru
 alone on the same tokens laid out as rows [B, longest], causal, where padding stands behind the real tokens and is never
 read. A step of the embedded base then takes 0.7 of the padded one (64 rows, 34 % padding).
 
-It is registered with transformers as an attention implementation, once over its `sdpa` and once over each model's own
-plain (`eager`) attention; without `rows_apart` it is just that, mask included. A sliding window becomes a mask [L, L] of
-one row, the same for all. Models that do not ask the registry, and layers of other kinds (chunked attention), keep their
+It is registered with transformers as an attention implementation, over its `sdpa` and over each model's own plain
+(`eager`) attention; without `rows_apart` it is just that, mask included. A sliding window becomes a mask [L, L] of one
+row, the same for all. Models that do not ask the registry, and layers of other kinds (chunked attention), keep their
 own attention and the long mask.
 
 Shapes: T tokens of the packed sequence, B rows, L the longest row, H heads, D size of a head.
@@ -132,7 +132,9 @@ def attend_by_row(model: nn.Module) -> bool:
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "_attn_implementation", None)
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    both_ways = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
+    both_ways = not getattr(config, "is_causal", True) or getattr(
+        config, "use_bidirectional_attention", False
+    )
     if kind not in NAMES or not layers <= {"full_attention", "sliding_attention"} or both_ways:
         return False
     if kind == "eager" and not any(_own_attention(type(m)) for m in model.modules()):

@@ -128,8 +128,8 @@ def train_student(
     balancer = ExpertBiasBalancer(step_module.model) if train.expert_bias_step else None
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
-    first, tokens, read = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module)
+    first, tokens, read, counted = saver.restore()
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def train_student(
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
             if step + 1 < train.steps and (due or found.stop):
                 log.sync()
-                saver.save(step + 1, log.tokens, log.read, train.keep_states)
+                saver.save(step + 1, log.tokens, log.read, micro.counted, train.keep_states)
             if found.stop:
                 log.close()
                 interrupts.leave(step + 1, train.steps)
@@ -183,6 +183,7 @@ def train_student(
         "tokens": log.tokens,  # trained: completion tokens
         "tokens_read": log.read,  # passed through the model: prompts too
         "tokens_sampled": source.passed,  # passed through it before, to write what it trains on: prompts too
+        "tokens_counted": micro.counted,  # passed through its body once more, for an objective of the whole step
         "head": step_module.head_form,
         "micro_batch_size": micro.size,
         "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass
@@ -221,8 +222,11 @@ class StepFound:
 class MicroBatches:
     """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
 
-    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep):
+    def __init__(
+        self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep, counted: int = 0
+    ):
         self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
+        self.counted = counted  # tokens, over all processes, that passed before their step, to be counted
         self.size = train.micro_batch_size
         self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
 
@@ -275,6 +279,8 @@ class MicroBatches:
                     # Gradients are averaged over processes, hence the world; one division by all kept tokens.
                     accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
                 sums += terms * weight
+        if self.step.of_step and not alone:
+            self.counted += lot.read
         return sums
 
     def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:

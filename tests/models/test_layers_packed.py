@@ -51,7 +51,8 @@ def taken(step: StudentStep, batch) -> tuple[float, dict]:
 
 @pytest.mark.parametrize(
     "family, checkpointing",
-    [(f, False) for f in ("olmoe", "deepseek_v3", "gemma2", *WINDOWED)] + [("qwen3 tied", True), ("mistral", True)],
+    [(f, False) for f in ("olmoe", "deepseek_v3", "gemma2", *WINDOWED)]
+    + [("qwen3 tied", True), ("mistral", True)],
 )
 def test_packed_rows_are_the_padded_ones(family, checkpointing):
     model, rows = model_of(family), ragged(9, 1, 12)
