@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import step_example
 import torch
+from conftest import CHATML, byte_tokenizer
 from fakegpu import OnDevice, pretend, to_device
-from step_example import V, build, mla, rows
+from step_example import V, mla, rows
 from torch import nn
 
 from distill.config.training import Objective
@@ -18,11 +20,12 @@ from distill.data.scoring import score_rows
 from distill.data.signals import Sampled, SignalFormat, States, TopK
 from distill.models.decode import Sampling, decode
 from distill.models.head import AtHead
+from distill.models.layers import attend_by_row, rows_apart
 from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import drop_experts, route, use_top_k
 from distill.moe.recording import record_routing
 from distill.training.checkpoint import load_state, save_state
-from distill.training.live_teachers import FrozenTeacher, RoutedTeachers, StoredTeacher
+from distill.training.live_teachers import CrossTeacher, FrozenTeacher, RoutedTeachers, StoredTeacher
 from distill.training.step import StudentStep, state_objectives
 
 GPU = torch.device("gpu", 0)
@@ -37,6 +40,16 @@ FOUND: dict[str, dict] = {}
 def note(name: str, waits, difference: float, **more) -> None:
     where = {f"{what} at {place}": n for (what, place), n in sorted(waits.last.items())}
     FOUND[name] = {"difference": float(difference), "waits": sum(where.values()), "where": where, **more}
+
+
+def build(family: str, seed: int = 0, vocabulary: int = V):
+    """As a user's model attends: by torch's own product wherever the family has it."""
+    model = step_example.build(family, seed)
+    if vocabulary != V:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if family != "gemma2":
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def host(tensor):
@@ -60,19 +73,28 @@ def stored(form: str, n: int):
 
 
 def one_step(
-    where: torch.device, waits, objectives, student="qwen3 tied", teacher="qwen3", make=FrozenTeacher
+    where: torch.device,
+    waits,
+    objectives,
+    student="qwen3 tied",
+    teacher="qwen3",
+    make=FrozenTeacher,
+    packed=False,
+    vocabulary=V,
 ):
     """(loss, gradients, waits of one forward and backward pass) of a batch of ragged rows on a device."""
-    model, other = build(student), build(teacher, seed=1)
+    model, other = build(student, vocabulary=vocabulary), build(teacher, seed=1, vocabulary=vocabulary)
     if where == GPU:
         to_device(model), to_device(other)
+    attend_by_row(model), attend_by_row(other)
     said = make(other)
     states = state_objectives(objectives, model, said, seed=0)
     if where == GPU:
         to_device(states)
     step = StudentStep(model, objectives, states)
     data = rows()
-    batch = data.collate(np.arange(len(data)), 0)
+    batch = data.pack(np.arange(len(data))) if packed else data.collate(np.arange(len(data)), 0)
+    batch.messages = [[{"role": "user", "content": f"question {i}"}] for i in range(len(data))]
     batch.tags = np.array(["a", "b"] * 4, dtype=object)[: len(data)]
     for o in objectives:
         if o.signal in ("sparse", "sampled"):
@@ -83,8 +105,9 @@ def one_step(
         model.zero_grad(set_to_none=True)
         waits.take()
         here = step.ready(batch, where)
-        total, sums = step(here, said(here) if any(o.live for o in objectives) else {})
-        (total / 10).backward()
+        with rows_apart(here.rows):
+            total, sums = step(here, said(here) if any(o.live for o in objectives) else {})
+            (total / 10).backward()
         waits.take()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return total.detach(), sums, grads
@@ -118,6 +141,12 @@ def objectives(waits) -> None:
     alone = lambda model: StoredTeacher(AtHead(model).head())  # noqa: E731
     compare_steps("stored states", waits, [o("forward_kl")], make=alone)
     compare_steps("own head with a soft cap", waits, [o("forward_kl")], student="gemma2")
+    compare_steps("packed rows", waits, [o("cross_entropy"), o("forward_kl")], packed=True)
+    tokenizers = byte_tokenizer(CHATML), byte_tokenizer(CHATML, ("<|extra|>",))
+    across = lambda model: CrossTeacher(model, *reversed(tokenizers), ends=set())  # noqa: E731
+    large = {"vocabulary": len(tokenizers[1]), "make": across}
+    compare_steps("uld", waits, [o("cross_entropy"), o("uld")], **large)
+    compare_steps("uld with packed rows", waits, [o("cross_entropy"), o("uld")], packed=True, **large)
 
 
 def decoding(waits) -> None:
@@ -238,6 +267,7 @@ def optimizer_steps(waits, folder: Path) -> None:
             model, other = build("olmoe"), build("olmoe", seed=1)
             if where == GPU:
                 to_device(model), to_device(other)
+            attend_by_row(model), attend_by_row(other)
             teacher = FrozenTeacher(other)
             step = StudentStep(model, objectives, state_objectives(objectives, model, teacher, 0))
             accelerator, data = OnPretended(where), rows()

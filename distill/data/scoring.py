@@ -30,7 +30,7 @@ from torch import Tensor
 from distill.config.section import Signal
 from distill.data.batches import TokenRows
 from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
-from distill.data.teachers import Answer, LocalTeacher, Question
+from distill.data.teachers import Answer, LocalTeacher, Question, closed
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
@@ -66,8 +66,8 @@ def signal_format(section: Signal, teacher) -> SignalFormat | None:
         )
     if not isinstance(teacher, LocalTeacher) and section.kind != "top_k":
         raise UserError(
-            f"generate.signal.kind={section.kind}: an endpoint names its likeliest tokens alone; set kind=top_k, or "
-            "load the teacher here"
+            f"generate.signal.kind={section.kind}: an endpoint and vLLM name their likeliest tokens alone; set "
+            "kind=top_k, or load the teacher here (teacher.engine=transformers)"
         )
     identity = tokenizer_fingerprint(teacher.tokenizer)
     width = load_config(teacher.name).get_text_config().hidden_size if section.kind == HIDDEN else 0
@@ -202,17 +202,15 @@ def draw(probabilities: Tensor, k: int, u: Tensor) -> Tensor:
 # ---- answers of the stage `generations/` ------------------------------------------------------------------
 
 
-def given_answers(
-    teacher: LocalTeacher, questions: list[Question], texts: list[str], on_finish
-) -> list[Answer]:
+def given_answers(teacher, questions: list[Question], texts: list[str], on_finish) -> list[Answer]:
     """Somebody's texts as this teacher's answers: in its tokens, closed by its end token, not yet scored."""
-    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    context = teacher.context
     answers = []
     for question, text in zip(questions, texts):
         prompt = prompt_ids(teacher.tokenizer, question.messages)
         said = continuation(text, teacher.opened)
         text = teacher.opened + said
-        completion = _closed(teacher, text_ids(teacher.tokenizer, said))
+        completion = closed(teacher.tokenizer, text_ids(teacher.tokenizer, said))
         length = len(prompt) + len(completion)
         error = None
         if context and length > context:
@@ -230,8 +228,7 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     """
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
-        if form:
-            teacher.score(questions, answers, form)
+        teacher.score(questions, answers, form)
         return
     due = [
         (question.key, answer)
@@ -241,7 +238,9 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     if not due:
         return
     # As `filter` will train on it: a text that ended by another end token gets the tokenizer's own as well.
-    rows = TokenRows([a.prompt_ids for _, a in due], [_closed(teacher, a.completion_ids) for _, a in due])
+    rows = TokenRows(
+        [a.prompt_ids for _, a in due], [closed(teacher.tokenizer, a.completion_ids) for _, a in due]
+    )
     scores = score_rows(
         teacher.model,
         rows,
@@ -269,8 +268,3 @@ def measured_signal(form: SignalFormat | None, folder: Path) -> dict | None:
             tokens += len(row["completion_ids"])
             size += len(row["signal_ids"]) + len(row["signal_values"])
     return {**form.to_manifest(), "tokens": tokens, "bytes_per_token": round(size / max(tokens, 1), 2)}
-
-
-def _closed(teacher: LocalTeacher, ids: list[int]) -> list[int]:
-    end = teacher.tokenizer.eos_token_id
-    return list(ids) if ids and ids[-1] == end else [*ids, end]

@@ -79,7 +79,7 @@ def train_arm(
     config = {
         "student": recipe.student.identity(),
         "train": recipe.train.model_dump(mode="json", exclude=NOT_IDENTITY),
-        "teacher": recipe.teacher.identity(exclude={"terms", "device"})
+        "teacher": recipe.teacher.identity(exclude={"terms", "device", "engine", "engine_options"})
         if needs_teacher and recipe.teacher
         else None,
         "seed": recipe.seed,

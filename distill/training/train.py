@@ -191,13 +191,16 @@ def train_student(
 
 
 def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
-    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too)."""
+    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too).
+
+    And what it need not ask: attention without masks of the whole batch.
+    """
     if train.gradient_checkpointing:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
+    for model in (student.model, *(teacher.models if teacher else [])):
+        attend_by_row(model)
     if train.packing:
-        for model in (student.model, *(teacher.models if teacher else [])):
-            attend_by_row(model)
         check_packing(student.model, len(student.tokenizer))
     if train.compile:
         compile_layers(
