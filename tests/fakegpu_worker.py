@@ -3,6 +3,7 @@
 Writes found.json: for every check the largest difference from the CPU and how often the host waited for the device.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import step_example
 import torch
 from conftest import CHATML, byte_tokenizer
-from fakegpu import OnDevice, pretend, to_device
+from fakegpu import HELD, OnDevice, pretend, to_device
 from step_example import V, mla, rows
 from torch import nn
 
@@ -19,13 +20,14 @@ from distill.config.training import Objective
 from distill.data.scoring import score_rows
 from distill.data.signals import Sampled, SignalFormat, States, TopK
 from distill.models.decode import Sampling, decode
-from distill.models.head import AtHead
+from distill.models.head import AtHead, Head
 from distill.models.layers import attend_by_row, rows_apart
 from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import drop_experts, route, use_top_k
 from distill.moe.recording import record_routing
 from distill.training.checkpoint import load_state, save_state
 from distill.training.live_teachers import CrossTeacher, FrozenTeacher, RoutedTeachers, StoredTeacher
+from distill.training.losses import fused
 from distill.training.step import StudentStep, state_objectives
 
 GPU = torch.device("gpu", 0)
@@ -40,6 +42,12 @@ FOUND: dict[str, dict] = {}
 def note(name: str, waits, difference: float, **more) -> None:
     where = {f"{what} at {place}": n for (what, place), n in sorted(waits.last.items())}
     FOUND[name] = {"difference": float(difference), "waits": sum(where.values()), "where": where, **more}
+
+
+def there(model):
+    """On the device, as `load_model` leaves it there."""
+    attend_by_row(to_device(model))
+    return model
 
 
 def build(family: str, seed: int = 0, vocabulary: int = V):
@@ -85,7 +93,7 @@ def one_step(
     """(loss, gradients, waits of one forward and backward pass) of a batch of ragged rows on a device."""
     model, other = build(student, vocabulary=vocabulary), build(teacher, seed=1, vocabulary=vocabulary)
     if where == GPU:
-        to_device(model), to_device(other)
+        there(model), there(other)
     attend_by_row(model), attend_by_row(other)
     said = make(other)
     states = state_objectives(objectives, model, said, seed=0)
@@ -149,6 +157,27 @@ def objectives(waits) -> None:
     compare_steps("uld with packed rows", waits, [o("cross_entropy"), o("uld")], packed=True, **large)
 
 
+def memory() -> None:
+    """Device memory of a loss beside its inputs, in float32 tensors of a piece, chunks of logits left out."""
+    vocabulary, width, chunk, piece = 512, 8, 64, 8
+    fused.ACCELERATOR_CHUNK, before = piece * vocabulary, fused.ACCELERATOR_CHUNK
+    made = lambda *shape: OnDevice(torch.randn(*shape, dtype=torch.bfloat16))  # noqa: E731
+    found = {}
+    for name in ("cross_entropy", *DENSE):
+        options = Objective(name=name).options
+        hidden, head = made(chunk, width).detach().requires_grad_(), Head(made(vocabulary, width))
+        dense = fused.Projected(made(chunk, width), Head(made(vocabulary, width)))
+        signals = {"dense": dense, "targets": fused.Given((OnDevice(torch.randint(vocabulary, (chunk,))),))}
+        form = "targets" if name == "cross_entropy" else "dense"
+        gc.collect()
+        start = HELD.reset()
+        fused.fused_loss(hidden, head, [fused.Term(name, form, 1.0, options)], {form: signals[form]})
+        chunks = (1 if form == "targets" else 2) * chunk * vocabulary * 2
+        found[name] = (HELD.peak - start - chunks) / (4 * piece * vocabulary)
+    fused.ACCELERATOR_CHUNK = before
+    FOUND["memory"] = found
+
+
 def decoding(waits) -> None:
     prompts = [[5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10]]
     for name, sampling in (
@@ -159,7 +188,7 @@ def decoding(waits) -> None:
         for where in (CPU, GPU):
             model = build("qwen3").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             waits.take()
             answers[where] = decode(
                 model, prompts, sampling, eos_ids=set(), pad_id=0, keys=[(i,) for i in range(4)], batch_size=8
@@ -177,7 +206,7 @@ def scoring(waits) -> None:
         for where in (CPU, GPU):
             model = build("qwen3").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             waits.take()
             scores[where] = score_rows(
                 model, data, form, keys=[(i,) for i in range(12)], pad_id=0, vocabulary=V, batch_size=4
@@ -195,7 +224,7 @@ def routing(waits) -> None:
     for where in (CPU, GPU):
         model = build("olmoe").eval()
         if where == GPU:
-            to_device(model)
+            there(model)
         waits.take()
         with record_routing(model, keep="counts") as recording:
             decode(model, prompts, sampling, eos_ids=set(), pad_id=0, batch_size=8)
@@ -215,7 +244,7 @@ def routing(waits) -> None:
         for where in (CPU, GPU):
             model = build("olmoe").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             given = ids.to(where, non_blocking=True)
             with torch.no_grad(), change(model):
                 waits.take()
@@ -266,8 +295,7 @@ def optimizer_steps(waits, folder: Path) -> None:
             )
             model, other = build("olmoe"), build("olmoe", seed=1)
             if where == GPU:
-                to_device(model), to_device(other)
-            attend_by_row(model), attend_by_row(other)
+                there(model), there(other)
             teacher = FrozenTeacher(other)
             step = StudentStep(model, objectives, state_objectives(objectives, model, teacher, 0))
             accelerator, data = OnPretended(where), rows()
@@ -307,7 +335,7 @@ def balancer(waits) -> None:
         torch.manual_seed(0)
         model = mla()
         if where == GPU:
-            to_device(model)
+            there(model)
         balance = ExpertBiasBalancer(model.train())
         ids = torch.arange(3, 23).view(2, 10).to(where, non_blocking=True)
         balance.mask = torch.ones_like(ids)
@@ -339,6 +367,7 @@ def main(folder: Path) -> None:
     with pretend() as waits:
         for check in (refuses_to_mix, objectives, decoding, scoring, routing, balancer):
             check(waits)
+        memory()
         optimizer_steps(waits, folder)
     (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
 

@@ -35,11 +35,13 @@ from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
 from distill.models.head import AtHead, Head, KeptLogits, at_places
+from distill.models.layers import rows_apart
 from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
 CHUNK_LOGITS = 2**22  # of which so many are made into float64 probabilities at a time
+CHUNK_LOGITS_ON_ACCELERATORS = 2**25  # 220 rows at V = 151,936, 256 MiB in float64: few, large kernels
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def score_rows(
     with KeptLogits(model) as kept:
         for indices in length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
-            logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
+            with rows_apart(batch.rows):
+                logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
             seed = torch.tensor([seeds[i] for i in indices]).repeat_interleave(torch.from_numpy(lengths))
             place = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
@@ -136,8 +139,11 @@ def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocab
     most = max(1, BATCH_LOGITS // form.k)  # states of one forward pass; logits exist a chunk at a time
     for indices in length_batches(rows, batch_size, most):
         batch = rows.collate(indices, pad_id).to(device)
-        states = at(lambda hidden, places=batch.places: at_places(hidden, places), **batch.inputs())  # [N, d]
-        size = max(1, CHUNK_LOGITS // vocabulary)
+        with rows_apart(batch.rows):
+            states = at(
+                lambda hidden, places=batch.places: at_places(hidden, places), **batch.inputs()
+            )  # [N, d]
+        size = chunk_tokens(vocabulary, device)
         said = []
         for start in range(0, len(states), size):
             part = slice(start, start + size)
@@ -171,10 +177,15 @@ def length_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np
         yield np.array(group)
 
 
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits [n, V] that are worked on at a time."""
+    return max(1, (CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS_ON_ACCELERATORS) // vocabulary)
+
+
 def _summaries(logits: Tensor, targets: Tensor, u: Tensor, form: SignalFormat | None) -> list[Tensor]:
     """logprobs [N]; for top_k also ids and logprobs [N, K], for sampled ids [N, K]. A chunk at a time."""
     found = []
-    size = max(1, CHUNK_LOGITS // logits.shape[1])
+    size = chunk_tokens(logits.shape[1], logits.device)
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
         chunk = logits[part].float()

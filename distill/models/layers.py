@@ -208,7 +208,11 @@ def _mask_of_rows(of: Callable, whole: bool) -> Callable:
 
     def mask(*given, **named):
         if _rows is None:
-            return of(*given, **named)
+            # Whether a mask can be spared is told by its values, for which the host would wait for a device.
+            look = (
+                torch.device(named.get("device", "cpu")).type == "cpu" or named.get("attention_mask") is None
+            )
+            return of(*given, **named) if look else of(*given, **{**named, "allow_is_causal_skip": False})
         length = _rows.shape[1] if isinstance(_rows, PackedRows) else named["q_length"]
         window = named.get("local_size")
         cut = window is not None and window < length
