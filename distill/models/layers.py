@@ -37,6 +37,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask, sliding_window_causal_mask_function
 
 from distill.errors import UserError
+from distill.models.folders import first_line
 from distill.models.hooks import Hooks
 from distill.models.routers import bare_model
 
@@ -139,6 +140,20 @@ def rows_apart(rows: Rows | None) -> Iterator[None]:
         yield
     finally:
         _rows = before
+
+
+def choose_attention(model: nn.Module, kind: str) -> None:
+    """One of transformers' attention implementations instead of the model's first choice. Raises UserError."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        if kind.startswith("flash") and next(base.parameters()).device.type == "cpu":
+            raise ValueError("it runs on GPUs only")
+        base.set_attn_implementation(kind)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(
+            f"train.attention={kind}: {type(base).__name__} cannot attend so ({first_line(error)}); use "
+            "train.attention=auto"
+        ) from error
 
 
 def attend_by_row(model: nn.Module) -> bool:

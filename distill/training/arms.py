@@ -39,7 +39,7 @@ NOT_IDENTITY = {
     **dict.fromkeys(
         ("checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing"), True
     ),
-    **dict.fromkeys(("compile", "tf32", "deterministic"), True),
+    **dict.fromkeys(("attention", "compile", "tf32", "deterministic"), True),
     "teachers": {"remember_gb"},
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -34,7 +34,7 @@ from distill.config.training import Train
 from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import RunError, UserError
-from distill.models.layers import attend_by_row, compile_layers, rows_apart
+from distill.models.layers import attend_by_row, choose_attention, compile_layers, rows_apart
 from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
@@ -52,7 +52,8 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
     accelerator = Accelerator(
         mixed_precision=precision.accelerate,
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
-        kwargs_handlers=precision.handlers(),
+        # Gradients lie in the memory that they are sent from: one copy of all of them less.
+        kwargs_handlers=[*precision.handlers(), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
@@ -199,6 +200,8 @@ def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
     for model in (student.model, *(teacher.models if teacher else [])):
+        if train.attention != "auto":
+            choose_attention(model, train.attention)
         attend_by_row(model)
     if train.packing:
         check_packing(student.model, len(student.tokenizer))

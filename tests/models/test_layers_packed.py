@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config.training import Objective
 from distill.data.batches import TokenRows, check_packing
-from distill.models.layers import NAMES, attend_by_row, rows_apart
+from distill.errors import UserError
+from distill.models import layers
+from distill.models.layers import NAMES, attend_by_row, choose_attention, rows_apart
 from distill.training.step import StudentStep
 
 
@@ -93,6 +95,48 @@ def test_other_attention_is_left_alone():
     both_ways = model_of("mistral")
     both_ways.config.use_bidirectional_attention = True
     assert not attend_by_row(both_ways)
+
+
+def test_attention_is_chosen_or_refused():
+    model = model_of("qwen3 tied")
+    choose_attention(model, "eager")
+    assert model.config._attn_implementation == "eager"
+    for kind in ("flash_attention_2", "flash_attention_3"):
+        with pytest.raises(
+            UserError, match=rf"train.attention={kind}: .* cannot attend so \(it runs on GPUs only\)"
+        ):
+            choose_attention(model, kind)
+    with pytest.raises(UserError, match=r"train.attention=sdpa: Gemma2ForCausalLM cannot attend so"):
+        choose_attention(model_of("gemma2"), "sdpa")
+
+
+@pytest.mark.parametrize("family", ["qwen3 tied", "mistral", "gpt_oss"])
+def test_padded_rows_need_no_mask(family):
+    """Without it the kept tokens' loss and gradients are what they were; what would see padding keeps its mask."""
+    model, rows = model_of(family), ragged(9, 1, 12)
+    step = StudentStep(model, [Objective(name="cross_entropy")])
+    batch = rows.collate(np.argsort(rows.lengths, kind="stable"), 0)
+    usual, expected = taken(step, batch)
+    assert attend_by_row(model)
+    found, gradient = taken(step, batch)
+    assert found == pytest.approx(usual, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_model_with_a_mask_of_its_own_keeps_it(monkeypatch):
+    """The trial, not the config, has the last word: here every token sees the last real one."""
+    model = model_of("qwen3 tied")
+    inner = model.model.forward
+
+    def sees_the_end(*given, attention_mask=None, **named):
+        found = inner(*given, attention_mask=attention_mask, **named)
+        gone = 0.0 if attention_mask is None else (layers._rows is not None) * 5.0
+        found.last_hidden_state = found.last_hidden_state + gone
+        return found
+
+    monkeypatch.setattr(model.model, "forward", sees_the_end)
+    assert not attend_by_row(model) and model.config._attn_implementation == "sdpa"
 
 
 def test_a_packed_step_is_no_slower_than_a_padded_one():
