@@ -16,6 +16,7 @@ subclass of Tensor cannot live in: hence a process of its own (tests/fakegpu_wor
 
 import contextlib
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -62,6 +63,36 @@ class Waits:
 WAITS = Waits()
 
 
+class Held:
+    """Bytes of the device: `now`, and `peak` since the last `reset`. A storage counts while any tensor of it lives."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._tensors: Counter = Counter()
+
+    def add(self, tensor: torch.Tensor, raw: torch.Tensor) -> None:
+        storage = raw.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not self._tensors[key]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._tensors[key] += 1
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._tensors[key] -= 1
+        if not self._tensors[key]:
+            del self._tensors[key]
+            self.now -= size
+
+    def reset(self) -> int:
+        self.peak = self.now
+        return self.now
+
+
+HELD = Held()
+
+
 class OnDevice(torch.Tensor):
     """A tensor on `gpu:0`, whose data is the CPU tensor `raw`."""
 
@@ -74,6 +105,7 @@ class OnDevice(torch.Tensor):
 
     def __init__(self, raw, requires_grad=False):
         self.raw = raw
+        HELD.add(self, raw)
 
     def __repr__(self):
         return f"OnDevice({self.raw!r})"

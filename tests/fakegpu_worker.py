@@ -3,26 +3,31 @@
 Writes found.json: for every check the largest difference from the CPU and how often the host waited for the device.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import step_example
 import torch
-from fakegpu import OnDevice, pretend, to_device
-from step_example import V, build, mla, rows
+from conftest import CHATML, byte_tokenizer
+from fakegpu import HELD, OnDevice, pretend, to_device
+from step_example import V, mla, rows
 from torch import nn
 
 from distill.config.training import Objective
 from distill.data.scoring import score_rows
 from distill.data.signals import Sampled, SignalFormat, States, TopK
 from distill.models.decode import Sampling, decode
-from distill.models.head import AtHead
+from distill.models.head import AtHead, Head
+from distill.models.layers import attend_by_row, rows_apart
 from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import drop_experts, route, use_top_k
 from distill.moe.recording import record_routing
 from distill.training.checkpoint import load_state, save_state
-from distill.training.live_teachers import FrozenTeacher, RoutedTeachers, StoredTeacher
+from distill.training.live_teachers import CrossTeacher, FrozenTeacher, RoutedTeachers, StoredTeacher
+from distill.training.losses import fused
 from distill.training.step import StudentStep, state_objectives
 
 GPU = torch.device("gpu", 0)
@@ -37,6 +42,22 @@ FOUND: dict[str, dict] = {}
 def note(name: str, waits, difference: float, **more) -> None:
     where = {f"{what} at {place}": n for (what, place), n in sorted(waits.last.items())}
     FOUND[name] = {"difference": float(difference), "waits": sum(where.values()), "where": where, **more}
+
+
+def there(model):
+    """On the device, as `load_model` leaves it there."""
+    attend_by_row(to_device(model))
+    return model
+
+
+def build(family: str, seed: int = 0, vocabulary: int = V):
+    """As a user's model attends: by torch's own product wherever the family has it."""
+    model = step_example.build(family, seed)
+    if vocabulary != V:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if family != "gemma2":
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def host(tensor):
@@ -60,19 +81,28 @@ def stored(form: str, n: int):
 
 
 def one_step(
-    where: torch.device, waits, objectives, student="qwen3 tied", teacher="qwen3", make=FrozenTeacher
+    where: torch.device,
+    waits,
+    objectives,
+    student="qwen3 tied",
+    teacher="qwen3",
+    make=FrozenTeacher,
+    packed=False,
+    vocabulary=V,
 ):
     """(loss, gradients, waits of one forward and backward pass) of a batch of ragged rows on a device."""
-    model, other = build(student), build(teacher, seed=1)
+    model, other = build(student, vocabulary=vocabulary), build(teacher, seed=1, vocabulary=vocabulary)
     if where == GPU:
-        to_device(model), to_device(other)
+        there(model), there(other)
+    attend_by_row(model), attend_by_row(other)
     said = make(other)
     states = state_objectives(objectives, model, said, seed=0)
     if where == GPU:
         to_device(states)
     step = StudentStep(model, objectives, states)
     data = rows()
-    batch = data.collate(np.arange(len(data)), 0)
+    batch = data.pack(np.arange(len(data))) if packed else data.collate(np.arange(len(data)), 0)
+    batch.messages = [[{"role": "user", "content": f"question {i}"}] for i in range(len(data))]
     batch.tags = np.array(["a", "b"] * 4, dtype=object)[: len(data)]
     for o in objectives:
         if o.signal in ("sparse", "sampled"):
@@ -83,8 +113,9 @@ def one_step(
         model.zero_grad(set_to_none=True)
         waits.take()
         here = step.ready(batch, where)
-        total, sums = step(here, said(here) if any(o.live for o in objectives) else {})
-        (total / 10).backward()
+        with rows_apart(here.rows):
+            total, sums = step(here, said(here) if any(o.live for o in objectives) else {})
+            (total / 10).backward()
         waits.take()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return total.detach(), sums, grads
@@ -118,6 +149,33 @@ def objectives(waits) -> None:
     alone = lambda model: StoredTeacher(AtHead(model).head())  # noqa: E731
     compare_steps("stored states", waits, [o("forward_kl")], make=alone)
     compare_steps("own head with a soft cap", waits, [o("forward_kl")], student="gemma2")
+    compare_steps("packed rows", waits, [o("cross_entropy"), o("forward_kl")], packed=True)
+    tokenizers = byte_tokenizer(CHATML), byte_tokenizer(CHATML, ("<|extra|>",))
+    across = lambda model: CrossTeacher(model, *reversed(tokenizers), ends=set())  # noqa: E731
+    large = {"vocabulary": len(tokenizers[1]), "make": across}
+    compare_steps("uld", waits, [o("cross_entropy"), o("uld")], **large)
+    compare_steps("uld with packed rows", waits, [o("cross_entropy"), o("uld")], packed=True, **large)
+
+
+def memory() -> None:
+    """Device memory of a loss beside its inputs, in float32 tensors of a piece, chunks of logits left out."""
+    vocabulary, width, chunk, piece = 512, 8, 64, 8
+    fused.ACCELERATOR_CHUNK, before = piece * vocabulary, fused.ACCELERATOR_CHUNK
+    made = lambda *shape: OnDevice(torch.randn(*shape, dtype=torch.bfloat16))  # noqa: E731
+    found = {}
+    for name in ("cross_entropy", *DENSE):
+        options = Objective(name=name).options
+        hidden, head = made(chunk, width).detach().requires_grad_(), Head(made(vocabulary, width))
+        dense = fused.Projected(made(chunk, width), Head(made(vocabulary, width)))
+        signals = {"dense": dense, "targets": fused.Given((OnDevice(torch.randint(vocabulary, (chunk,))),))}
+        form = "targets" if name == "cross_entropy" else "dense"
+        gc.collect()
+        start = HELD.reset()
+        fused.fused_loss(hidden, head, [fused.Term(name, form, 1.0, options)], {form: signals[form]})
+        chunks = (1 if form == "targets" else 2) * chunk * vocabulary * 2
+        found[name] = (HELD.peak - start - chunks) / (4 * piece * vocabulary)
+    fused.ACCELERATOR_CHUNK = before
+    FOUND["memory"] = found
 
 
 def decoding(waits) -> None:
@@ -130,7 +188,7 @@ def decoding(waits) -> None:
         for where in (CPU, GPU):
             model = build("qwen3").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             waits.take()
             answers[where] = decode(
                 model, prompts, sampling, eos_ids=set(), pad_id=0, keys=[(i,) for i in range(4)], batch_size=8
@@ -148,7 +206,7 @@ def scoring(waits) -> None:
         for where in (CPU, GPU):
             model = build("qwen3").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             waits.take()
             scores[where] = score_rows(
                 model, data, form, keys=[(i,) for i in range(12)], pad_id=0, vocabulary=V, batch_size=4
@@ -166,7 +224,7 @@ def routing(waits) -> None:
     for where in (CPU, GPU):
         model = build("olmoe").eval()
         if where == GPU:
-            to_device(model)
+            there(model)
         waits.take()
         with record_routing(model, keep="counts") as recording:
             decode(model, prompts, sampling, eos_ids=set(), pad_id=0, batch_size=8)
@@ -186,7 +244,7 @@ def routing(waits) -> None:
         for where in (CPU, GPU):
             model = build("olmoe").eval()
             if where == GPU:
-                to_device(model)
+                there(model)
             given = ids.to(where, non_blocking=True)
             with torch.no_grad(), change(model):
                 waits.take()
@@ -237,7 +295,7 @@ def optimizer_steps(waits, folder: Path) -> None:
             )
             model, other = build("olmoe"), build("olmoe", seed=1)
             if where == GPU:
-                to_device(model), to_device(other)
+                there(model), there(other)
             teacher = FrozenTeacher(other)
             step = StudentStep(model, objectives, state_objectives(objectives, model, teacher, 0))
             accelerator, data = OnPretended(where), rows()
@@ -277,7 +335,7 @@ def balancer(waits) -> None:
         torch.manual_seed(0)
         model = mla()
         if where == GPU:
-            to_device(model)
+            there(model)
         balance = ExpertBiasBalancer(model.train())
         ids = torch.arange(3, 23).view(2, 10).to(where, non_blocking=True)
         balance.mask = torch.ones_like(ids)
@@ -309,6 +367,7 @@ def main(folder: Path) -> None:
     with pretend() as waits:
         for check in (refuses_to_mix, objectives, decoding, scoring, routing, balancer):
             check(waits)
+        memory()
         optimizer_steps(waits, folder)
     (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
 

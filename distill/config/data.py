@@ -224,7 +224,7 @@ class Endpoint(Section):
 class TeacherSection(Section):
     """Whose outputs train the student: any causal LM from a folder or the hub, or one behind a server."""
 
-    later: ClassVar = ("chat_template_kwargs",)
+    later: ClassVar = ("chat_template_kwargs", "engine", "engine_options")
     model: str = Field(description="folder or hub name of any causal LM")
     chat_template_kwargs: TemplateArguments = Field(
         {},
@@ -239,8 +239,29 @@ class TeacherSection(Section):
     quantize: Literal["none", "4bit", "8bit"] = Field(
         "none", description="by bitsandbytes, only if asked for"
     )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="who runs it in `generate`: this project's own decoder, or vLLM on this machine (an extra); "
+        "training and evaluation load it by transformers in any case",
+    )
+    engine_options: TemplateArguments = Field(
+        {},
+        description="engine vllm: arguments of vllm.LLM, as {gpu_memory_utilization: 0.8, max_model_len: 4096}",
+    )
     endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
     terms: Terms = Terms()
+
+    @model_validator(mode="after")
+    def _one_engine(self):
+        if self.engine_options and self.engine != "vllm":
+            raise ValueError("`engine_options` are those of `engine: vllm`: set it, or leave them out")
+        if self.engine == "vllm" and (self.endpoint or self.quantize != "none"):
+            raise ValueError(
+                "`engine: vllm` loads the weights here as they are: leave out `endpoint` and `quantize`"
+            )
+        if taken := sorted({"model", "dtype", "trust_remote_code", "tokenizer"} & self.engine_options.keys()):
+            raise ValueError(f"`engine_options`: {taken[0]} is set by this recipe's own keys; leave it out")
+        return self
 
 
 class Generate(Section):

@@ -255,6 +255,13 @@ class Train(Section):
         False, description="rows end to end without padding; refused where the model sees across"
     )
     compile: bool = Field(False, description="torch.compile of the decoder layers")
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = Field(
+        "auto",
+        description="of student and live teachers, as transformers names it; auto: its own choice, torch's fused "
+        "product wherever there is one",
+    )
     tf32: bool = Field(
         False,
         description="GPU: float32 products in TF32, 10 bits of mantissa instead of 23, several times as fast",

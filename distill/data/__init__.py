@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "signals": ["Dense", "Sampled", "SignalFormat", "States", "StoredSignals", "TopK"],
         "teachers": ["Answer", "LocalTeacher", "Question"],
         "terms": ["decide"],
+        "vllm": ["VllmTeacher"],
     },
 )

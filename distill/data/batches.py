@@ -30,7 +30,7 @@ from torch import nn
 from distill.data.signals import Sampled, SignalFormat, States, StoredSignals, TopK
 from distill.errors import UserError
 from distill.models.head import KeptLogits
-from distill.models.layers import PackedRows, rows_apart
+from distill.models.layers import RIGHT_PADDED, PackedRows, Rows, rows_apart
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
 
 
@@ -51,7 +51,7 @@ class Batch:
     keys: list[bytes] | None = None  # [B] what the rows say, hashed: to know one again
     written: np.ndarray | None = None  # [N] `targets` once more, which stay on the host
     places: torch.Tensor | None = None  # [N] of the kept tokens in [B * T], ascending: `keep` as numbers
-    rows: PackedRows | None = None  # packed only: how attention takes the rows apart
+    rows: Rows = RIGHT_PADDED  # how they lie, for attention to take them apart
     checked: bool = False  # whether the stored signal's ids were looked at, on the host
 
     def __post_init__(self):

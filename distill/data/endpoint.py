@@ -40,9 +40,9 @@ from typing import Any
 
 from distill import console
 from distill.config.data import Endpoint, TeacherSection
-from distill.data.endpoint_signals import read_top_k, scoring_request
 from distill.data.signals import SignalFormat, encode_top_k
 from distill.data.teachers import Answer, BadReply, Question, is_logprob
+from distill.data.vllm import read_top_k, scoring_request
 from distill.errors import RunError, UserError
 from distill.models.chat import continuation, opening, prompt_ids, text_ids
 from distill.models.decode import Sampling, row_seed
@@ -322,11 +322,13 @@ class EndpointTeacher:
         await self._with_client(work, len(questions), key, most)
         return answers
 
-    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat) -> None:
+    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat | None) -> None:
         """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
 
         One that the server does not score after its retries becomes a failed answer, with the reason.
         """
+        if form is None:
+            return
         due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
         asyncio.run(self._score_all(due, form))
 

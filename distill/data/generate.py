@@ -19,6 +19,7 @@ import torch
 from distill import console
 from distill.config.data import TeacherSection
 from distill.config.recipe import Recipe, resolved
+from distill.config.section import Signal
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
 from distill.data.provenance import teacher_source
@@ -26,6 +27,7 @@ from distill.data.scoring import given_answers, measured_signal, score_answers, 
 from distill.data.signals import HEAD
 from distill.data.teachers import Answer, LocalTeacher, Question, Teacher
 from distill.data.terms import require_permission
+from distill.data.vllm import VllmTeacher
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
 from distill.files import remove_leftovers, writing
@@ -52,10 +54,12 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     terms = require_permission(recipe)
     device = pick_device(recipe.device, recipe.threads)
     endpoint = recipe.teacher.endpoint
-    teacher = open_teacher(recipe.teacher, device, recipe.generate.batch_size)
+    teacher = open_teacher(recipe.teacher, device, recipe.generate.batch_size, recipe.generate.signal)
     form = signal_format(recipe.generate.signal, teacher)
     config = {
-        "teacher": recipe.teacher.identity(exclude={"terms": True, "endpoint": TRANSPORT}),
+        "teacher": recipe.teacher.identity(
+            exclude={"terms": True, "endpoint": TRANSPORT, "engine_options": True}
+        ),
         "generate": recipe.generate.model_dump(mode="json", exclude=LIMITS),
         "seed": recipe.seed,
         "identity": teacher.identity(),
@@ -66,6 +70,11 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     ranks = processes(device)
     if main_decides(ranks, lambda: stage.done(redo)):
         return stage.manifest
+    if recipe.teacher.engine == "vllm" and ranks.num_processes > 1:
+        raise UserError(
+            "teacher.engine=vllm spreads over the GPUs by itself: run `distill generate` in one process (with "
+            "teacher.engine_options={tensor_parallel_size: N}), then what comes after it with accelerate launch"
+        )
     teacher.open()
     head = signal_head(form, teacher)
     if ranks.is_main_process:
@@ -89,6 +98,8 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
                 writer.write(index, answer_chunk(recipe, teacher, chunk, meter))
                 if ranks.is_main_process:
                     stage.checkpoint_clock()
+    if isinstance(teacher, VllmTeacher):
+        teacher.close()
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         remove_leftovers(stage.folder)  # the claims
@@ -199,8 +210,10 @@ def count_rows(folder: Path) -> dict[str, Any]:
     return counts
 
 
-def open_teacher(section: TeacherSection, device: torch.device, batch_size: int) -> Teacher:
+def open_teacher(section: TeacherSection, device: torch.device, batch_size: int, signal: Signal) -> Teacher:
     """The teacher a recipe names. Raises UserError where it cannot be reached or loaded."""
     if section.endpoint:
         return EndpointTeacher(section)
+    if section.engine == "vllm":
+        return VllmTeacher(section, batch_size, signal.k if signal.kind == "top_k" else 0)
     return LocalTeacher(section, device, batch_size)

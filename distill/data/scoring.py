@@ -30,16 +30,18 @@ from torch import Tensor
 from distill.config.section import Signal
 from distill.data.batches import TokenRows
 from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
-from distill.data.teachers import Answer, LocalTeacher, Question
+from distill.data.teachers import Answer, LocalTeacher, Question, closed
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
 from distill.models.head import AtHead, Head, KeptLogits, at_places
+from distill.models.layers import rows_apart
 from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
 CHUNK_LOGITS = 2**22  # of which so many are made into float64 probabilities at a time
+CHUNK_LOGITS_ON_ACCELERATORS = 2**25  # 220 rows at V = 151,936, 256 MiB in float64: few, large kernels
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def signal_format(section: Signal, teacher) -> SignalFormat | None:
         )
     if not isinstance(teacher, LocalTeacher) and section.kind != "top_k":
         raise UserError(
-            f"generate.signal.kind={section.kind}: an endpoint names its likeliest tokens alone; set kind=top_k, or "
-            "load the teacher here"
+            f"generate.signal.kind={section.kind}: an endpoint and vLLM name their likeliest tokens alone; set "
+            "kind=top_k, or load the teacher here (teacher.engine=transformers)"
         )
     identity = tokenizer_fingerprint(teacher.tokenizer)
     width = load_config(teacher.name).get_text_config().hidden_size if section.kind == HIDDEN else 0
@@ -117,7 +119,8 @@ def score_rows(
     with KeptLogits(model) as kept:
         for indices in length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)):
             batch = rows.collate(indices, pad_id).to(device)
-            logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
+            with rows_apart(batch.rows):
+                logits = kept(batch.input_ids, batch.attention_mask, batch.places)[:, :vocabulary]  # [N, V]
             lengths = rows.completion_lengths[indices]
             seed = torch.tensor([seeds[i] for i in indices]).repeat_interleave(torch.from_numpy(lengths))
             place = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
@@ -136,8 +139,11 @@ def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocab
     most = max(1, BATCH_LOGITS // form.k)  # states of one forward pass; logits exist a chunk at a time
     for indices in length_batches(rows, batch_size, most):
         batch = rows.collate(indices, pad_id).to(device)
-        states = at(lambda hidden, places=batch.places: at_places(hidden, places), **batch.inputs())  # [N, d]
-        size = max(1, CHUNK_LOGITS // vocabulary)
+        with rows_apart(batch.rows):
+            states = at(
+                lambda hidden, places=batch.places: at_places(hidden, places), **batch.inputs()
+            )  # [N, d]
+        size = chunk_tokens(vocabulary, device)
         said = []
         for start in range(0, len(states), size):
             part = slice(start, start + size)
@@ -171,10 +177,15 @@ def length_batches(rows: TokenRows, batch_size: int, tokens: int) -> Iterator[np
         yield np.array(group)
 
 
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Rows of logits [n, V] that are worked on at a time."""
+    return max(1, (CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS_ON_ACCELERATORS) // vocabulary)
+
+
 def _summaries(logits: Tensor, targets: Tensor, u: Tensor, form: SignalFormat | None) -> list[Tensor]:
     """logprobs [N]; for top_k also ids and logprobs [N, K], for sampled ids [N, K]. A chunk at a time."""
     found = []
-    size = max(1, CHUNK_LOGITS // logits.shape[1])
+    size = chunk_tokens(logits.shape[1], logits.device)
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
         chunk = logits[part].float()
@@ -202,17 +213,15 @@ def draw(probabilities: Tensor, k: int, u: Tensor) -> Tensor:
 # ---- answers of the stage `generations/` ------------------------------------------------------------------
 
 
-def given_answers(
-    teacher: LocalTeacher, questions: list[Question], texts: list[str], on_finish
-) -> list[Answer]:
+def given_answers(teacher, questions: list[Question], texts: list[str], on_finish) -> list[Answer]:
     """Somebody's texts as this teacher's answers: in its tokens, closed by its end token, not yet scored."""
-    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    context = teacher.context
     answers = []
     for question, text in zip(questions, texts):
         prompt = prompt_ids(teacher.tokenizer, question.messages)
         said = continuation(text, teacher.opened)
         text = teacher.opened + said
-        completion = _closed(teacher, text_ids(teacher.tokenizer, said))
+        completion = closed(teacher.tokenizer, text_ids(teacher.tokenizer, said))
         length = len(prompt) + len(completion)
         error = None
         if context and length > context:
@@ -230,8 +239,7 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     """
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
-        if form:
-            teacher.score(questions, answers, form)
+        teacher.score(questions, answers, form)
         return
     due = [
         (question.key, answer)
@@ -241,7 +249,9 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     if not due:
         return
     # As `filter` will train on it: a text that ended by another end token gets the tokenizer's own as well.
-    rows = TokenRows([a.prompt_ids for _, a in due], [_closed(teacher, a.completion_ids) for _, a in due])
+    rows = TokenRows(
+        [a.prompt_ids for _, a in due], [closed(teacher.tokenizer, a.completion_ids) for _, a in due]
+    )
     scores = score_rows(
         teacher.model,
         rows,
@@ -269,8 +279,3 @@ def measured_signal(form: SignalFormat | None, folder: Path) -> dict | None:
             tokens += len(row["completion_ids"])
             size += len(row["signal_ids"]) + len(row["signal_values"])
     return {**form.to_manifest(), "tokens": tokens, "bytes_per_token": round(size / max(tokens, 1), 2)}
-
-
-def _closed(teacher: LocalTeacher, ids: list[int]) -> list[int]:
-    end = teacher.tokenizer.eos_token_id
-    return list(ids) if ids and ids[-1] == end else [*ids, end]

@@ -84,6 +84,12 @@ def is_logprob(value: Any) -> bool:
     return type(value) in (int, float) and -1e30 < value <= 0.01
 
 
+def closed(tokenizer, ids: list[int]) -> list[int]:
+    """A completion as `filter` trains on it: one that ended by another end token gets the tokenizer's own as well."""
+    end = tokenizer.eos_token_id
+    return list(ids) if ids and ids[-1] == end else [*ids, end]
+
+
 class LocalTeacher:
     """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
 
@@ -103,6 +109,11 @@ class LocalTeacher:
     @property
     def opened(self) -> str:
         return opening(self.tokenizer)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it takes, prompt and answer."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def open(self) -> None:
         _ = self.model

@@ -19,6 +19,7 @@ from distill.config.recipe import Recipe
 from distill.data.endpoint import check_endpoint
 from distill.data.signals import STORED, SignalFormat, signal_problems
 from distill.data.terms import require_permission
+from distill.data.vllm import check_engine
 from distill.devices import describe_device
 from distill.doctor import memory as footprint
 from distill.doctor import needs
@@ -54,6 +55,8 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     found += models
     if recipe.teacher and recipe.teacher.endpoint:
         found += findings_of("models", _endpoint, pair)
+    if recipe.teacher and recipe.teacher.engine == "vllm":
+        found += findings_of("models", _engine, pair)
     # Measuring trains nothing; and of a model that is not there nobody knows the terms.
     if command != "evaluate" and not any(f.state == FAIL for f in models):
         found += findings_of("terms", _terms, pair)
@@ -142,6 +145,19 @@ def _endpoint(pair: Pair) -> list[Finding]:
     ]
 
 
+def _engine(pair: Pair) -> list[Finding]:
+    recipe = pair.recipe
+    if pair.does("generate") and not (recipe.path / "generations" / "manifest.json").is_file():
+        check_engine(recipe.teacher)
+    kind = recipe.generate.signal.kind
+    if kind not in ("none", "top_k"):
+        raise UserError(
+            f"generate.signal.kind={kind}: vLLM names its likeliest tokens alone; set kind=top_k, or "
+            "teacher.engine=transformers"
+        )
+    return [Finding("models", OK, f"teacher '{recipe.teacher.model}' answers by vLLM, in this process")]
+
+
 def _terms(pair: Pair) -> list[Finding]:
     decision = require_permission(pair.recipe)
     if decision is None:
@@ -204,7 +220,7 @@ def _signals(pair: Pair) -> list[str]:
     if recipe.teacher.endpoint:
         scores = (
             recipe.teacher.endpoint.tokenizer and signal.kind == "top_k"
-        )  # by the server (endpoint_signals.py)
+        )  # by the server (distill/data/vllm.py)
         asked = {"generate.signal": signal.kind != "none" and not scores, "prompts.completion_column": given}
         found += [
             f"{key} needs the logits of '{recipe.teacher.model}', and its endpoint gives text alone; leave it "

@@ -20,6 +20,7 @@ from distill.data.signals import HIDDEN, STORED, SignalFormat
 from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
 from distill.errors import UserError
 from distill.models.describe import describe_model
+from distill.models.head import output_head
 from distill.models.load import eos_ids, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import resolve_precision
@@ -39,7 +40,7 @@ NOT_IDENTITY = {
     **dict.fromkeys(
         ("checkpoint_every", "trackers", "micro_batch_size", "micro_batch_tokens", "auto_micro_batch", "packing"), True
     ),
-    **dict.fromkeys(("compile", "tf32", "deterministic"), True),
+    **dict.fromkeys(("attention", "compile", "tf32", "deterministic"), True),
     "teachers": {"remember_gb"},
 }  # fmt: skip
 
@@ -79,7 +80,7 @@ def train_arm(
     config = {
         "student": recipe.student.identity(),
         "train": recipe.train.identity(exclude=NOT_IDENTITY),
-        "teacher": recipe.teacher.identity(exclude={"terms", "device"})
+        "teacher": recipe.teacher.identity(exclude={"terms", "device", "engine", "engine_options"})
         if needs_teacher and recipe.teacher
         else None,
         "seed": recipe.seed,
@@ -208,7 +209,8 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
 
     With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
     share; a live teacher adds one forward pass of its own. Text that the student writes while it trains costs one
-    forward pass a token, prompts included (each token is read once, from the cache of those before it).
+    forward pass a token, prompts included (each token is read once, from the cache of those before it). So does the
+    pass before a step that counts its loads (`whole_step`), but for the output head.
     """
     tokens, context = counts["tokens_read"], max(1, counts["tokens_read"] // (2 * counts["rows"]))
     passes = 3 if counts["parameters_trainable"] == counts["parameters_total"] else 2
@@ -217,10 +219,18 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
         flops += 6 * counts["parameters_trainable"]
     if teacher:
         flops += teacher.flops_per_token(context)
-    sampled = counts.get("tokens_sampled", 0)
-    if sampled:
-        sampled *= describe_model(student.model, context)["flops_per_token"]
-    return int(flops * tokens + sampled)
+    more = 0
+    if sampled := counts.get("tokens_sampled", 0):
+        more += sampled * describe_model(student.model, context)["flops_per_token"]
+    if counted := counts.get("tokens_counted", 0):
+        more += counted * body_flops(student, context)
+    return int(flops * tokens + more)
+
+
+def body_flops(student: BuiltStudent, context: int) -> int:
+    """Forward FLOPs of a token on the way to the output head, which is not called."""
+    head = output_head(student.base)
+    return describe_model(student.model, context)["flops_per_token"] - 2 * logical_size(head.weight)
 
 
 def _final_loss(folder: Path) -> float:

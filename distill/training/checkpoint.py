@@ -227,22 +227,23 @@ class Saver:
         self.folder, self.module, self.optimizer = folder, module, optimizer.optimizer
         self.accelerator, self.source, self.validator = accelerator, source, validator
 
-    def restore(self) -> tuple[int, int, int]:
-        """(steps done, tokens trained, tokens read) of the newest state; zeros where there is none."""
+    def restore(self) -> tuple[int, int, int, int]:
+        """(steps done, tokens trained, read, counted) of the newest state; zeros where there is none."""
         state = latest_state(self.folder)
         if state is None:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         saved = load_state(state, self.module, self.optimizer)
         self.source.restore(saved["source"])
         self.validator.restore(saved["validation"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        return saved["step"], saved["tokens"], saved["read"]
+        return saved["step"], saved["tokens"], saved["read"], saved.get("counted", 0)
 
-    def save(self, step: int, tokens: int, read: int, keep: int) -> None:
+    def save(self, step: int, tokens: int, read: int, counted: int, keep: int) -> None:
         """After `step` steps. Every process calls it; the main one writes."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        extra = {"tokens": tokens, "read": read, "scaler": scaler, "validation": self.validator.state()}
+        extra = {"tokens": tokens, "read": read, "counted": counted, "scaler": scaler}
+        extra["validation"] = self.validator.state()
         extra["source"] = self.source.state()  # of all processes: asked for on each of them
         main = self.accelerator.is_main_process
         save_state(self.folder, step, self.module, self.optimizer, extra, keep, write=main)

@@ -31,7 +31,7 @@ from distill.data.signals import HEAD
 from distill.errors import UserError
 from distill.models.describe import describe_model
 from distill.models.head import AtHead, Head, KeptLogits, at_places, load_head
-from distill.models.layers import decoder_layers
+from distill.models.layers import decoder_layers, rows_apart
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.training.cross_tokenizer import TeacherView
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
@@ -281,7 +281,9 @@ class CrossTeacher(_NotHeard):
         rows = [self.view.row(m, c.tolist()) for m, c in zip(batch.messages, completions)]
         theirs = self.view.collate(rows)
         asked = Batch(theirs.input_ids, theirs.attention_mask, theirs.keep, theirs.rows).to(batch.keep.device)
-        return {"aligned": Aligned(self.teacher(asked)["dense"], theirs.rows, theirs.kept, asked.keep.device)}
+        with rows_apart(asked.rows):  # padded, however the student's lie
+            said = self.teacher(asked)["dense"]
+        return {"aligned": Aligned(said, theirs.rows, theirs.kept, asked.keep.device)}
 
 
 class Aligned:

@@ -116,6 +116,11 @@ class StudentStep(nn.Module):
         return sorted({type(layer).__name__ for layer in decoder_layers(self.model)[1]})
 
     @property
+    def of_step(self) -> list["Balance"]:
+        """The objectives that are of a whole optimizer step (`whole_step`)."""
+        return [state for state in self.states if getattr(state, "of_step", False)]
+
+    @property
     def head_form(self) -> str:
         """For manifests and people: how the loss is computed."""
         if self.exact_head:
@@ -165,11 +170,7 @@ class StudentStep(nn.Module):
             self.at(lambda hidden: hidden, **inputs)
         else:
             self.model(use_cache=False, **inputs)
-        found = []
-        for state in self.states:
-            if getattr(state, "of_step", False):
-                found.append(state.count(batch))
-        return found
+        return [state.count(batch) for state in self.of_step]
 
     def ready(self, batch: Batch, device: torch.device) -> Batch:
         """The batch on the device, its stored signals held against the student's vocabulary while they are here.
@@ -292,7 +293,7 @@ def whole_step(
     (dropout) are those of the passes to come. `batches()`: this process's batches with their weights, 1 or 0;
     `reduce`: the sum over processes; `kept`: tokens of the step with a loss.
     """
-    states = [s for s in step.states if getattr(s, "of_step", False)]
+    states = step.of_step
     if not states:
         yield
         return

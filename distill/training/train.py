@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -34,7 +34,7 @@ from distill.config.training import Train
 from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import RunError, UserError
-from distill.models.layers import attend_by_row, compile_layers, rows_apart
+from distill.models.layers import attend_by_row, choose_attention, compile_layers, rows_apart
 from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
@@ -52,7 +52,8 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
     accelerator = Accelerator(
         mixed_precision=precision.accelerate,
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
-        kwargs_handlers=precision.handlers(),
+        # Gradients lie in the memory that they are sent from: one copy of all of them less.
+        kwargs_handlers=[*precision.handlers(), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=list(recipe.train.trackers) or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
@@ -133,8 +134,8 @@ def train_student(
     balancer = ExpertBiasBalancer(step_module.model) if train.expert_bias_step else None
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
-    first, tokens, read = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module)
+    first, tokens, read, counted = saver.restore()
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def train_student(
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
             if step + 1 < train.steps and (due or found.stop):
                 log.sync()
-                saver.save(step + 1, log.tokens, log.read, train.keep_states)
+                saver.save(step + 1, log.tokens, log.read, micro.counted, train.keep_states)
             if found.stop:
                 log.close()
                 interrupts.leave(step + 1, train.steps)
@@ -188,6 +189,7 @@ def train_student(
         "tokens": log.tokens,  # trained: completion tokens
         "tokens_read": log.read,  # passed through the model: prompts too
         "tokens_sampled": source.passed,  # passed through it before, to write what it trains on: prompts too
+        "tokens_counted": micro.counted,  # passed through its body once more, for an objective of the whole step
         "head": step_module.head_form,
         "micro_batch_size": micro.size,
         "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass
@@ -195,13 +197,18 @@ def train_student(
 
 
 def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:
-    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too)."""
+    """What the recipe asks of the models' own forward: checkpointing, packing, compilation (the teacher's too).
+
+    And what it need not ask: attention without masks of the whole batch.
+    """
     if train.gradient_checkpointing:
         student.base.gradient_checkpointing_enable({"use_reentrant": False})
         student.base.enable_input_require_grads()
+    for model in (student.model, *(teacher.models if teacher else [])):
+        if train.attention != "auto":
+            choose_attention(model, train.attention)
+        attend_by_row(model)
     if train.packing:
-        for model in (student.model, *(teacher.models if teacher else [])):
-            attend_by_row(model)
         check_packing(student.model, len(student.tokenizer))
     if train.compile:
         compile_layers(
@@ -226,8 +233,11 @@ class StepFound:
 class MicroBatches:
     """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
 
-    def __init__(self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep):
+    def __init__(
+        self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep, counted: int = 0
+    ):
         self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
+        self.counted = counted  # tokens, over all processes, that passed before their step, to be counted
         self.size = train.micro_batch_size
         self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
 
@@ -280,6 +290,8 @@ class MicroBatches:
                     # Gradients are averaged over processes, hence the world; one division by all kept tokens.
                     accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
                 sums += terms * weight
+        if self.step.of_step and not alone:
+            self.counted += lot.read
         return sums
 
     def _forward(self, model: nn.Module, batch, signals: dict) -> tuple[torch.Tensor, torch.Tensor]:

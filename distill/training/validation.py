@@ -22,6 +22,7 @@ from distill.config.training import Train, Validation
 from distill.data.batches import TokenRows, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import UserError
+from distill.models.layers import rows_apart
 from distill.training.checkpoint import BEST, load_trained, metadata_of, save_trained
 from distill.training.step import StudentStep, whole_step
 
@@ -88,7 +89,9 @@ class Validator:
                 kept = int(self.rows.completion_lengths.sum())
                 with whole_step(module, model, batches, self.accelerator.reduce, kept):
                     for batch, weight in batches():
-                        objective, _, plain = model(batch, teacher(batch) if teacher else {}, held_out=True)
+                        with rows_apart(batch.rows):
+                            said = teacher(batch) if teacher else {}
+                            objective, _, plain = model(batch, said, held_out=True)
                         total += weight * torch.stack([plain.double(), objective.double()])
         finally:
             for m in training:

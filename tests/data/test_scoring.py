@@ -337,3 +337,12 @@ def test_the_table_of_signals_tells_bias_from_noise(monkeypatch):
     assert top["kl_bias"] > 0.1 and top["fitted_confidence_minus_accuracy"] > 0.05
     assert top["bytes_per_token"] == 16 * (9 + 8) / 8 + 4
     assert row("top_k", 400)["kl_bias"] == pytest.approx(0, abs=2e-3)
+
+
+def test_a_device_works_on_larger_chunks():
+    """27 rows at V = 151,936 suit a CPU's cache; a device wants few, large kernels."""
+    assert (
+        chunk_tokens(151_936, torch.device("cpu")) == 27
+        and chunk_tokens(151_936, torch.device("cuda")) == 220
+    )
+    assert chunk_tokens(2**30, torch.device("cpu")) == 1

@@ -1,115 +1,138 @@
 """Every launch file, with what it trains, as a user starts it: any number of processes gives the weights of one.
 
-Slow: `pytest -m slow tests/launches`. SGD and ragged lengths, seven rows a step, which no number of processes divides.
-FSDP2 runs over gloo by tests/fsdp_launch.py, since Accelerate shards on accelerators only.
+Slow: `pytest -m slow tests/launches/test_matrix.py`. SGD and ragged lengths, seven rows a step, which no number of
+processes divides. One launch a file and number of processes does all of it, command by command (tests/many_launch.py);
+a run that is killed has a launch of its own. FSDP2 runs over gloo by tests/fsdp_launch.py, since Accelerate shards on
+accelerators only.
 """
 
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
-from conftest import CHATML, PYTHON, ROOT, byte_tokenizer, save_model
+from conftest import CHATML, PYTHON, RECIPE, ROOT, byte_tokenizer, save_model
 from launching import CPU2, ENVIRONMENT, processes_of
 from safetensors.torch import load_file
 from training_example import MIXED, SGD, assert_same, fake_dataset
 
 pytestmark = pytest.mark.slow
 FILES = {p.stem: p for p in sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))}
-SHARDED = [PYTHON, "-m", "torch.distributed.run", "--standalone"]
-ONE = [PYTHON, "-m", "distill"]
+LAUNCH = [PYTHON, "-m", "accelerate.commands.launch", "--config_file"]
 MIXTURE = {
     "model_type": "deepseek_v3", "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
+FULL = "student.adapter=full"
 WHAT = {
     "lora": ["student.adapter=lora", MIXED],
-    "full": ["student.adapter=full", MIXED],
+    "full": [FULL, MIXED],
     "mixture": [
-        "student.adapter=full", "train.expert_bias_step=0.01", "train.expert_bias_freeze=0",
+        FULL, "train.expert_bias_step=0.01", "train.expert_bias_freeze=0",
         "train.objectives=[{name: cross_entropy}, {name: batch_balance, weight: 0.1}]",
     ],
+    # Who writes what is decided in tokens: a step large enough to part texts is no test.
     "on_policy": [
-        "student.adapter=full", "train.on_policy={fraction: 0.5, max_new_tokens: 6}",
-        "train.objectives=[{name: reverse_kl}]",
+        FULL, "train.on_policy={fraction: 0.5, max_new_tokens: 6}", "train.objectives=[{name: reverse_kl}]",
+        "train.learning_rate=0.01",
     ],
+    # From the first stage to the last: answers, signals, filter, student, evaluation, report.
+    "stored": [FULL, "generate.signal={kind: top_k, k: 8}", "train.objectives=[{name: sparse_forward_kl}]"],
+    "hidden": [FULL, "generate.signal={kind: hidden}", "train.objectives=[{name: forward_kl}]"],
 }  # fmt: skip
+WHOLE_RUNS = {"stored", "hidden"}
+RESUMED = {(2, 1), (1, 3), (3, 2)}  # killed with so many processes, finished with so many
+OF = {"alone": ("cpu2", 1), "ddp 2": ("cpu2", 2), "ddp 3": ("cpu2", 3), "fsdp2 2": ("fsdp2", 2),
+      "fsdp2 3": ("fsdp2", 3)}  # fmt: skip
 
 
-def command(how: str, processes: int) -> list[str]:
-    """The words before `train RECIPE`."""
+def started(words: list[str], **more: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **more}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+def command(file: str, processes: int) -> list[str]:
+    """The words before a script."""
     if processes == 1:
-        return ONE
-    if how == "fsdp2":
-        return [*SHARDED, "--nproc_per_node", str(processes), str(ROOT / "tests" / "fsdp_launch.py")]
-    launch = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", CPU2]
-    return [*launch, "--num_processes", str(processes), "-m", "distill"]
+        return [PYTHON]
+    config = CPU2 if file == "cpu2" else str(FILES[file])
+    return [*LAUNCH, config, "--num_processes", str(processes)]
 
 
-def started(words: list[str]) -> subprocess.CompletedProcess:
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+class Matrix:
+    """`student(group, what)`: the finished folder; a group is launched when it is first asked for."""
+
+    def __init__(self, root: Path, hub: dict):
+        self.root, self.hub, self.done = root, hub, set()
+        self.students = {"mixture": save_model(root / "m", MIXTURE, byte_tokenizer(CHATML), seed=5)}
+
+    def words(self, group: str, what: str, options: list[str]) -> list[str]:
+        """One command, with what it reads laid ready."""
+        run_dir = self.root / group / what
+        path = Path(f"{run_dir}.yaml")
+        teacher, student = self.hub["qwen3_moe"], self.students.get(what, self.hub["llama"])
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(RECIPE.format(run_dir=run_dir, teacher=teacher, student=student))
+            if what not in WHOLE_RUNS:
+                fake_dataset(run_dir)
+        shape = ["train.batch_size=7", "train.micro_batch_size=2"]
+        return ["run" if what in WHOLE_RUNS else "train", str(path), *SGD, *shape, *options]
+
+    def student(self, group: str, what: str) -> Path:
+        if group not in self.done:
+            file, processes = OF[group]
+            names = [w for w in WHAT if file != "fsdp2" or w not in ("on_policy", *WHOLE_RUNS)]
+            commands = [self.words(group, name, WHAT[name]) for name in names]
+            if file != "fsdp2":
+                commands += [self.killed(*pair) for pair in sorted(RESUMED) if pair[1] == processes]
+            path = self.root / f"{group}.json"
+            path.write_text(json.dumps(commands))
+            done = started([*command(file, processes), str(ROOT / "tests" / "many_launch.py"), str(path)])
+            assert done.returncode == 0, done.stderr[-3000:]
+            self.done.add(group)
+        return self.root / group / what / "student"
+
+    def killed(self, first: int, then: int) -> list[str]:
+        """A run that the process which writes has left in its third step; returns the command that goes on."""
+        words = self.words("resumed", f"{first} then {then}", WHAT["full"])
+        script = str(ROOT / "tests" / "stopping_launch.py")
+        started([*command("cpu2", first), script, *words], DISTILL_TEST_STOP_AFTER="2")
+        assert (self.root / "resumed" / f"{first} then {then}" / "student" / "state-0000002").is_dir()
+        return words
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory, hub):
+    return Matrix(tmp_path_factory.mktemp("matrix"), hub)
+
+
+def weights(folder: Path) -> dict:
+    return load_file(next(folder.glob("*.safetensors")))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize(
-    "how, what",
-    [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in ("lora", "full", "mixture")],
+    "how, what", [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in ("lora", "full", "mixture")]
 )
-def test_the_weights_of_one_process(make_recipe, tmp_path, how, what, processes):
-    student = (
-        save_model(tmp_path / "m", MIXTURE, byte_tokenizer(CHATML), seed=5) if what == "mixture" else "llama"
-    )
-    options = [*SGD, *WHAT[what], "train.batch_size=7", "train.micro_batch_size=2"]
-    if (
-        what == "on_policy"
-    ):  # who writes what is decided in tokens: a step large enough to part texts is no test
-        options += ["train.learning_rate=0.01"]
-    weights = {}
-    for count in (1, processes):
-        path, run_dir = make_recipe(student=student, name=f"of-{count}")
-        fake_dataset(run_dir)
-        done = started([*command(how, count), "train", path, *options])
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert processes_of(run_dir / "student") == count
-        weights[count] = load_file(next((run_dir / "student").glob("*.safetensors")))
-    assert_same(weights[1], weights[processes], 1e-5)
+def test_the_weights_of_one_process(matrix, how, what, processes):
+    one, many = matrix.student("alone", what), matrix.student(f"{how} {processes}", what)
+    assert processes_of(one) == 1 and processes_of(many) == processes
+    assert_same(weights(one), weights(many), 1e-6)
+    if what in WHOLE_RUNS:
+        assert processes_of(many.parent / "eval") == processes and (many.parent / "report.html").is_file()
 
 
-@pytest.mark.parametrize("first, then", [(2, 1), (1, 3), (3, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(make_recipe, first, then):
-    """Stopped by SIGTERM after some step with one number, finished with another: an undisturbed run's weights."""
-    options = [*SGD, MIXED, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
-    path, whole = make_recipe(name="whole")
-    fake_dataset(whole)
-    assert started([*ONE, "train", path, *options]).returncode == 0
-    path, run_dir = make_recipe(name="parts")
-    fake_dataset(run_dir)
-    # Killed in its third step, by the process that writes: the state of the second is there.
-    stop = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "DISTILL_TEST_STOP_AFTER": "2"}
-    words = [*command("ddp", first)[: -2 if first > 1 else None]]
-    script = str(ROOT / "tests" / "stopping_launch.py")
-    words = [PYTHON, script] if first == 1 else [*words, script]
-    subprocess.run([*words, "train", path, *options], cwd=ROOT, env={**os.environ, **stop}, capture_output=True,
-                   timeout=600)  # fmt: skip
-    assert list((run_dir / "student").glob("state-0000002")), "it stopped where it was told to"
-    done = started([*command("ddp", then), "train", path, *options])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(*(load_file(folder / "student" / "model.safetensors") for folder in (whole, run_dir)), 1e-5)
-
-
-def test_stored_signals_on_three_processes(make_recipe):
-    """Generated with top-k signals, filtered, and trained on: three processes from the first stage to the last."""
-    options = ["generate.signal={kind: top_k, k: 8}", "train.objectives=[{name: sparse_forward_kl}]"]
-    options += [*SGD, "student.adapter=full", "train.batch_size=7", "train.micro_batch_size=2"]
-    weights = {}
-    for count in (1, 3):
-        path, run_dir = make_recipe(name=f"of-{count}", student="qwen3_moe")
-        done = started([*command("ddp", count), "run", path, *options])
-        assert done.returncode == 0, done.stderr[-3000:]
-        weights[count] = load_file(run_dir / "student" / "model.safetensors")
-        assert processes_of(run_dir / "eval") == count and (run_dir / "report.html").is_file()
-    assert_same(weights[1], weights[3], 1e-5)
+@pytest.mark.parametrize("first, then", sorted(RESUMED))
+def test_a_run_goes_on_with_another_number_of_processes(matrix, first, then):
+    """Killed after its second step with one number, finished with another: an undisturbed run's weights."""
+    whole = matrix.student("alone", "full")
+    matrix.student("alone" if then == 1 else f"ddp {then}", "full")
+    resumed = matrix.root / "resumed" / f"{first} then {then}" / "student"
+    assert processes_of(resumed) == then
+    assert_same(weights(whole), weights(resumed), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "ddp", "multinode"])
@@ -117,7 +140,7 @@ def test_a_launch_file_as_it_stands_trains_on_a_cpu(make_recipe, name):
     """The file itself, but for the number of machines: without a GPU its processes find themselves on the CPU."""
     path, run_dir = make_recipe()
     fake_dataset(run_dir)
-    launch = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(FILES[name])]
+    launch = [*LAUNCH, str(FILES[name])]
     if name == "multinode":
         launch += ["--num_machines", "1", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     done = started([*launch, "-m", "distill", "train", path, *SGD, MIXED])

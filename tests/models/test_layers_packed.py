@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from step_example import build, gradients, mla
-from transformers import AutoModelForCausalLM
+from step_example import SIZES, build, gradients, mla
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config.training import Objective
 from distill.data.batches import TokenRows, check_packing
-from distill.models.layers import NAME, attend_by_row, rows_apart
+from distill.errors import UserError
+from distill.models import layers
+from distill.models.layers import NAMES, attend_by_row, choose_attention, rows_apart
 from distill.training.step import StudentStep
 
 
@@ -21,9 +23,24 @@ def ragged(n: int, low: int, high: int, vocabulary: int = 60) -> TokenRows:
     return TokenRows([draw() for _ in range(n)], [draw() for _ in range(n)])
 
 
-def sdpa(family: str):
-    model = mla() if family == "deepseek_v3" else build(family)
-    model.set_attn_implementation("sdpa")
+WINDOWED = {  # of 4 tokens, where rows have up to 22
+    "mistral": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its own attention, with sinks
+}
+
+
+def model_of(family: str, **more):
+    if family == "deepseek_v3":
+        model = mla()
+    elif family in WINDOWED:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**SIZES, "sliding_window": 4, **WINDOWED[family], **more})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    else:
+        model = build(family)
+    if family not in ("gpt_oss", "gemma2"):  # which have no other than eager
+        model.set_attn_implementation("sdpa")
     return model.train()
 
 
@@ -34,14 +51,18 @@ def taken(step: StudentStep, batch) -> tuple[float, dict]:
     return float(total.detach()), gradients(step.model)
 
 
-@pytest.mark.parametrize("family", ["qwen3 tied", "olmoe", "deepseek_v3"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "family, checkpointing",
+    [(f, False) for f in ("olmoe", "deepseek_v3", "gemma2", *WINDOWED)]
+    + [("qwen3 tied", True), ("mistral", True)],
+)
 def test_packed_rows_are_the_padded_ones(family, checkpointing):
-    model, rows = sdpa(family), ragged(9, 1, 12)
+    model, rows = model_of(family), ragged(9, 1, 12)
+    plain = model.config._attn_implementation
     step = StudentStep(model, [Objective(name="cross_entropy")])
     order = np.argsort(rows.lengths, kind="stable")
     padded, expected = taken(step, rows.collate(order, 0))
-    assert attend_by_row(model) and model.config._attn_implementation == NAME
+    assert attend_by_row(model) and model.config._attn_implementation == NAMES[plain]
     check_packing(model, 60)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -55,12 +76,67 @@ def test_packed_rows_are_the_padded_ones(family, checkpointing):
     assert again == pytest.approx(padded, rel=1e-6)
 
 
+def test_a_window_cuts_off_what_it_should():
+    """Else the equality above would hold for two models that both see everything."""
+    rows = ragged(9, 1, 12)
+    batch = rows.pack(np.arange(9))
+    losses = []
+    for window in (4, 64):
+        model = model_of("mistral", sliding_window=window)
+        assert attend_by_row(model)
+        losses.append(taken(StudentStep(model, [Objective(name="cross_entropy")]), batch)[0])
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_other_attention_is_left_alone():
-    windowed = build("qwen3")
-    windowed.config.sliding_window, windowed.config.use_sliding_window = 8, True
-    windowed.set_attn_implementation("sdpa")
-    assert not attend_by_row(windowed) and windowed.config._attn_implementation == "sdpa"
-    assert not attend_by_row(build("qwen3"))  # eager
+    chunked = model_of("mistral")
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not attend_by_row(chunked) and chunked.config._attn_implementation == "sdpa"
+    both_ways = model_of("mistral")
+    both_ways.config.use_bidirectional_attention = True
+    assert not attend_by_row(both_ways)
+
+
+def test_attention_is_chosen_or_refused():
+    model = model_of("qwen3 tied")
+    choose_attention(model, "eager")
+    assert model.config._attn_implementation == "eager"
+    for kind in ("flash_attention_2", "flash_attention_3"):
+        with pytest.raises(
+            UserError, match=rf"train.attention={kind}: .* cannot attend so \(it runs on GPUs only\)"
+        ):
+            choose_attention(model, kind)
+    with pytest.raises(UserError, match=r"train.attention=sdpa: Gemma2ForCausalLM cannot attend so"):
+        choose_attention(model_of("gemma2"), "sdpa")
+
+
+@pytest.mark.parametrize("family", ["qwen3 tied", "mistral", "gpt_oss"])
+def test_padded_rows_need_no_mask(family):
+    """Without it the kept tokens' loss and gradients are what they were; what would see padding keeps its mask."""
+    model, rows = model_of(family), ragged(9, 1, 12)
+    step = StudentStep(model, [Objective(name="cross_entropy")])
+    batch = rows.collate(np.argsort(rows.lengths, kind="stable"), 0)
+    usual, expected = taken(step, batch)
+    assert attend_by_row(model)
+    found, gradient = taken(step, batch)
+    assert found == pytest.approx(usual, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_model_with_a_mask_of_its_own_keeps_it(monkeypatch):
+    """The trial, not the config, has the last word: here every token sees the last real one."""
+    model = model_of("qwen3 tied")
+    inner = model.model.forward
+
+    def sees_the_end(*given, attention_mask=None, **named):
+        found = inner(*given, attention_mask=attention_mask, **named)
+        gone = 0.0 if attention_mask is None else (layers._rows is not None) * 5.0
+        found.last_hidden_state = found.last_hidden_state + gone
+        return found
+
+    monkeypatch.setattr(model.model, "forward", sees_the_end)
+    assert not attend_by_row(model) and model.config._attn_implementation == "sdpa"
 
 
 def test_a_packed_step_is_no_slower_than_a_padded_one():

@@ -1,18 +1,23 @@
 """Every objective of the table trains through the command's own path, and equals its formula on whole models."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from launching import LAUNCH, processes_of, run
+from torch.utils.flop_counter import FlopCounterMode
 from training_example import SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 
 from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import load_recipe
 from distill.config.training import Objective
+from distill.data.batches import TokenRows
 from distill.errors import UserError
 from distill.models.load import load_model
+from distill.storage import read_json
+from distill.training.arms import body_flops
 from distill.training.live_teachers import FrozenTeacher
 from distill.training.losses.hidden import hidden_mse
 from distill.training.step import StudentStep, state_objectives
@@ -106,6 +111,38 @@ def test_a_projection_trains_resumes_and_stays_behind(trained, hub, monkeypatch,
     assert losses_of(run_dir) == losses_of(whole_dir)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not any("maps" in name for name in whole)
+
+
+BALANCE = "train.objectives=[{name: cross_entropy}, {name: batch_balance, weight: 0.1}]"
+
+
+def test_a_pass_that_counts_a_step_is_in_the_flops(trained, monkeypatch):
+    """8 x 1 reads every token once more than 1 x 8, through the body alone; over a resume too."""
+    found = {}
+    for name, size in (("whole", 6), ("split", 2), ("stopped", 2)):
+        options = [BALANCE, *SGD, f"train.micro_batch_size={size}", "train.checkpoint_every=1"]
+        start = lambda n=name, o=options: trained(n, *o, student="qwen3_moe")  # noqa: E731
+        if name == "stopped":
+            stopped_after(7, monkeypatch, start)
+        found[name] = read_json(start()[1] / "student" / "manifest.json")
+    read = found["whole"]["counts"]["tokens_read"]
+    assert [found[n]["counts"]["tokens_counted"] for n in ("whole", "split", "stopped")] == [0, read, read]
+    assert found["split"]["flops"] == found["stopped"]["flops"]
+    # Of full training's three forward passes a token; this model's head is its smaller part.
+    more = (found["split"]["flops"] - found["whole"]["flops"]) / (found["whole"]["flops"] / 3)
+    assert 0.5 < more < 1
+
+
+def test_the_body_is_counted_as_torch_counts_it(hub):
+    """Anchor: FlopCounterMode on the counting pass itself, experts one by one, where it sees every product."""
+    step, _ = build(hub, "qwen3_moe", [Objective(name="batch_balance")])
+    for part in ("attn", "experts"):
+        getattr(step.model, f"set_{part}_implementation")("eager")
+    rows = TokenRows([[5, 6, 7]] * 4, [[8, 9, 10, 11, 1]] * 4)  # no padding: 7 tokens are read of each
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        step(rows.collate(np.arange(4), 0), {}, counting=True)
+    student = SimpleNamespace(model=step.model, base=step.model)
+    assert counter.get_total_flops() == pytest.approx(4 * 7 * body_flops(student, context=7), rel=1e-3)
 
 
 @pytest.mark.slow

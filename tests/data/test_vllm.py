@@ -9,8 +9,8 @@ pytest.importorskip("openai", reason='needs pip install -e ".[endpoint]"')
 
 from logprob_server import LogprobServer
 
-from distill.data.endpoint_signals import read_top_k
 from distill.data.teachers import BadReply
+from distill.data.vllm import read_top_k
 from distill.models.load import load_model
 from distill.storage import read_rows
 
