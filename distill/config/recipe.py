@@ -151,6 +151,17 @@ class Recipe(Section):
         return Path(self.run_dir)
 
     @property
+    def base_identity(self) -> dict[str, Any]:
+        """What the stage `base/` depends on: the section, and the prompts and seed where a choice reads or draws."""
+        section = self.student.made_from
+        found: dict[str, Any] = {"from": section.identity()}
+        if section.reads:
+            found["prompts"] = self.prompts.identity()
+        if section.reads or section.draws:
+            found["seed"] = self.seed
+        return found
+
+    @property
     def reads_states(self) -> bool:
         """Whether dense objectives read stored hidden states (`generate.signal.kind: hidden`), not a live teacher."""
         return self.generate.signal.kind == "hidden" and any(

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_serializer, model
 
 from distill.config import objectives
 from distill.config.section import Count, Fraction, Section, TemplateArguments, Whole
+from distill.config.student_from import From
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
@@ -56,15 +57,6 @@ class Lora(Section):
                 "go without one or the other"
             )
         return self
-
-
-class From(Section):
-    """A student made from a model before it trains (distill/convert/derive.py)."""
-
-    model: str = Field(description="folder or hub name of the model it is made from")
-    layers: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        description="decoder layers that are kept: so many, evenly with the first and the last, or a list from 0"
-    )
 
 
 class StudentSection(Section):

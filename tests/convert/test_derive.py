@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config.training import From
+from distill.config.student_from import From
 from distill.convert.derive import derived, derived_config, drop_layers, kept_layers
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
@@ -80,7 +80,7 @@ def test_the_config_alone_says_the_same():
     section = From(model="x", layers=(1, 2, 5))
     config = derived_config(model.config, section)
     assert config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
-    assert config.to_dict() == derived(model, section).config.to_dict()
+    assert config.to_dict() == derived(model, section).model.config.to_dict()
     assert model.config.num_hidden_layers == 6  # the model it is made from stays as it is
 
 
