@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from distill.config import objectives
-from distill.config.section import Count, Fraction, Section, TemplateArguments, Whole
+from distill.config.section import BlockPrecision, Count, Fraction, Section, TemplateArguments, Whole
 from distill.config.student_from import From
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -223,6 +223,7 @@ class Train(Section):
         "fp8-emulated",
         "fp8-emulated-tensor",
         "fp8-emulated-gradient-blocks",
+        BlockPrecision,
     ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
     checkpoint_every: Whole = Field(100, description="steps; 0 keeps none")
