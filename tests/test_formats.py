@@ -52,7 +52,9 @@ def test_blocks_are_apart_ragged_ends_are_blocks_and_what_is_not_finite_shows(na
     assert kept.shape == matrix.shape and not torch.equal(kept, matrix)
     torch.testing.assert_close(form.round_trip(kept), kept)  # what is in the format stays
     if name != "nvfp4":  # its tensor scale joins the blocks
-        torch.testing.assert_close(form.round_trip(matrix[:, : form.size]), kept[:, : form.size], rtol=0, atol=0)
+        torch.testing.assert_close(
+            form.round_trip(matrix[:, : form.size]), kept[:, : form.size], rtol=0, atol=0
+        )
     bad = matrix.clone()
     bad[1, 0], bad[2, form.size] = torch.inf, torch.nan
     lost = form.round_trip(bad).isnan()
@@ -61,7 +63,9 @@ def test_blocks_are_apart_ragged_ends_are_blocks_and_what_is_not_finite_shows(na
     assert form.bits == {"mxfp4": 4.25, "mxfp8": 8.25, "nvfp4": 4.5}[name]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is an extra: pip install torchao")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is an extra: pip install torchao"
+)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
 def test_the_very_bits_of_torchaos_reference_casts(scale):
     from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4

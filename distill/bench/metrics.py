@@ -76,7 +76,7 @@ TEACHER = "teacher"  # and of what it is compared with, where `evaluate.models` 
 
 def metric(name: str) -> Metric:
     """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token;
-    `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`); `in.PRECISION.nll`, `.kl`, `.flips`, `.bytes` and
+    `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`); `in.PRECISION.nll`, `.kl`, `.flips`, `.bytes`,
     `.accuracy.LEVEL` in another precision (`evaluate.precisions`). KeyError for another."""
     if name.startswith("flaw."):
         return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")

@@ -13,8 +13,8 @@ Whole = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 is off, or none
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-# Numbers with scales by the block, emulated (distill/formats.py): all linear layers or the routed experts, inputs too or
-# weights alone.
+# Numbers with scales by the block, emulated (distill/formats.py): all linear layers or the routed experts, inputs too
+# or weights alone.
 BlockPrecision = Literal[
     "mxfp4-emulated", "mxfp4-emulated-weights", "mxfp4-emulated-experts", "mxfp4-emulated-expert-weights",
     "nvfp4-emulated", "nvfp4-emulated-weights", "nvfp4-emulated-experts", "nvfp4-emulated-expert-weights",

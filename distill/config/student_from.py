@@ -30,7 +30,8 @@ class Width(Section):
 
     intermediate: Count | None = Field(None, description="neurons of every MLP that are kept; empty: all")
     kv_heads: Count | None = Field(
-        None, description="heads of keys and values that are kept, each with the queries that read it; empty: all"
+        None,
+        description="heads of keys and values that are kept, each with the queries that read it; empty: all",
     )
     hidden: Count | None = Field(
         None, description="channels of the hidden states that are kept, the same in every layer; empty: all"
@@ -62,8 +63,8 @@ class Dense(Section):
 
     how: Literal["concatenate", "average"] = Field(
         "concatenate",
-        description="concatenate: experts side by side, each scaled by its mean router weight; average: one expert, the "
-        "mean of all weighted by that",
+        description="concatenate: experts side by side, each scaled by its mean router weight; average: one expert, "
+        "the mean of all weighted by that",
     )
     experts: Count | None = Field(
         None, description="concatenate: so many, those of the largest weight; empty: as many as a token used"
@@ -99,8 +100,8 @@ class From(Section):
     )
     by: Literal["even", "angle"] = Field(
         "even",
-        description="which, where `layers` is a number: evenly with the first and the last, or without the run of layers "
-        "that turns the hidden state least (arXiv 2403.17887, section 3.2)",
+        description="which, where `layers` is a number: evenly with the first and the last, or without the run of "
+        "layers that turns the hidden state least (arXiv 2403.17887, section 3.2)",
     )
     width: Width | None = Field(None, description="less of every layer")
     experts: Experts | None = Field(None, description="a mixture with fewer experts")

@@ -158,6 +158,15 @@ class LiveTeachers(Section):
     by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
     models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
     own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+    experts_per_token: Count | None = Field(
+        None,
+        description="a mixture as teacher scores with so many experts a token, not as many as it was trained with",
+    )
+    routings: Count | None = Field(
+        None,
+        description="a mixture as teacher: the mean of its distributions over so many draws of experts by their scores "
+        "(arXiv 2502.12947); each is one more forward pass; empty: its own choice",
+    )
     remember_gb: Annotated[float, Field(ge=0, le=1e6)] = Field(
         0.0,
         description="main memory, in GB a process, for the last hidden states of rows that the teacher has read: later "
@@ -168,6 +177,11 @@ class LiveTeachers(Section):
     def _one_way(self):
         if self.own_start and self.models:
             raise ValueError("`own_start` and `models` exclude each other: one teacher per row")
+        if (self.experts_per_token or self.routings) and (self.own_start or self.remember_gb):
+            raise ValueError(
+                "`experts_per_token` and `routings` change a mixture that is asked anew: leave out `own_start` and "
+                "`remember_gb`"
+            )
         return self
 
 

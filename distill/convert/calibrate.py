@@ -1,6 +1,6 @@
 """What a model does on the recipe's own prompts: the numbers by which parts of it are kept or left out.
 
-    calibration = calibration_of(recipe, model, tokenizer)       # rows of token ids: prompts and the model's own answers
+    calibration = calibration_of(recipe, model, tokenizer)    # rows of token ids: prompts, the model's own answers
     angles(model, calibration, n=20)                             # how far each run of 20 layers turns the hidden state
     expert_use(model, calibration)                               # per router: tokens, router weights, REAP's saliency
 
@@ -40,7 +40,9 @@ class Calibration:
     def read(self, model: nn.Module) -> None:
         """Every row through the model, without gradient; hooks hear it."""
         if not self.rows:
-            raise UserError("there is no prompt to choose by; give prompts.levels, or a prompts.source with rows")
+            raise UserError(
+                "there is no prompt to choose by; give prompts.levels, or a prompts.source with rows"
+            )
         modes = [module for module in model.modules() if module.training]
         model.eval()
         device = next(model.parameters()).device
@@ -60,8 +62,12 @@ def calibration_of(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrained
     with slow("reading what the model does on the prompts"):
         found = training_prompts(recipe.prompts, seed)
         if recipe.prompts.documents:
-            windows = list(document_rows({p["prompt_id"]: p for p in found}, tokenizer, recipe.prompts.window))
-            return Calibration([w["prompt_ids"] + w["completion_ids"] for w in _drawn(windows, asked.rows, seed)], seed)
+            windows = list(
+                document_rows({p["prompt_id"]: p for p in found}, tokenizer, recipe.prompts.window)
+            )
+            return Calibration(
+                [w["prompt_ids"] + w["completion_ids"] for w in _drawn(windows, asked.rows, seed)], seed
+            )
         rows = [prompt_ids(tokenizer, p["messages"]) for p in _drawn(found, asked.rows, seed)]
         if asked.answers:
             ends, pad = eos_ids(model, tokenizer), tokenizer.pad_token_id
@@ -153,11 +159,15 @@ class ExpertUse:
         return self.weight / max(self.tokens, 1)
 
 
-def expert_use(model: PreTrainedModel, calibration: Calibration, likeness: bool = False) -> dict[str, ExpertUse]:
-    """{router name: ExpertUse}. Raises UserError for a dense model, and for experts that are not called with weights."""
+def expert_use(
+    model: PreTrainedModel, calibration: Calibration, likeness: bool = False
+) -> dict[str, ExpertUse]:
+    """{router name: ExpertUse}. Raises UserError for a dense model, and for experts not called with weights."""
     routers = find_routers(model)
     if not routers:
-        raise UserError("a dense model has no experts: leave out what is asked of them, or give a mixture of experts")
+        raise UserError(
+            "a dense model has no experts: leave out what is asked of them, or give a mixture of experts"
+        )
     if odd := [r.name for r in routers if r.source != "experts" or r.null_experts]:
         raise UserError(f"{odd[0]}: the experts of this family cannot be called one by one; keep all of them")
     found, calls = {}, {router.name: [] for router in routers}
@@ -166,7 +176,9 @@ def expert_use(model: PreTrainedModel, calibration: Calibration, likeness: bool 
         found[router.name] = ExpertUse(0, *(torch.zeros(e) for _ in range(3)), torch.zeros(e, e))
     with Hooks() as hooks:
         for router in routers:
-            hooks.before(router.experts, lambda _m, a, k, name=router.name: calls[name].append((a, k)), named=True)
+            hooks.before(
+                router.experts, lambda _m, a, k, name=router.name: calls[name].append((a, k)), named=True
+            )
         for row in calibration.rows:
             Calibration([row]).read(model)
             heard = {name: calls[name].pop() for name in calls}

@@ -70,7 +70,9 @@ def derived(model: PreTrainedModel, section: From, calibration: Calibration | No
         chosen["layers"] = keep
     if section.width:
         model, chosen["width"] = narrower(model, section.width, calibration)
-        did.append(", ".join(f"{n} of {total} {what}" for what, (n, total) in chosen["width"]["sizes"].items()))
+        did.append(
+            ", ".join(f"{n} of {total} {what}" for what, (n, total) in chosen["width"]["sizes"].items())
+        )
     if section.experts:
         model, chosen["experts"] = fewer_experts(model, section.experts, calibration)
         did.append("{kept} of {of} experts a layer ({how})".format(**chosen["experts"]))
@@ -81,7 +83,8 @@ def derived(model: PreTrainedModel, section: From, calibration: Calibration | No
         model = as_mixture(model, section.mixture, calibration.seed if calibration else 0)
         shared = " and one shared" if section.mixture.shared else ""
         did.append(
-            f"every MLP copied to {section.mixture.experts} experts{shared}, {section.mixture.experts_per_token} a token"
+            f"every MLP copied to {section.mixture.experts} experts{shared}, "
+            f"{section.mixture.experts_per_token} a token"
         )
     return Made(model, did, chosen)
 

@@ -9,8 +9,8 @@ Which stay is asked of the recipe's prompts, layer by layer, as many in each:
 - `frequency`: the most chosen; `random`: drawn by the seed, the control;
 - `merge`: those of `reap`, into which the others are averaged, in the manner of REAM (Jha et al., arXiv 2604.04356). An
   expert joins the one whose outputs for the same tokens are likest; its neurons are matched to that one's first, since
-  their order means nothing, and weights are averaged by saliency. The paper's likeness also counts router logits, and it
-  reads the prompts again behind every merged layer; here both are left out.
+  their order means nothing, and weights are averaged by saliency. The paper's likeness also counts router logits, and
+  it reads the prompts again behind every merged layer; here both are left out.
 
 The router keeps its rows of those that stay, bias included, and goes on as the family's own code has it.
 """
@@ -46,7 +46,11 @@ def fewer_experts(
         if use:
             score = use[router.name].chosen if section.how == "frequency" else use[router.name].mean_saliency
         else:
-            score = torch.rand(router.num_experts, generator=draw) if real else -torch.arange(float(router.num_experts))
+            score = (
+                torch.rand(router.num_experts, generator=draw)
+                if real
+                else -torch.arange(float(router.num_experts))
+            )
         keep[router.name] = score.topk(count).indices.sort().values.tolist()
     student = _skeleton(model, routers[0].num_experts, count)
     if model.device.type != "meta":
@@ -66,10 +70,14 @@ def _check(model: PreTrainedModel, routers: list[Router], section: Experts) -> i
     """How many experts stay. Raises UserError."""
     kind = model.config.model_type
     if not routers:
-        raise UserError(f"student.from.experts: this {kind} model is dense; leave it out, or give a mixture of experts")
+        raise UserError(
+            f"student.from.experts: this {kind} model is dense; leave it out, or give a mixture of experts"
+        )
     sizes = {r.num_experts for r in routers}
     if len(sizes) > 1 or any(r.source != "experts" or r.null_experts for r in routers):
-        raise UserError(f"student.from.experts: the experts of a {kind} model cannot be told apart; keep all of them")
+        raise UserError(
+            f"student.from.experts: the experts of a {kind} model cannot be told apart; keep all of them"
+        )
     if any((getattr(bare(r.router), "num_group", 1) or 1) > 1 for r in routers):
         raise UserError(
             f"student.from.experts: this {kind} model chooses experts in groups, which would not be groups any more; "
@@ -80,8 +88,8 @@ def _check(model: PreTrainedModel, routers: list[Router], section: Experts) -> i
     most = max(r.top_k for r in routers)
     if count < most:
         raise UserError(
-            f"student.from.experts.drop={section.drop}: {max(count, 0)} of {total} experts would stay, and a token uses "
-            f"{most}; give {1 - most / total:g} or less"
+            f"student.from.experts.drop={section.drop}: {max(count, 0)} of {total} experts would stay, and a token "
+            f"uses {most}; give {1 - most / total:g} or less"
         )
     if section.how == "merge" and (reason := _not_merged(routers)):
         raise UserError(f"student.from.experts.how=merge: {reason}; use reap")
@@ -135,7 +143,10 @@ def joined(use: ExpertUse, keep: list[int]) -> dict[int, list[int]]:
 def _merged(router: Router, groups: dict[int, list[int]], saliency: Tensor) -> dict[str, Tensor]:
     """The router's expert weights, each that stays being the mean of its group."""
     experts = bare(router.experts)
-    up, down = experts.gate_up_proj.detach().clone(), experts.down_proj.detach().clone()  # [E, 2I, d], [E, d, I]
+    up, down = (
+        experts.gate_up_proj.detach().clone(),
+        experts.down_proj.detach().clone(),
+    )  # [E, 2I, d], [E, d, I]
     for stays, group in groups.items():
         shares = saliency[group].clamp(min=1e-12)
         shares = (shares / shares.sum()).tolist()

@@ -13,7 +13,7 @@ router nothing says how much each counts for a token, so each counts as much as 
 prompts, scaled so that all weights together are what they were; shared experts count whole. It is no longer the same
 function: training with the mixture as the teacher repairs it.
 
-Which family takes which is a table: the one whose attention, norms and head are the same. What has no partner is refused.
+Which family takes which is a table: the one whose attention, norms and head are the same. Others are refused.
 """
 
 import copy
@@ -36,7 +36,10 @@ _MIXTURES = {
     "qwen3": ("qwen3_moe", "glm4_moe"),
     "qwen2": (None, "qwen2_moe"),
 }
-_DENSE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}  # others of their own family, where its config can say it
+_DENSE = {
+    "mixtral": "mistral",
+    "qwen3_moe": "qwen3",
+}  # others of their own family, where its config can say it
 _OWN = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ROUTER_SCALE = 0.02  # standard deviation of a new router's weights, as in the paper (appendix A)
@@ -79,8 +82,8 @@ def mixture_config(config: PreTrainedConfig, section: Mixture) -> PreTrainedConf
         known = sorted(name for name, pair in _MIXTURES.items() if pair[section.shared])
         hint = "; with `shared: true` it is known" if shared and not plain else ""
         raise UserError(
-            f"student.from.mixture: no mixture of experts is known whose other parts are those of a {config.model_type} "
-            f"model{hint}; known with shared: {str(section.shared).lower()} are {', '.join(known)}"
+            f"student.from.mixture: no mixture of experts is known whose other parts are those of a "
+            f"{config.model_type} model{hint}; known with shared: {str(section.shared).lower()} are {', '.join(known)}"
         )
     size = config.intermediate_size
     sizes: dict[str, Any] = {
@@ -159,8 +162,8 @@ def _check_equal(model: PreTrainedModel, student: PreTrainedModel) -> None:
     bound = 1e-4 if model.dtype == torch.float32 else 0.05
     if not apart <= bound * max(1.0, size):
         raise UserError(
-            f"student.from: as {student.config.model_type} this {model.config.model_type} model would compute something "
-            f"else (logits differ by {apart:.3g}); choose another model"
+            f"student.from: as {student.config.model_type} this {model.config.model_type} model would compute "
+            f"something else (logits differ by {apart:.3g}); choose another model"
         )
 
 
@@ -181,11 +184,17 @@ def as_dense(
         some = section.experts or router.top_k
         if some > total:
             raise UserError(f"student.from.dense.experts={some}: a layer has {total}; give 1 to {total}")
-        kept = list(range(total)) if section.how == "average" else weights.topk(some).indices.sort().values.tolist()
+        kept = (
+            list(range(total))
+            if section.how == "average"
+            else weights.topk(some).indices.sort().values.tolist()
+        )
         facts["experts"][name] = kept
         mlps[name] = _one_mlp(router, kept, weights, section.how)
     own = [
-        tuple(getattr(layer.mlp, leaf).weight.detach() for leaf in _MLP) if hasattr(layer.mlp, "gate_proj") else None
+        tuple(getattr(layer.mlp, leaf).weight.detach() for leaf in _MLP)
+        if hasattr(layer.mlp, "gate_proj")
+        else None
         for layer in decoder_layers(model)[1]
     ]
     wide = max(len(gate) for gate, _, _ in [*mlps.values(), *filter(None, own)])

@@ -3,9 +3,9 @@
     student, chosen = narrower(model, Width(intermediate=192, kv_heads=1), calibration)
 
 What stays is what is largest on the recipe's prompts (Minitron, arXiv 2407.14679, section 2.2): a neuron by the mean of
-|act(gate) * up|, the input of the last matrix; a head by the mean norm of its output, summed over the query heads of its
-group; a channel by its mean size behind the norms of all layers. Neurons and heads are chosen in each layer for itself,
-channels once, since all layers add to the same hidden state. Kept weights are copied as they are.
+|act(gate) * up|, the input of the last matrix; a head by the mean norm of its output, over the query heads of its group
+together; a channel by its mean size behind the norms of all layers. Neurons and heads are chosen in each layer for
+itself, channels once, since all layers add to the same hidden state. Kept weights are copied as they are.
 
 Known to work where a layer is q_proj, k_proj, v_proj, o_proj and gate_proj, up_proj, down_proj with norms by channel or
 by head (llama, qwen, gemma, ...). A mixture, latent attention and what else has other weights are refused.
@@ -62,7 +62,8 @@ def narrower(
         within = {"q": groups * head, "kv": head}  # channels of one group of queries, of one head of keys
         old = model.state_dict()
         new = {
-            name: _cut(name, old[name], like, places, heads, within) for name, like in student.state_dict().items()
+            name: _cut(name, old[name], like, places, heads, within)
+            for name, like in student.state_dict().items()
         }
         student.load_state_dict(new)
         student.generation_config = copy.deepcopy(model.generation_config)
@@ -84,14 +85,20 @@ def _check(model: PreTrainedModel, section: Width, text, kv: int, head: int) -> 
     _, layers = decoder_layers(model)
     wanted = set(_AXES) - {"q_norm", "k_norm"}
     for layer in layers:
-        names = {name.rpartition(".")[0].rpartition(".")[2] for name, p in layer.named_parameters() if p.ndim > 1}
+        names = {
+            name.rpartition(".")[0].rpartition(".")[2] for name, p in layer.named_parameters() if p.ndim > 1
+        }
         if names != wanted:
             odd = sorted(names ^ wanted)[0]
             raise UserError(
                 f"student.from.width: which weights of a {kind} model belong together is not known ({odd}); keep its "
                 "width, or take another model"
             )
-    for key, has in (("intermediate", text.intermediate_size), ("kv_heads", kv), ("hidden", text.hidden_size)):
+    for key, has in (
+        ("intermediate", text.intermediate_size),
+        ("kv_heads", kv),
+        ("hidden", text.hidden_size),
+    ):
         asked = getattr(section, key)
         if asked is not None and asked > has:
             raise UserError(f"student.from.width.{key}={asked}: the model has {has}; give 1 to {has}")
@@ -100,10 +107,15 @@ def _check(model: PreTrainedModel, section: Width, text, kv: int, head: int) -> 
 
 
 def _chosen(
-    model: PreTrainedModel, section: Width, before: dict, after: dict, group: int, calibration: Calibration | None
+    model: PreTrainedModel,
+    section: Width,
+    before: dict,
+    after: dict,
+    group: int,
+    calibration: Calibration | None,
 ) -> dict[int, dict[str, Tensor]]:
     """{layer: {"mlp", "kv", "hidden": kept places, ascending}}."""
-    backbone, layers = decoder_layers(model)
+    _, layers = decoder_layers(model)
     count = len(layers)
     if section.by == "activation" and calibration and model.device.type != "meta":
         scores = _scores(model, layers, group, calibration)

@@ -52,8 +52,8 @@ def precision_sweep(
     nll_per_token: nats per completion token of `rows`; None where it is not finite.
     relative_loss_error.fp32|bf16: signed (above 0: worse) and absolute, of nll_per_token; None without a reference.
     kl: KL from float32 to this precision, nats per completion token, over the first `kl_tokens` (as many as fit).
-    float8_share: of all parameters, those that were multiplied in float8 (or four bits); weight_bytes: of all weights if
-    those were stored in that format and the others in 16 bits.
+    float8_share: of all parameters, those that were multiplied in float8 (or four bits); weight_bytes: of all weights
+    if those were stored in that format and the others in 16 bits.
     tasks: whatever `answers(model)` says, called with the precision in force; {level: score}.
     flips (MoE only, against float32): layers.<name> of
       slots: 1 - mean |A & B| / k, the share of assignments that changed; tokens: share with any change;
@@ -150,7 +150,7 @@ class Routed(NamedTuple):
 
 
 class Reference:
-    """The first reading's log-probabilities of as many tokens as fit in memory, and the divergence of later readings."""
+    """The first reading's log-probabilities of as many tokens as fit in memory, and how far later ones diverge."""
 
     def __init__(self, most_bytes: float = 256e6):
         self._left, self._kept, self._first = most_bytes, [], True
@@ -165,7 +165,9 @@ class Reference:
         kept = self._kept[self._place].to(logits.device)
         self._place += 1
         other = logits[: len(kept)].log_softmax(-1)
-        self._sum += float(torch.nn.functional.kl_div(other, kept, reduction="none", log_target=True).double().sum())
+        self._sum += float(
+            torch.nn.functional.kl_div(other, kept, reduction="none", log_target=True).double().sum()
+        )
         self.tokens += len(kept)
 
     def kl(self) -> float | None:

@@ -46,9 +46,10 @@ float8 dispatch between GPUs, bfloat16 optimizer moments. The products obey
     y = fp8_linear(x, weight, bias, VARIANTS["tiles"])
 
 Four bits, and eight with scales by the block (distill/formats.py), are variants too: `mxfp4`, `nvfp4` and `mxfp8` round
-inputs and weights of every linear layer, along the inner dimension. `-weights` leaves the inputs as they are, `-experts`
-rounds in routed experts alone, `-expert-weights` is both, as gpt-oss is published (arXiv 2508.10925). Only the forward product is rounded: the backward pass takes rounded operands and
-exact gradients, and hands them to the weights through the rounding (Bengio et al., arXiv 1308.3432).
+inputs and weights of every linear layer, along the inner dimension. `-weights` leaves the inputs as they are,
+`-experts` rounds in routed experts alone, `-expert-weights` is both, as gpt-oss is published (arXiv 2508.10925). Only
+the forward product is rounded: the backward pass takes rounded operands and exact gradients, and hands them to the
+weights through the rounding (straight through, Bengio et al., arXiv 1308.3432).
 
 Shapes: T tokens (all leading dimensions flattened, padding included), K inputs, N outputs.
 """
@@ -349,7 +350,8 @@ class Fp8Report:
         """For people: one line for float8, one for each reason to stay high."""
         modules = sum(m for m, _ in self.float8.values())
         text = [
-            f"{_label(self.variant)} ({self.variant}): {modules} modules, {self.parameters:,} parameters ({self.share:.1%})"
+            f"{_label(self.variant)} ({self.variant}): {modules} modules, {self.parameters:,} parameters "
+            f"({self.share:.1%})"
         ]
         for reason, names in self.high.items():
             count = sum(n for _, n in names.values())
@@ -411,7 +413,10 @@ def emulate_fp8(model: nn.Module, variant: str = "tiles") -> Fp8Report:
         raise UserError("this model already multiplies in emulated float8; call restore(model) first")
     layers = layers_of(model)
     if VARIANTS[variant].experts_only:
-        layers = [layer if _is_expert(layer) else replace(layer, reason=layer.reason or _NO_EXPERT) for layer in layers]
+        layers = [
+            layer if _is_expert(layer) else replace(layer, reason=layer.reason or _NO_EXPERT)
+            for layer in layers
+        ]
     report = describe_layers(layers, variant)
     if not report.float8:
         raise UserError(

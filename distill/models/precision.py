@@ -11,8 +11,8 @@
 | fp8-emulated | float8 by emulation, DeepSeek-V3's tiles (distill/models/fp8.py) | what bf16 needs; slower than bf16 |
 | fp8-emulated-tensor | the same, one scale per matrix | the same |
 | fp8-emulated-gradient-blocks | the same, activation gradients in 128x128 blocks | the same |
-| mxfp4-emulated, nvfp4-emulated, mxfp8-emulated | four or eight bits, scales by the block (distill/formats.py) | the same |
-| ...-emulated-weights, -experts, -expert-weights | the same for weights alone, for routed experts alone, for both | the same |
+| mxfp4-emulated, nvfp4-emulated, mxfp8-emulated | scales by the block (distill/formats.py) | the same |
+| ...-emulated-weights, -experts, -expert-weights | weights alone, routed experts alone, both | the same |
 
 Trained weights and the optimizer are float32 in every case; around float8 the rest runs as in bf16.
 
@@ -48,7 +48,12 @@ EMULATED = {  # value: variant of distill.models.fp8
     "fp8-emulated": "tiles",
     "fp8-emulated-tensor": "tensor",
     "fp8-emulated-gradient-blocks": "gradient-blocks",
-    **{name.replace(form, f"{form}-emulated", 1): name for name in VARIANTS for form in BLOCKS if name.startswith(form)},
+    **{
+        name.replace(form, f"{form}-emulated", 1): name
+        for name in VARIANTS
+        for form in BLOCKS
+        if name.startswith(form)
+    },
 }
 _LIBRARIES = {"fp8": "torchao", "fp8-te": "transformer_engine"}
 
@@ -130,7 +135,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         slow = kind == "cpu" and not _cpu_has_bf16()
         note = " (emulated: this CPU has no bf16 units, expect it slower than fp32)" if slow else ""
         bf16 = f"bfloat16 matmuls by autocast{note}, weights and optimizer float32"
-        return Precision(name, "bf16", f"{_emulation(name)}, around them {bf16}" if name in EMULATED else bf16)
+        return Precision(
+            name, "bf16", f"{_emulation(name)}, around them {bf16}" if name in EMULATED else bf16
+        )
     if name == "fp16":
         if kind == "cpu":
             raise UserError(

@@ -202,9 +202,13 @@ _ARITHMETIC = {
     "fp8-emulated-tensor": mark("the same, with one scale for a whole tensor (emulated)."),
 }
 _FORMATS = {
-    "mxfp4": mark("rounded to MXFP4, 4 bits with a power of two as scale for 32 numbers (emulated): %(what)s."),
+    "mxfp4": mark(
+        "rounded to MXFP4, 4 bits with a power of two as scale for 32 numbers (emulated): %(what)s."
+    ),
     "nvfp4": mark("rounded to NVFP4, 4 bits with a float8 scale for 16 numbers (emulated): %(what)s."),
-    "mxfp8": mark("rounded to MXFP8, 8 bits with a power of two as scale for 32 numbers (emulated): %(what)s."),
+    "mxfp8": mark(
+        "rounded to MXFP8, 8 bits with a power of two as scale for 32 numbers (emulated): %(what)s."
+    ),
 }
 _ROUNDED = {
     "": mark("inputs and weights of linear layers"),

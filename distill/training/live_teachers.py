@@ -17,6 +17,7 @@ Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 
 import contextlib
 import copy
+import math
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from distill.models.describe import describe_model
 from distill.models.head import AtHead, Head, KeptLogits, at_places, load_head
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
+from distill.moe.interventions import sample_experts, use_top_k
 from distill.training.cross_tokenizer import TeacherView
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
 from distill.training.losses.hidden import HiddenTap
@@ -81,8 +83,11 @@ class _Counted:
     def dtypes(self) -> set[torch.dtype]:
         return {model.dtype for model in self.models}
 
+    experts_per_token: int | None = None  # where it is not the models' own
+
     def flops_per_token(self, context: int) -> float:
-        each = [describe_model(model, context)["flops_per_token"] for model in self.models]
+        k = self.experts_per_token
+        each = [describe_model(model, context, k)["flops_per_token"] for model in self.models]
         return sum(each) / len(each)  # every token is scored by one of them
 
 
@@ -121,8 +126,12 @@ class StateMemory:
 class FrozenTeacher(_Counted):
     """A frozen causal LM asked for its next-token distribution on the student's own batch."""
 
-    def __init__(self, model: nn.Module, remember_bytes: float = 0):
+    def __init__(self, model: nn.Module, remember_bytes: float = 0, experts_per_token: int | None = None):
         self._ask(model.eval().requires_grad_(False))
+        self.experts_per_token = experts_per_token
+        if experts_per_token:  # for as long as the teacher lives
+            self._routed = contextlib.ExitStack()
+            self._routed.enter_context(use_top_k(model, experts_per_token))
         self._memory = StateMemory(remember_bytes) if remember_bytes and self._at else None
 
     def _ask(self, model: nn.Module) -> None:
@@ -205,6 +214,45 @@ class FrozenTeacher(_Counted):
             bias = None if head.bias is None else head.bias.to(device)
             self._travelled = replace(head, weight=head.weight.to(device), bias=bias)
         return self._travelled
+
+
+class SampledRoutings(_NotHeard):
+    """A mixture whose distribution is the mean of those of several draws of its experts (arXiv 2502.12947)."""
+
+    def __init__(self, teacher: FrozenTeacher, draws: int):
+        self.teacher, self.draws = teacher, draws
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return self.teacher.models
+
+    def flops_per_token(self, context: int) -> float:
+        return self.draws * self.teacher.flops_per_token(context)
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        signals = []
+        for draw in range(self.draws):
+            with sample_experts(self.teacher.model, seed=draw):
+                signals.append(self.teacher(batch)["dense"])
+        return {"dense": Averaged(signals)}
+
+
+class Averaged:
+    """The mean of several dense signals' distributions, as logits: log of the mean probability."""
+
+    def __init__(self, signals: list):
+        self.signals = signals
+        self.finite = all(getattr(signal, "finite", False) for signal in signals)
+        self.vocabulary = getattr(signals[0], "vocabulary", None)
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        """One chunk's memory is the next one's: each is taken into the sum before another is asked."""
+        total = None
+        for signal in self.signals:
+            (said,) = signal.chunk(part, like)
+            logs = said.float().log_softmax(-1)
+            total = logs if total is None else torch.logaddexp(total, logs)
+        return (total - math.log(len(self.signals)),)
 
 
 class StoredTeacher(_NotHeard):
@@ -382,8 +430,10 @@ def live_teachers(
     ]
     if problems:
         raise UserError(*problems)
-    remember = 1e9 * section.remember_gb / len(names)
-    loaded = {name: FrozenTeacher(_load(recipe, name, device, half), remember) for name in names}
+    remember, k = 1e9 * section.remember_gb / len(names), section.experts_per_token
+    loaded = {name: FrozenTeacher(_load(recipe, name, device, half), remember, k) for name in names}
+    if section.routings:
+        loaded = {name: SampledRoutings(teacher, section.routings) for name, teacher in loaded.items()}
     if not section.models:
         return loaded[recipe.teacher.model]
     return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])

@@ -5,7 +5,8 @@
 
 The folder is an ordinary checkpoint with card and manifest, and `student.model` of the recipe is its path: training,
 evaluation (as `base`), the play page and provenance take it as they take any other. It is made before anything else,
-in seconds (a choice by activation reads the recipe's prompts, drawn again here); `distill doctor` and `--dry-run` look at a copy without weights (`planned_base`).
+in seconds; a choice by activation reads the recipe's prompts, which are drawn for it. `distill doctor` and `--dry-run`
+look at a copy without weights (`planned_base`).
 """
 
 import contextlib
@@ -48,7 +49,9 @@ def make_base(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     del whole
     counts = {"rows": 0, "errors": 0, "parameters_before": before, "parameters": _parameters(made.model)}
     stage.begin(redo)
-    save_student(made.model, tokenizer, stage.folder, base_card(recipe.path.name, section.model, made, counts))
+    save_student(
+        made.model, tokenizer, stage.folder, base_card(recipe.path.name, section.model, made, counts)
+    )
     return stage.finish(counts, device="cpu", base_source=source, did=made.did, **made.chosen)
 
 

@@ -100,7 +100,9 @@ def test_merging_copies_whose_neurons_stand_in_another_order_changes_nothing():
 def test_frequency_and_random_choose_as_they_say():
     model, ids = model_with("mixtral"), random_ids()
     use = expert_use(model, Calibration(ids.tolist()))
-    often = derived(model, From(model="x", experts=Experts(drop=0.5, how="frequency")), Calibration(ids.tolist()))
+    often = derived(
+        model, From(model="x", experts=Experts(drop=0.5, how="frequency")), Calibration(ids.tolist())
+    )
     for name, kept in often.chosen["experts"]["experts"].items():
         assert min(use[name].chosen[kept]) >= max(use[name].chosen[[e for e in range(6) if e not in kept]])
     drawn = [

@@ -83,7 +83,7 @@ def test_all_experts_side_by_side_are_a_mixture_that_uses_all_equally(family, tm
     model, ids = model_of(family, num_experts_per_tok=4, mlp_only_layers=[], **sizes), random_ids()
     for router in find_routers(model):
         router.router.weight.data.zero_()
-    dense, facts = as_dense(model, Dense(experts=4), Calibration(ids.tolist()))
+    dense, _ = as_dense(model, Dense(experts=4), Calibration(ids.tolist()))
     assert not find_routers(dense)
     torch.testing.assert_close(logits(dense, ids), logits(model, ids), rtol=0, atol=1e-5)
     dense.save_pretrained(tmp_path)

@@ -27,7 +27,9 @@ def test_what_nobody_reads_is_left_out_and_the_rest_computes_the_same(family, tm
         dead = (number % 2) * groups * 8
         layer.self_attn.v_proj.weight.data[number % 2 * 8 : number % 2 * 8 + 8] = 0
         layer.self_attn.o_proj.weight.data[:, dead : dead + groups * 8] = 7.0  # large, and multiplied with 0
-    made = derived(model, From(model="x", width=Width(intermediate=24, kv_heads=1)), Calibration(ids.tolist()))
+    made = derived(
+        model, From(model="x", width=Width(intermediate=24, kv_heads=1)), Calibration(ids.tolist())
+    )
     torch.testing.assert_close(logits(made.model, ids), logits(model, ids), rtol=0, atol=1e-5)
     assert made.did == ["24 of 48 neurons, 1 of 2 heads of keys"]
     made.model.save_pretrained(tmp_path)
