@@ -29,7 +29,7 @@ from torch import Tensor
 _E4M3 = torch.float8_e4m3fn
 _E4M3_LARGEST, _E2M1_LARGEST = 448.0, 6.0
 _E4M3_TINY = torch.finfo(_E4M3).tiny
-_SMALLEST = torch.finfo(torch.float32).tiny
+_SMALLEST = 2.0**-100  # of a tensor's scale: its reciprocal over a block's scale is finite
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _mx(blocks: Tensor, largest: Tensor, name: str) -> Tensor:
 def _nv(blocks: Tensor, largest: Tensor) -> Tensor:
     # The scale of the tensor leaves out what is not finite: those blocks are NaN anyway, the others are not.
     peak = torch.where(largest.isfinite(), largest, 0).amax()
-    of_tensor = (peak / (_E4M3_LARGEST * _E2M1_LARGEST)).clamp(min=_SMALLEST)
+    of_tensor = torch.where(peak > 0, peak / (_E4M3_LARGEST * _E2M1_LARGEST), 1.0).clamp(min=_SMALLEST)
     of_block = (largest / _E2M1_LARGEST / of_tensor).clamp(_E4M3_TINY, _E4M3_LARGEST).to(_E4M3).float()
     # By the reciprocal, as kernels do it: a division would round some numbers the other way.
     scaled = blocks * ((1.0 / of_tensor) / of_block)

@@ -28,9 +28,10 @@ def test_the_four_bit_numbers_and_their_ties():
         # the largest is 10: scale 2 (8 is 4 * 2), so 10 / 2 = 5 is a tie and 4; 3.1 / 2 is 1.5
         ("mxfp4", (10.0, -3.1, 0.4), (8.0, -3.0, 0.0)),
         ("mxfp4", (7.9, 1.0), (6.0, 1.0)),  # scale 1, and 7.9 is above all numbers
-        ("mxfp4", (3e-5, -1e-5), (3.0 * 2**-17 * 4 / 3, -(2**-17) * 1.5)),
+        # 3e-5 is 1.97 * 2^-16, so the scale is 2^-18: 7.86 is above all numbers, -2.62 is nearest to -3
+        ("mxfp4", (3e-5, -1e-5), (6 * 2**-18, -3 * 2**-18)),
         # 1.0: 256 is the largest power of two of E4M3, so the scale is 2^-8; 3 bits of mantissa
-        ("mxfp8", (1.0, 0.34, -0.0171), (1.0, 0.34375, -0.0166015625 - 2**-11)),
+        ("mxfp8", (1.0, 0.34, -0.0171), (1.0, 88 / 256, -4.5 / 256)),
         ("mxfp8", (1.9, 500 / 256), (1.75, 1.75)),
         # one block alone: the tensor's scale is 6 / 2688, the block's 448, and 1 is 6 sixths of 1
         ("nvfp4", (6.0, 2.6, -0.2), (6.0, 3.0, -0.0)),
