@@ -101,6 +101,7 @@ class Recipe(Section):
         asked = {
             "generate.signal": self.generate.signal.kind != "none",
             "train.on_policy": bool(self.train.on_policy.fraction),
+            "train.teachers.context": bool(self.train.teachers.context),
             "teacher.endpoint": bool(self.teacher and self.teacher.endpoint),
             "prompts.completion_column": bool(self.prompts.completion_column),
             "filter.completions": self.filter.completions != "whole",
@@ -111,7 +112,9 @@ class Recipe(Section):
     def _states_of_one_teacher(self):
         live = {
             "train.on_policy": self.train.on_policy.fraction,
-            "train.teachers": self.train.teachers.models or self.train.teachers.own_start,
+            "train.teachers": self.train.teachers.models
+            or self.train.teachers.own_start
+            or self.train.teachers.context,
         }
         if self.reads_states and (asked := [key for key, given in live.items() if given]):
             raise ValueError(

@@ -152,6 +152,25 @@ class OnPolicy(Section):
     most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
 
 
+class Context(Section):
+    """What a live teacher reads and the student does not: context distillation (arXiv 2209.15189)."""
+
+    system: str | None = Field(None, description="a system prompt, in place of the row's own")
+    question: str | None = Field(
+        None,
+        description="what it is asked in place of the last question: text with {question}, and {answer} for the stored "
+        "answer of the row (with its working), whoever writes the text that is scored",
+    )
+
+    @model_validator(mode="after")
+    def _something_more(self):
+        if not self.system and not self.question:
+            raise ValueError("say what the teacher is told: `system`, `question` or both")
+        if self.question is not None and "{question}" not in self.question:
+            raise ValueError("`question` is text with {question} in it: the teacher must know what was asked")
+        return self
+
+
 class LiveTeachers(Section):
     """Which teacher scores which row while the student trains. Empty: `teacher.model` scores them all."""
 
@@ -167,6 +186,7 @@ class LiveTeachers(Section):
         description="a mixture as teacher: the mean of its distributions over so many draws of experts by their scores "
         "(arXiv 2502.12947); each is one more forward pass; empty: its own choice",
     )
+    context: Context | None = Field(None, description="what the teacher reads and the student does not")
     remember_gb: Annotated[float, Field(ge=0, le=1e6)] = Field(
         0.0,
         description="main memory, in GB a process, for the last hidden states of rows that the teacher has read: later "
@@ -283,6 +303,12 @@ class Train(Section):
         aligned = [o for o in self.objectives if o.signal == "aligned"]
         if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
             raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
+        told = [o for o in self.objectives if o.live and o.signal != "dense"]
+        if self.teachers.context and (told or not any(o.signal == "dense" for o in self.objectives)):
+            raise ValueError(
+                "`teachers.context` is for divergences from the teacher's distribution, as {name: reverse_kl}: with "
+                "another prompt its hidden states and routers are of other tokens, and stored signals were told nothing"
+            )
         if aligned and (self.on_policy.fraction or self.teachers.models or self.teachers.own_start):
             raise ValueError(
                 "uld goes with stored text and one teacher: leave out `on_policy` and `teachers`"
