@@ -4,17 +4,21 @@ The student is built from its config on the meta device and the adapter is reall
 what PEFT does and not what was asked of it (distill/models/lora.py on the families where it silently trains others).
 """
 
+from contextlib import nullcontext
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures
-from distill.doctor.pair import Pair, Side
+from distill.doctor.pair import Pair, Side, model_side
 from distill.errors import UserError
+from distill.models.fp8 import emulate_fp8
 from distill.models.parameters import LINEAR, trainable_table, weight_groups
-from distill.models.precision import resolve_precision
+from distill.models.precision import EMULATED, resolve_precision
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.balance import ExpertBiasBalancer
+from distill.moe.interventions import sample_experts, use_top_k
 
 _ROUTER_SIGNALS = ("own_routers", "routers")
 
@@ -25,6 +29,12 @@ def precision(pair: Pair) -> list[Finding]:
     slow = "emulated: this CPU" in choice.reason
     fix = "train.precision=auto, which takes fp32 here" if slow else None
     found = [Finding("precision", WARN if slow else OK, f"{choice.name}: {choice.reason}", fix)]
+    if choice.name in EMULATED:
+        try:
+            report = emulate_fp8(student_skeleton(pair.recipe.student), EMULATED[choice.name])
+            found.append(Finding("precision", OK, report.lines()[0]))
+        except UserError as error:
+            found += failures("precision", error)
     return [*found, *_teacher_dtype(pair)]
 
 
@@ -103,6 +113,8 @@ def expert_findings(pair: Pair) -> list[Finding]:
         found.append(Finding("experts", OK, text))
         if side.role == "student":
             found += _reached(pair, table)
+    if pair.teacher and (train.teachers.experts_per_token or train.teachers.routings):
+        found += _asked_otherwise(pair)
     if not sizes["student"]:
         wants = [*asked, *(["train.expert_bias_step"] if train.expert_bias_step else [])]
         if wants:
@@ -116,6 +128,24 @@ def expert_findings(pair: Pair) -> list[Finding]:
             found += failures("experts", error)
     if any(o.signal == "routers" for o in train.objectives) and pair.teacher:
         found += _routers_match(sizes)
+    return found
+
+
+def _asked_otherwise(pair: Pair) -> list[Finding]:
+    """Whether every teacher is a mixture that can be asked with other experts than its own."""
+    section, found = pair.recipe.train.teachers, []
+    sides = [pair.teacher, *(model_side("teacher", name) for name in section.models.values())]
+    for side in sides:
+        skeleton = _skeleton(side).eval()
+        k, drawn = section.experts_per_token, section.routings
+        try:
+            with (
+                use_top_k(skeleton, k) if k else nullcontext(),
+                sample_experts(skeleton) if drawn else nullcontext(),
+            ):
+                pass  # entering is what checks
+        except UserError as error:
+            found += failures("experts", error)
     return found
 
 
