@@ -17,7 +17,8 @@ very bits of torchao's reference casts (`to_mx` with ScaleCalculationMode.FLOOR,
 to a table, and to torchao where it is installed.
 
 Blocks lie along the last axis, the inner one of a matrix product; a ragged last block is filled up with zeros. A block
-with a NaN or an infinity comes back as NaN throughout.
+with a NaN or an infinity comes back as NaN throughout. The scale of a tensor is of the numbers at hand: rounded as
+inputs in NVFP4, a row of a batch depends a little on the rows beside it.
 """
 
 from dataclasses import dataclass

@@ -303,6 +303,11 @@ class Train(Section):
         aligned = [o for o in self.objectives if o.signal == "aligned"]
         if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
             raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
+        if self.compile and self.teachers.routings:
+            raise ValueError(
+                "`teachers.routings` changes the teacher at every batch, which compiled code does not see: leave out "
+                "`compile`"
+            )
         told = [o for o in self.objectives if o.live and o.signal != "dense"]
         if self.teachers.context and (told or not any(o.signal == "dense" for o in self.objectives)):
             raise ValueError(

@@ -19,7 +19,7 @@ from distill.training.live_teachers import FrozenTeacher
 
 def test_several_draws_are_the_mean_of_their_distributions():
     """Chunks share their memory: each must be taken before the next one is asked."""
-    data, teacher = rows(n=5), FrozenTeacher(build("qwen3_moe"))
+    data, teacher = rows(n=5), FrozenTeacher(build("olmoe"))
     batch = data.collate(np.arange(5), 0)
     several = SampledRoutings(teacher, 3)(batch)["dense"]
     expected = 0

@@ -49,8 +49,8 @@ def test_a_part_of_a_batch_is_the_batch_of_those_rows():
 
 
 def test_a_mixture_may_score_with_more_experts_than_it_was_trained_with():
-    data, plain = rows(n=4), FrozenTeacher(build("qwen3_moe"))
-    more = FrozenTeacher(build("qwen3_moe"), experts_per_token=4)
+    data, plain = rows(n=4), FrozenTeacher(build("olmoe"))
+    more = FrozenTeacher(build("olmoe"), experts_per_token=4)
     batch = data.collate(np.arange(4), 0)
     with use_top_k(plain.model, 4):
         expected = states(plain, batch)
