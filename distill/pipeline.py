@@ -78,7 +78,8 @@ def stage_line(folder: Path, state: str) -> str:
     manifest = read_json(path)
     counts = manifest["counts"]
     if "parameters_before" in counts:
-        kept = f"{len(manifest['layers'])} layers of {manifest['config']['from']['model']}"
+        did = manifest.get("did") or [f"{len(manifest['layers'])} layers"]
+        kept = f"{'; '.join(did)} of {manifest['config']['from']['model']}"
         return f"{folder.name}: {state}, {kept}, {counts['parameters']:,} of {counts['parameters_before']:,} parameters"
     shown = [f"{counts['rows']:,} rows", f"{counts['tokens']:,} tokens" if counts.get("tokens") else ""]
     if counts.get("dropped"):

@@ -57,6 +57,14 @@ METRICS = {
 }
 _WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.(?:flops_per_token|usd_per_million))")
 _OF_TEXT = re.compile(r"text\.(.+)\.(nll|kl|agreement)")
+_IN = re.compile(r"in\.([a-z0-9-]+)\.(nll|kl|flips|bytes|accuracy\.\w+)")
+_PRECISION = {
+    "nll": Metric("nats/token", "completions, read in {}"),
+    "kl": Metric("nats/token", "KL from the model in fp32 to itself in {}"),
+    "flips": Metric("%", "expert choices that {} changes"),
+    "bytes": Metric("B", "weights in {}, the others in 16 bits"),
+    "accuracy": Metric("%", "{} problems solved in {}"),
+}
 _TEXT = {
     "nll": Metric("nats/token", "the text {}, read by the model"),
     "kl": Metric("nats/token", "KL from the teacher to the model on the text {}"),
@@ -68,7 +76,8 @@ TEACHER = "teacher"  # and of what it is compared with, where `evaluate.models` 
 
 def metric(name: str) -> Metric:
     """One of METRICS; `flaw.NAME`, the share of probes that show a flaw; `kN.NAME`, with N experts per token;
-    `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`). KeyError for another."""
+    `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`); `in.PRECISION.nll`, `.kl`, `.flips`, `.bytes`,
+    `.accuracy.LEVEL` in another precision (`evaluate.precisions`). KeyError for another."""
     if name.startswith("flaw."):
         return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")
     if found := _WITH_K.fullmatch(name):
@@ -77,12 +86,16 @@ def metric(name: str) -> Metric:
     if found := _OF_TEXT.fullmatch(name):
         of = _TEXT[found[2]]
         return Metric(of.unit, of.words.format(found[1]))
+    if found := _IN.fullmatch(name):
+        kind, _, level = found[2].partition(".")
+        of = _PRECISION[kind]
+        return Metric(of.unit, of.words.format(*filter(None, (level, found[1]))))
     return METRICS[name]
 
 
 def is_metric(name: str) -> bool:
     known = name in METRICS or name.startswith("flaw.")
-    return known or bool(_WITH_K.fullmatch(name)) or bool(_OF_TEXT.fullmatch(name))
+    return known or any(p.fullmatch(name) for p in (_WITH_K, _OF_TEXT, _IN))
 
 
 def read_metrics(run: Path) -> dict[str, float]:
@@ -128,12 +141,27 @@ def _measured(model: dict[str, Any]) -> dict[str, float | None]:
         if beside := text.get("teacher"):
             found[f"text.{name}.kl"] = beside["forward_kl"]
             found[f"text.{name}.agreement"] = beside["top1_agreement"]
+    for entry in model.get("precision") or []:
+        found |= _in_precision(entry)
     layers = list(model.get("moe", {}).get("layers", {}).values())
     if layers:
         found["moe.max_violation"] = max(layer["max_violation"] for layer in layers)
         found["moe.load_entropy"] = statistics.fmean(layer["load_entropy"] for layer in layers)
         found["moe.family_spread"] = _family_spread(layers)
     return found
+
+
+def _in_precision(entry: dict[str, Any]) -> dict[str, float | None]:
+    if not entry["ran"]:
+        return {}
+    name = f"in.{entry['precision']}"
+    return {
+        f"{name}.nll": entry["nll_per_token"],
+        f"{name}.kl": entry.get("kl"),
+        f"{name}.flips": entry.get("flips", {}).get("slots"),
+        f"{name}.bytes": entry.get("weight_bytes"),
+        **{f"{name}.accuracy.{level}": score["accuracy"] for level, score in entry.get("tasks", {}).items()},
+    }
 
 
 def _family_spread(layers: list[dict]) -> float | None:

@@ -112,7 +112,8 @@ def _made(run: Task, root: Path, tasks: dict[str, Task]) -> None:
     student = run.recipe.student
     if student.made_from is None:
         return
-    key = fingerprint([student.made_from.model_dump(mode="json"), student.chat_template_kwargs])
+    made = run.recipe.base_identity
+    key = fingerprint([made if len(made) > 1 else made["from"], student.chat_template_kwargs])
     name = f"base-{key[:12]}"
     folder = root / "shared" / name
     base = student.model_copy(update={"model": str(folder / BASE_FOLDER)})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.config.data import PresetName
-from distill.config.section import Count, Section, Seed, Whole
+from distill.config.section import BlockPrecision, Count, Section, Seed, Whole
 from distill.errors import nearest
 from distill.tasks.benchmarks import fill_in
 from distill.tasks.problems import SPLITS
@@ -102,9 +102,9 @@ class Evaluate(Section):
         24, description="of these, answers whose every decision is kept in eval/routes/; 0 is off"
     )
     speed: bool = Field(True, description="time a prefill and one answer alone, seconds on a small model")
-    precisions: list[Literal["fp32", "bf16", "fp16", "fp8-emulated", "fp8-emulated-tensor"]] = Field(
-        [], description="the same answers again in each of these: loss, scores, routing flips"
-    )
+    precisions: list[
+        Literal["fp32", "bf16", "fp16", "fp8-emulated", "fp8-emulated-tensor", BlockPrecision]
+    ] = Field([], description="the same answers again in each of these: loss, scores, routing flips")
     harness: list[str] = Field([], description="tasks of lm-evaluation-harness, as [arc_easy, gsm8k]")
     harness_include: str | None = Field(None, description="a folder with further task files of the harness")
     harness_limit: Count | None = Field(None, description="first documents of each harness task only")

@@ -101,6 +101,7 @@ class Recipe(Section):
         asked = {
             "generate.signal": self.generate.signal.kind != "none",
             "train.on_policy": bool(self.train.on_policy.fraction),
+            "train.teachers.context": bool(self.train.teachers.context),
             "teacher.endpoint": bool(self.teacher and self.teacher.endpoint),
             "prompts.completion_column": bool(self.prompts.completion_column),
             "filter.completions": self.filter.completions != "whole",
@@ -111,7 +112,9 @@ class Recipe(Section):
     def _states_of_one_teacher(self):
         live = {
             "train.on_policy": self.train.on_policy.fraction,
-            "train.teachers": self.train.teachers.models or self.train.teachers.own_start,
+            "train.teachers": self.train.teachers.models
+            or self.train.teachers.own_start
+            or self.train.teachers.context,
         }
         if self.reads_states and (asked := [key for key, given in live.items() if given]):
             raise ValueError(
@@ -149,6 +152,17 @@ class Recipe(Section):
     @property
     def path(self) -> Path:
         return Path(self.run_dir)
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """What the stage `base/` depends on: the section, and the prompts and seed where a choice reads or draws."""
+        section = self.student.made_from
+        found: dict[str, Any] = {"from": section.identity()}
+        if section.reads:
+            found["prompts"] = self.prompts.identity()
+        if section.reads or section.draws:
+            found["seed"] = self.seed
+        return found
 
     @property
     def reads_states(self) -> bool:

@@ -13,6 +13,14 @@ Whole = Annotated[int, Field(ge=0, le=LARGEST)]  # 0 is off, or none
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+# Numbers with scales by the block, emulated (distill/formats.py): all linear layers or the routed experts, inputs too
+# or weights alone.
+BlockPrecision = Literal[
+    "mxfp4-emulated", "mxfp4-emulated-weights", "mxfp4-emulated-experts", "mxfp4-emulated-expert-weights",
+    "nvfp4-emulated", "nvfp4-emulated-weights", "nvfp4-emulated-experts", "nvfp4-emulated-expert-weights",
+    "mxfp8-emulated", "mxfp8-emulated-weights", "mxfp8-emulated-experts", "mxfp8-emulated-expert-weights",
+]  # fmt: skip
+
 # Names that a template can set, and values that it can write.
 TemplateArguments = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], JsonValue]
 

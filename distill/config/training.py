@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from distill.config import objectives
-from distill.config.section import Count, Fraction, Section, TemplateArguments, Whole
+from distill.config.section import BlockPrecision, Count, Fraction, Section, TemplateArguments, Whole
+from distill.config.student_from import From
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
@@ -56,15 +57,6 @@ class Lora(Section):
                 "go without one or the other"
             )
         return self
-
-
-class From(Section):
-    """A student made from a model before it trains (distill/convert/derive.py)."""
-
-    model: str = Field(description="folder or hub name of the model it is made from")
-    layers: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        description="decoder layers that are kept: so many, evenly with the first and the last, or a list from 0"
-    )
 
 
 class StudentSection(Section):
@@ -160,12 +152,41 @@ class OnPolicy(Section):
     most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
 
 
+class Context(Section):
+    """What a live teacher reads and the student does not: context distillation (arXiv 2209.15189)."""
+
+    system: str | None = Field(None, description="a system prompt, in place of the row's own")
+    question: str | None = Field(
+        None,
+        description="what it is asked in place of the last question: text with {question}, and {answer} for the stored "
+        "answer of the row (with its working), whoever writes the text that is scored",
+    )
+
+    @model_validator(mode="after")
+    def _something_more(self):
+        if not self.system and not self.question:
+            raise ValueError("say what the teacher is told: `system`, `question` or both")
+        if self.question is not None and "{question}" not in self.question:
+            raise ValueError("`question` is text with {question} in it: the teacher must know what was asked")
+        return self
+
+
 class LiveTeachers(Section):
     """Which teacher scores which row while the student trains. Empty: `teacher.model` scores them all."""
 
     by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
     models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
     own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+    experts_per_token: Count | None = Field(
+        None,
+        description="a mixture as teacher scores with so many experts a token, not as many as it was trained with",
+    )
+    routings: Count | None = Field(
+        None,
+        description="a mixture as teacher: the mean of its distributions over so many draws of experts by their scores "
+        "(arXiv 2502.12947); each is one more forward pass; empty: its own choice",
+    )
+    context: Context | None = Field(None, description="what the teacher reads and the student does not")
     remember_gb: Annotated[float, Field(ge=0, le=1e6)] = Field(
         0.0,
         description="main memory, in GB a process, for the last hidden states of rows that the teacher has read: later "
@@ -176,6 +197,11 @@ class LiveTeachers(Section):
     def _one_way(self):
         if self.own_start and self.models:
             raise ValueError("`own_start` and `models` exclude each other: one teacher per row")
+        if (self.experts_per_token or self.routings) and (self.own_start or self.remember_gb):
+            raise ValueError(
+                "`experts_per_token` and `routings` change a mixture that is asked anew: leave out `own_start` and "
+                "`remember_gb`"
+            )
         return self
 
 
@@ -233,6 +259,7 @@ class Train(Section):
         "fp8-emulated",
         "fp8-emulated-tensor",
         "fp8-emulated-gradient-blocks",
+        BlockPrecision,
     ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
     head_precision: Literal["same", "fp32"] = Field(
         "same",
@@ -290,6 +317,17 @@ class Train(Section):
         aligned = [o for o in self.objectives if o.signal == "aligned"]
         if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
             raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
+        if self.compile and self.teachers.routings:
+            raise ValueError(
+                "`teachers.routings` changes the teacher at every batch, which compiled code does not see: leave out "
+                "`compile`"
+            )
+        told = [o for o in self.objectives if o.live and o.signal != "dense"]
+        if self.teachers.context and (told or not any(o.signal == "dense" for o in self.objectives)):
+            raise ValueError(
+                "`teachers.context` is for divergences from the teacher's distribution, as {name: reverse_kl}: with "
+                "another prompt its hidden states and routers are of other tokens, and stored signals were told nothing"
+            )
         if aligned and (self.on_policy.fraction or self.teachers.models or self.teachers.own_start):
             raise ValueError(
                 "uld goes with stored text and one teacher: leave out `on_policy` and `teachers`"

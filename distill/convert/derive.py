@@ -1,4 +1,7 @@
-"""A model made from a model, before it is trained: fewer layers today; the recipe key is `student.from`.
+"""A model made from a model, before it is trained; the recipe key is `student.from`.
+
+    made = derived(teacher, section, Calibration(rows, seed=0))
+    made.model, made.did                             # an ordinary model, and in words what was done
 
     keep = kept_layers(10, 30)                       # [0, 3, 6, ..., 29]: evenly, with the first and the last
     student = drop_layers(teacher, keep)             # an ordinary model of the same family
@@ -9,19 +12,27 @@ as counts from the front (`num_kv_shared_layers`), and what is left after the cu
 the new model's layers are held against the old ones, piece by piece; a family whose config cannot say it is refused.
 
 How to choose layers: evenly spaced ones with both ends are the usual start where the student is trained afterwards
-(Sanh et al., DistilBERT, arXiv 1910.01108, section 3); a list tries another choice (Gromov et al., arXiv 2403.17887).
+(Sanh et al., DistilBERT, arXiv 1910.01108, section 3). `by: angle` leaves out the run of layers over which the hidden
+state turns least (Gromov et al., arXiv 2403.17887, section 3.2); a list tries another choice.
 
-A new way to make a student is a function (model, its settings) -> model here, and an entry of `derived`.
+A new way to make a student is a function (model, its settings, ...) -> model, and a step of `derived`: widths are in
+distill/convert/width.py, experts taken out or merged in experts.py, mixture to dense and back in mixture.py. Each also
+works on a skeleton without weights, where nothing can be read and any choice gives the same shapes.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from distill.config.training import From
+from distill.config.student_from import From
+from distill.convert.calibrate import Calibration, angles
+from distill.convert.experts import fewer_experts
+from distill.convert.mixture import as_dense, as_mixture
+from distill.convert.width import narrower
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
 
@@ -34,17 +45,62 @@ _UNKNOWN = (
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def derived(model: PreTrainedModel, section: From) -> PreTrainedModel:
-    """The model that `student.from` asks for. Raises UserError."""
-    return drop_layers(model, kept_layers(section.layers, _text(model.config).num_hidden_layers))
+@dataclass(frozen=True)
+class Made:
+    """`did`: each step in words, for card and console; `chosen`: what was kept, as plain JSON, for the manifest."""
+
+    model: PreTrainedModel
+    did: list[str]
+    chosen: dict[str, Any]
+
+
+def derived(model: PreTrainedModel, section: From, calibration: Calibration | None = None) -> Made:
+    """The model that `student.from` asks for: layers, then widths, then experts. Raises UserError.
+
+    calibration: what choices by activation read; without it (skeletons) the first ones are kept.
+    """
+    did, chosen = [], {}
+    if section.layers is not None:
+        total = _text(model.config).num_hidden_layers
+        keep = kept_layers(section.layers, total)
+        if section.by == "angle" and calibration and len(keep) < total:
+            keep = kept_by_angle(angles(model, calibration, total - len(keep)), total)
+        model = drop_layers(model, keep)
+        did.append(f"{len(keep)} layers")
+        chosen["layers"] = keep
+    if section.width:
+        model, chosen["width"] = narrower(model, section.width, calibration)
+        did.append(
+            ", ".join(f"{n} of {total} {what}" for what, (n, total) in chosen["width"]["sizes"].items())
+        )
+    if section.experts:
+        model, chosen["experts"] = fewer_experts(model, section.experts, calibration)
+        did.append("{kept} of {of} experts a layer ({how})".format(**chosen["experts"]))
+    if section.dense:
+        model, chosen["dense"] = as_dense(model, section.dense, calibration)
+        did.append("experts {how}d into one MLP of {intermediate}".format(**chosen["dense"]))
+    if section.mixture:
+        model = as_mixture(model, section.mixture, calibration.seed if calibration else 0)
+        shared = " and one shared" if section.mixture.shared else ""
+        did.append(
+            f"every MLP copied to {section.mixture.experts} experts{shared}, "
+            f"{section.mixture.experts_per_token} a token"
+        )
+    return Made(model, did, chosen)
 
 
 def derived_config(config: PreTrainedConfig, section: From) -> PreTrainedConfig:
     """The same of the config alone: checked on skeletons, no weights. Raises UserError."""
-    keep = kept_layers(section.layers, _text(config).num_hidden_layers)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return drop_layers(whole, keep).config
+    return derived(whole, section).model.config
+
+
+def kept_by_angle(turns: list[float], total: int) -> list[int]:
+    """All layers but the run that turns the hidden state least: `turns[l]` is of the layers l to l + n - 1."""
+    n = total - len(turns) + 1
+    start = min(range(len(turns)), key=turns.__getitem__)
+    return [layer for layer in range(total) if not start <= layer < start + n]
 
 
 def kept_layers(asked: int | tuple[int, ...], total: int) -> list[int]:

@@ -44,7 +44,7 @@ def make_prompts(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     """Run the stage `prompts/`; returns its manifest."""
     config = {"prompts": recipe.prompts.identity(), "seed": recipe.seed}
     if recipe.prompts.source != "tasks":
-        config["source_hash"] = _hash_source(recipe.prompts.source)
+        config["source_hash"] = source_hash(recipe.prompts.source)
     stage = Stage(recipe.path, "prompts", config, {}, resolved(recipe))
     if stage.done(redo):
         otherwise = _read_otherwise(stage, recipe)
@@ -318,7 +318,7 @@ def _from_hub(source: str, section: Prompts):
         ) from None
 
 
-def _hash_source(source: str) -> str | None:
+def source_hash(source: str) -> str | None:
     """The content of a local file; a hub dataset is known by its name, config, split and revision."""
     if source.startswith("hub:"):
         return None

@@ -4,6 +4,7 @@ The student is built from its config on the meta device and the adapter is reall
 what PEFT does and not what was asked of it (distill/models/lora.py on the families where it silently trains others).
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures
 from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
+from distill.models.fp8 import emulate_fp8
 from distill.models.parameters import LINEAR, trainable_table, weight_groups
-from distill.models.precision import resolve_precision
+from distill.models.precision import EMULATED, resolve_precision
 from distill.models.rounding import FEW_STEPS, lost_steps, stored_matrices
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.balance import ExpertBiasBalancer
+from distill.moe.interventions import sample_experts, use_top_k
 
 _ROUTER_SIGNALS = ("own_routers", "routers")
 
@@ -28,6 +31,12 @@ def precision(pair: Pair) -> list[Finding]:
     slow = "emulated: this CPU" in choice.reason
     fix = "train.precision=auto, which takes fp32 here" if slow else None
     found = [Finding("precision", WARN if slow else OK, f"{choice.name}: {choice.reason}", fix)]
+    if choice.name in EMULATED:
+        try:
+            report = emulate_fp8(student_skeleton(pair.recipe.student), EMULATED[choice.name])
+            found.append(Finding("precision", OK, report.lines()[0]))
+        except UserError as error:
+            found += failures("precision", error)
     return [*found, *_teacher_dtype(pair)]
 
 
@@ -123,6 +132,8 @@ def expert_findings(pair: Pair) -> list[Finding]:
         found.append(Finding("experts", OK, text))
         if side.role == "student":
             found += _reached(pair, table)
+    if pair.teacher and (train.teachers.experts_per_token or train.teachers.routings):
+        found += _asked_otherwise(pair)
     if not sizes["student"]:
         wants = [*asked, *(["train.expert_bias_step"] if train.expert_bias_step else [])]
         if wants:
@@ -132,6 +143,24 @@ def expert_findings(pair: Pair) -> list[Finding]:
     found += _balanced(pair)
     if any(o.signal == "routers" for o in train.objectives) and pair.teacher:
         found += _routers_match(sizes)
+    return found
+
+
+def _asked_otherwise(pair: Pair) -> list[Finding]:
+    """Whether every teacher is a mixture that can be asked with other experts than its own."""
+    section, found = pair.recipe.train.teachers, []
+    sides = [pair.teacher, *(model_side("teacher", name) for name in section.models.values())]
+    for side in sides:
+        skeleton = _skeleton(side).eval()
+        k, drawn = section.experts_per_token, section.routings
+        try:
+            with (
+                use_top_k(skeleton, k) if k else nullcontext(),
+                sample_experts(skeleton) if drawn else nullcontext(),
+            ):
+                pass  # entering is what checks
+        except UserError as error:
+            found += failures("experts", error)
     return found
 
 

@@ -51,7 +51,9 @@ def precision_sweep(
     precision, ran; reason: how it ran, or why it did not (then nothing else is there).
     nll_per_token: nats per completion token of `rows`; None where it is not finite.
     relative_loss_error.fp32|bf16: signed (above 0: worse) and absolute, of nll_per_token; None without a reference.
-    float8_share: of all parameters, those that were multiplied in float8.
+    kl: KL from float32 to this precision, nats per completion token, over the first `kl_tokens` (as many as fit).
+    float8_share: of all parameters, those that were multiplied in float8 (or four bits); weight_bytes: of all weights
+    if those were stored in that format and the others in 16 bits.
     tasks: whatever `answers(model)` says, called with the precision in force; {level: score}.
     flips (MoE only, against float32): layers.<name> of
       slots: 1 - mean |A & B| / k, the share of assignments that changed; tokens: share with any change;
@@ -65,7 +67,7 @@ def precision_sweep(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        reference, found = None, {}
+        reference, found, whole = None, {}, Reference()
         # float32 first, asked for or not: it is what the others are compared with.
         for name in dict.fromkeys(("fp32", *precisions)):
             reason, why_not = _can_run(model, name, device)
@@ -73,10 +75,12 @@ def precision_sweep(
                 found[name] = {"precision": name, "ran": False, "reason": why_not}
                 continue
             with running_in(model, name) as report:
-                nll, decisions = _read(model, rows, pad_id, batch_size, device)
+                nll, decisions = _read(model, rows, pad_id, batch_size, device, whole)
                 entry = {"precision": name, "ran": True, "reason": reason, "nll_per_token": nll}
+                entry |= {"kl": whole.kl(), "kl_tokens": whole.tokens}
                 if report:
                     entry["float8_share"] = report.share
+                    entry["weight_bytes"] = report.weight_bytes
                 if answers:
                     entry["tasks"] = answers(model)
             reference = reference or decisions
@@ -145,11 +149,43 @@ class Routed(NamedTuple):
     margin: Tensor | None
 
 
+class Reference:
+    """The first reading's log-probabilities of as many tokens as fit in memory, and how far later ones diverge."""
+
+    def __init__(self, most_bytes: float = 256e6):
+        self._left, self._kept, self._first = most_bytes, [], True
+        self._place, self._sum, self.tokens = 0, 0.0, 0
+
+    def add(self, logits: Tensor) -> None:
+        """One batch [N, V], in the same order in every reading."""
+        if self._first:
+            fits = min(len(logits), int(self._left // (4 * logits.shape[1])))
+            self._left = self._left - 4 * fits * logits.shape[1] if fits == len(logits) else 0
+            self._kept.append(logits[:fits].log_softmax(-1).cpu())
+        kept = self._kept[self._place].to(logits.device)
+        self._place += 1
+        other = logits[: len(kept)].log_softmax(-1)
+        self._sum += float(
+            torch.nn.functional.kl_div(other, kept, reduction="none", log_target=True).double().sum()
+        )
+        self.tokens += len(kept)
+
+    def kl(self) -> float | None:
+        """Nats per token of the reading that ends here; None where it is not finite or nothing was kept."""
+        value = self._sum / self.tokens if self.tokens else math.nan
+        self._first = False
+        return value if math.isfinite(value) else None
+
+    def begin(self) -> None:
+        self._place, self._sum, self.tokens = 0, 0.0, 0
+
+
 @torch.no_grad()
 def _read(
-    model: nn.Module, rows: TokenRows, pad_id: int, batch_size: int, device: torch.device
+    model: nn.Module, rows: TokenRows, pad_id: int, batch_size: int, device: torch.device, whole: Reference
 ) -> tuple[float | None, dict[str, Routed]]:
-    """(nats per completion token, decisions by layer; none for a dense model)."""
+    """(nats per completion token, decisions by layer; none for a dense model). `whole` hears the logits."""
+    whole.begin()
     order = np.argsort(rows.lengths, kind="stable")
     total, tokens = 0.0, 0
     recorder = record_routing(model) if find_routers(model) else nullcontext()
@@ -157,6 +193,7 @@ def _read(
         for start in range(0, len(order), batch_size):
             batch = rows.collate(order[start : start + batch_size], pad_id).to(device)
             logits = ask(batch.input_ids, batch.attention_mask, batch.places).float()  # [N, V]
+            whole.add(logits)
             total += float(cross_entropy(logits, batch.targets).double().sum())
             tokens += len(logits)
     layers = recording.layers.items() if recording else ()

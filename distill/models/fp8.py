@@ -45,6 +45,12 @@ float8 dispatch between GPUs, bfloat16 optimizer moments. The products obey
 
     y = fp8_linear(x, weight, bias, VARIANTS["tiles"])
 
+Four bits, and eight with scales by the block (distill/formats.py), are variants too: `mxfp4`, `nvfp4` and `mxfp8` round
+inputs and weights of every linear layer, along the inner dimension. `-weights` leaves the inputs as they are,
+`-experts` rounds in routed experts alone, `-expert-weights` is both, as gpt-oss is published (arXiv 2508.10925). Only
+the forward product is rounded: the backward pass takes rounded operands and exact gradients, and hands them to the
+weights through the rounding (straight through, Bengio et al., arXiv 1308.3432).
+
 Shapes: T tokens (all leading dimensions flattened, padding included), K inputs, N outputs.
 """
 
@@ -52,7 +58,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -61,6 +67,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.formats import BLOCKS, BlockFormat
 from distill.models.routers import bare_model, find_routers
 
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -86,6 +93,39 @@ class Variant:
     gradient: Tile  # dy in the gradient of x
     gradient_of_weight: Tile  # dy in the gradient of W
     activation_of_weight: Tile  # x, already quantised, in the gradient of W
+    label: str = "float8"  # for people, before the name
+    experts_only: bool = False
+
+    def product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [T, K], weight [N, K] -> [T, N] in `dtype`."""
+        return _Product.apply(x, weight, self, dtype)
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, its share of the scales included."""
+        tile = self.weight
+        return 8 + (32 / (tile.rows * tile.columns) if tile.rows < _WHOLE else 0)
+
+
+@dataclass(frozen=True)
+class BlockVariant:
+    """A format with scales by the block for weights, and for inputs where `inputs`."""
+
+    name: str
+    format: BlockFormat
+    inputs: bool
+    experts_only: bool
+
+    @property
+    def label(self) -> str:
+        return self.format.name
+
+    @property
+    def bits(self) -> float:
+        return self.format.bits
+
+    def product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return _BlockProduct.apply(x, weight, self, dtype)
 
 
 _ROW, _COLUMN, _BLOCK = Tile(1, 128), Tile(128, 1), Tile(128, 128)
@@ -96,6 +136,11 @@ VARIANTS = {
         Variant("tiles", _ROW, _BLOCK, _ROW, _COLUMN, _COLUMN),
         Variant("tensor", _TENSOR, _TENSOR, _TENSOR_E5M2, _TENSOR_E5M2, _TENSOR),
         Variant("gradient-blocks", _ROW, _BLOCK, _BLOCK, _BLOCK, _COLUMN),
+        *(
+            BlockVariant(f"{name}{suffix}", form, "weights" not in suffix, "expert" in suffix)
+            for name, form in BLOCKS.items()
+            for suffix in ("", "-weights", "-experts", "-expert-weights")
+        ),
     )
 }
 
@@ -155,15 +200,40 @@ class _Product(torch.autograd.Function):
         return dx, dw, None, None
 
 
+class _BlockProduct(torch.autograd.Function):
+    """y [T, N] = x [T, K] W' with W [N, K], operands rounded to a BlockVariant's format, gradients not."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, variant: BlockVariant, dtype: torch.dtype) -> Tensor:
+        ctx.variant, ctx.dtype = variant, dtype
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = variant.format.round_trip(x) if variant.inputs else x.to(dtype).float()
+            return (inputs @ variant.format.round_trip(weight).T).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        variant, dx, dw = ctx.variant, None, None
+        with torch.autocast(dy.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = (dy.float() @ variant.format.round_trip(weight)).to(ctx.dtype).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                inputs = variant.format.round_trip(x) if variant.inputs else x.to(ctx.dtype).float()
+                dw = (dy.float().T @ inputs).to(weight.dtype)
+        return dx, dw, None, None
+
+
 @torch.compiler.disable  # a break in a compiled graph: fused code may round where this must not
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Variant) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Variant | BlockVariant) -> Tensor:
     """F.linear(x [..., K], weight [N, K], bias [N]) with its products in emulated float8 -> [..., N].
 
     The bias is added in the output's type: that of autocast where it is on, else of x.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    y = _Product.apply(x.reshape(-1, x.shape[-1]), weight, variant, dtype)
+    y = variant.product(x.reshape(-1, x.shape[-1]), weight, dtype)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(dtype)
 
@@ -171,6 +241,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Variant)
 _GATE = re.compile(r"(^|_)(gate|router)$")
 _IN_BLOCK = re.compile(r"\.\d+\.")  # a member of a list of layers has a number in its name
 _NARROWEST = 16
+_NO_EXPERT = "no routed expert"
 
 
 # ---------------------------------------------------------------------- which layers
@@ -237,6 +308,10 @@ def _reason(name: str, module: nn.Module) -> str | None:
     return f"not a Linear ({kind})"
 
 
+def _is_expert(layer: Layer) -> bool:
+    return layer.reason is None and _has_interface(layer.module)
+
+
 def _has_interface(module: nn.Module) -> bool:
     """Fused experts whose class transformers marked with @use_experts_implementation."""
     marks = ("is_transposed", "has_gate", "has_bias", "has_post_expert_norm", "_is_expert_parallel")
@@ -264,11 +339,19 @@ class Fp8Report:
         high = sum(n for names in self.high.values() for _, n in names.values())
         return self.parameters / (self.parameters + high)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, those that are rounded in their format and the others in 16 bits."""
+        high = sum(n for names in self.high.values() for _, n in names.values())
+        bits = VARIANTS[self.variant].bits if self.variant in VARIANTS else 8
+        return int((self.parameters * bits + 16 * high) / 8)
+
     def lines(self) -> list[str]:
         """For people: one line for float8, one for each reason to stay high."""
         modules = sum(m for m, _ in self.float8.values())
         text = [
-            f"float8 ({self.variant}): {modules} modules, {self.parameters:,} parameters ({self.share:.1%})"
+            f"{_label(self.variant)} ({self.variant}): {modules} modules, {self.parameters:,} parameters "
+            f"({self.share:.1%})"
         ]
         for reason, names in self.high.items():
             count = sum(n for _, n in names.values())
@@ -306,6 +389,10 @@ def describe_layers(layers: list[Layer], variant: str) -> Fp8Report:
     return Fp8Report(variant, float8, dict(high))
 
 
+def _label(variant: str) -> str:
+    return VARIANTS[variant].label if variant in VARIANTS else "float8"
+
+
 def _some(names: dict[str, list[int]]) -> str:
     first, *others = names
     return first + (f" and {len(others)} more" if others else "")
@@ -325,10 +412,15 @@ def emulate_fp8(model: nn.Module, variant: str = "tiles") -> Fp8Report:
     if any(_emulates(module) for module in bare_model(model).modules()):
         raise UserError("this model already multiplies in emulated float8; call restore(model) first")
     layers = layers_of(model)
+    if VARIANTS[variant].experts_only:
+        layers = [
+            layer if _is_expert(layer) else replace(layer, reason=layer.reason or _NO_EXPERT)
+            for layer in layers
+        ]
     report = describe_layers(layers, variant)
     if not report.float8:
         raise UserError(
-            f"{type(bare_model(model)).__name__} has no layer that float8 emulation knows "
+            f"{type(bare_model(model)).__name__} has no layer that {_label(variant)} emulation knows "
             f"({'; '.join(report.lines()[1:])}); use precision bf16 or fp32"
         )
     for layer in layers:
@@ -360,13 +452,13 @@ def _emulates(module: nn.Module) -> bool:
 
 
 @cache
-def _emulating(original: type, kind: type, variant: Variant) -> type:
+def _emulating(original: type, kind: type, variant: Variant | BlockVariant) -> type:
     # The variant lives on the class: no attribute of any module changes, so there is none to put back.
     return type(f"Fp8{original.__name__}", (kind, original), {"fp8_original": original, "fp8": variant})
 
 
 class _Linear:
-    fp8: Variant
+    fp8: Variant | BlockVariant
 
     def forward(self, input: Tensor) -> Tensor:
         return fp8_linear(input, self.weight, self.bias, self.fp8)
@@ -375,7 +467,7 @@ class _Linear:
 class _Experts:
     """Fused experts behind transformers' interface: same arguments, same result up to float8."""
 
-    fp8: Variant
+    fp8: Variant | BlockVariant
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         experts, order = top_k_index.reshape(-1).sort(stable=True)  # [S]

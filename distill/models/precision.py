@@ -11,6 +11,8 @@
 | fp8-emulated | float8 by emulation, DeepSeek-V3's tiles (distill/models/fp8.py) | what bf16 needs; slower than bf16 |
 | fp8-emulated-tensor | the same, one scale per matrix | the same |
 | fp8-emulated-gradient-blocks | the same, activation gradients in 128x128 blocks | the same |
+| mxfp4-emulated, nvfp4-emulated, mxfp8-emulated | scales by the block (distill/formats.py) | the same |
+| ...-emulated-weights, -experts, -expert-weights | weights alone, routed experts alone, both | the same |
 
 Trained weights and the optimizer are float32 in every case; around float8 the rest runs as in bf16.
 
@@ -38,13 +40,20 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.errors import RunError, UserError
-from distill.models.fp8 import Fp8Report, Layer, describe_layers, emulate_fp8, layers_of
+from distill.formats import BLOCKS
+from distill.models.fp8 import VARIANTS, Fp8Report, Layer, describe_layers, emulate_fp8, layers_of
 from distill.models.routers import bare_model
 
 EMULATED = {  # value: variant of distill.models.fp8
     "fp8-emulated": "tiles",
     "fp8-emulated-tensor": "tensor",
     "fp8-emulated-gradient-blocks": "gradient-blocks",
+    **{
+        name.replace(form, f"{form}-emulated", 1): name
+        for name in VARIANTS
+        for form in BLOCKS
+        if name.startswith(form)
+    },
 }
 _LIBRARIES = {"fp8": "torchao", "fp8-te": "transformer_engine"}
 
@@ -126,8 +135,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         slow = kind == "cpu" and not _cpu_has_bf16()
         note = " (emulated: this CPU has no bf16 units, expect it slower than fp32)" if slow else ""
         bf16 = f"bfloat16 matmuls by autocast{note}, weights and optimizer float32"
-        emulated = f"float8 linear layers by emulation (variant {EMULATED.get(name)}), around them {bf16}"
-        return Precision(name, "bf16", emulated if name in EMULATED else bf16)
+        return Precision(
+            name, "bf16", f"{_emulation(name)}, around them {bf16}" if name in EMULATED else bf16
+        )
     if name == "fp16":
         if kind == "cpu":
             raise UserError(
@@ -136,6 +146,12 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
             )
         return Precision(name, "fp16", "float16 matmuls by autocast with loss scaling, weights float32")
     return _real_float8(name, device)
+
+
+def _emulation(name: str) -> str:
+    variant = VARIANTS[EMULATED[name]]
+    what = "routed experts" if variant.experts_only else "linear layers"
+    return f"{variant.label} {what} by emulation (variant {variant.name})"
 
 
 def _automatic(device: torch.device) -> Precision:

@@ -24,6 +24,7 @@ from distill.files import sync_all, write_atomic, writing
 from distill.models.folders import check_config, refusing
 from distill.models.load import load_config, load_model, load_tokenizer, resolve_model
 from distill.models.lora import add_lora, plan_lora
+from distill.models.precision import EMULATED
 from distill.models.quantize import check_quantize
 
 
@@ -116,7 +117,7 @@ def check_start(section: StudentSection, precision: str, device: torch.device) -
             f"student '{section.model}' is an adapter; merge it first (distill merge), or train from its base"
         )
     check_quantize(section.quantize, device)
-    if section.quantize != "none" and precision.startswith("fp8"):
+    if section.quantize != "none" and (precision in EMULATED or precision.startswith("fp8")):
         raise UserError(
             f"student.quantize={section.quantize} has matmuls of its own; use train.precision=bf16, not {precision}"
         )

@@ -4,6 +4,7 @@
         rows, _ = answer_problems(model, ...)
     with drop_experts(model, {1: [3]}):             # expert 3 of layer 1 is never chosen, the next best steps in
     with route(model, "random", seed=0):            # a control: do the router's choices matter at all?
+    with sample_experts(model, seed=0):             # experts drawn by their scores instead of the best k
 
 The model decides as its own family would: `use_top_k` sets the number that the router itself reads, so its
 bias, group limit, renormalisation and scale apply; `drop_experts` masks the scores inside the router's own
@@ -16,32 +17,30 @@ same modules. Contexts nest; of two that rewrite the same call the inner one act
 entered before or after, hears what the experts really get.
 
 Shapes: N tokens of one call (B rows of T), E experts (all that the router chooses among), k experts per token.
-
-`masked_choice` takes experts out of one router's choice:
-
-    with masked_choice(router, torch.tensor([3])):
-        model(**batch)                  # the family selects as ever, with expert 3 at a score of -inf
-
-The module that chooses (the one that holds k) runs under a mode that masks what its top-k sees, so bias, group
-limit, renormalisation and scale stay the family's own, and the scores that become weights are not touched.
 """
 
 import copy
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from distill.errors import RunError, UserError
 from distill.models.decode import row_seed, uniforms
-from distill.models.hooks import Hooks, replaced_forward
+from distill.models.hooks import Hooks
 from distill.models.load import CACHE_NAMES
 from distill.models.routers import Router, bare, bare_model, find_routers
+from distill.moe.choice import (
+    drawn_choice,
+    experts_left,
+    groups_of,
+    holders_of_k,
+    masked_choice,
+    without_scores,
+)
 from distill.moe.recording import is_compiled, real_tokens, routed_backbone
 from distill.moe.totals import is_sparsemixer
 
@@ -308,6 +307,29 @@ def _positions(ids: torch.Tensor, mask: torch.Tensor | None, named: dict) -> tor
     return torch.arange(past, past + ids.shape[1], device=ids.device).expand_as(ids)
 
 
+@contextmanager
+def sample_experts(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Each token's k experts are drawn in proportion to the router's scores, one after the other without putting back.
+
+    They are weighted as the family weights chosen experts (knowledge augmentation, arXiv 2502.12947). Where the
+    family chooses by probabilities, or by sigmoids plus a bias, those are the scores; the bias counts for nothing.
+    Draws are a function of `seed`, layer, token id and position alone, as in `route`.
+
+    Raises UserError for a dense or compiled model, and for families without a top-k over scores.
+    """
+    routers = _routers_of(model)
+    problems = [f"{r.name}: experts cannot be drawn, {why}" for r in routers if (why := without_scores(r))]
+    problems += [f"{r.name}: experts cannot be drawn by score" for r in routers if r.source != "experts"]
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    tokens = _Tokens(routed_backbone(model, routers))
+    with ExitStack() as undo:
+        undo.enter_context(tokens.watched())
+        for layer, router in enumerate(routers):
+            undo.enter_context(drawn_choice(router, row_seed((seed, layer)), tokens.keys))
+        yield
+
+
 # ---------------------------------------------------------------------------------------- what they share
 
 
@@ -349,101 +371,3 @@ def _rewritten(router: Router, change: Callable) -> Iterator[None]:
     with Hooks() as hooks:
         hooks.before(router.experts, rewrite, named=True, first=True)
         yield
-
-
-_WORTH = (torch.topk, torch.Tensor.topk, torch.max, torch.Tensor.max)  # of a group, over the scores in it
-
-
-def holders_of_k(router: Router) -> list[tuple[object, str]]:
-    """Where the family keeps its k: on router and block as `top_k`, or else (gemma4) in the router's config."""
-    modules = [bare(module) for module in (router.router, router.experts, router.block) if module is not None]
-    if own := [(m, "top_k") for m in modules if isinstance(vars(m).get("top_k"), int)]:
-        return own
-    configs = [module.config for module in modules if hasattr(module, "config")]
-    return [
-        (c, n) for c in configs for n in ("top_k", "top_k_experts") if isinstance(getattr(c, n, None), int)
-    ]
-
-
-def without_scores(router: Router) -> str | None:
-    """Why this router has no top-k over scores, if it has none."""
-    if router.router is not None:
-        if any(not b.is_floating_point() and b.ndim == 2 for b in bare(router.router).buffers()):
-            return "the experts of each token id are in a table (hash routing)"
-        if is_sparsemixer(router):
-            return "sparsemixer takes two maxima, one after the other, and no top-k"
-    return None
-
-
-def groups_of(router: Router) -> tuple[int, int] | None:
-    """(groups, groups a token may use) where the router limits them."""
-    inner = None if router.router is None else bare(router.router)
-    groups, usable = getattr(inner, "num_group", None), getattr(inner, "topk_group", None)
-    limits = isinstance(groups, int) and isinstance(usable, int) and usable < groups
-    return (groups, usable) if limits and getattr(inner, "topk_method", "") != "greedy" else None
-
-
-def experts_left(router: Router, experts: list[int]) -> int:
-    """How many experts every token can still choose among, in the worst case, without those."""
-    groups = groups_of(router)
-    if not groups:
-        return router.num_experts - len(experts)
-    # A token's groups may be those with the fewest left; one without a second best has no worth to "top 2".
-    size = router.num_experts // groups[0]
-    alive = [size - sum(e // size == g for e in experts) for g in range(groups[0])]
-    if sum(n >= min(2, size) for n in alive) < groups[1]:
-        return 0
-    return sum(sorted(n for n in alive if n)[: groups[1]])
-
-
-@contextmanager
-def masked_choice(router: Router, experts: torch.Tensor) -> Iterator[None]:
-    """Run the choosing module under a mode that masks the scores its top-k sees."""
-    holders = [holder for holder, _ in holders_of_k(router)]
-    inner = None if router.router is None else bare(router.router)
-    # dbrx's router only makes logits: who has the k is who chooses.
-    by_router = inner in holders or getattr(inner, "config", None) in holders
-    module = router.router if by_router else router.block
-    masked, original = _MaskedChoice(router, experts), module.forward
-
-    def forward(*args, **kwargs):
-        masked.seen = False
-        with masked:
-            output = original(*args, **kwargs)
-        if not masked.seen:
-            raise RunError(
-                f"{router.name}: {type(inner).__name__} made no top-k over {router.num_experts} scores, so no "
-                "expert can be taken out of it; drop it with how=zero"
-            )
-        return output
-
-    with replaced_forward(module, forward):
-        yield
-
-
-class _MaskedChoice(TorchFunctionMode):
-    """Every top-k over E scores, and the one or the maximum inside groups of them, sees -inf for some experts."""
-
-    def __init__(self, router: Router, experts: torch.Tensor):
-        super().__init__()
-        self.experts, self.num_experts, self.seen = experts, router.num_experts, False
-        self.name, self.left = router.name, experts_left(router, experts.tolist())
-        groups = groups_of(router)
-        self.grouped = (groups[0], router.num_experts // groups[0]) if groups else None
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (torch.topk, torch.Tensor.topk) and args[0].shape[-1] == self.num_experts:
-            k = args[1] if len(args) > 1 else kwargs["k"]
-            if k > self.left:  # another context may have raised it
-                raise UserError(f"{self.name}: {self.left} experts are left, a token needs {k}; drop fewer")
-            self.seen = True
-            args = (self._masked(args[0], (self.num_experts,)), *args[1:])
-        elif func in _WORTH and args[0].ndim == 3 and args[0].shape[-2:] == self.grouped:
-            args = (self._masked(args[0], self.grouped), *args[1:])
-        return func(*args, **kwargs)
-
-    def _masked(self, scores: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        mask = torch.zeros(self.num_experts, dtype=torch.bool, device=scores.device)
-        mask[self.experts.to(scores.device)] = True
-        return scores.masked_fill(mask.view(shape), -math.inf)

@@ -201,12 +201,30 @@ _ARITHMETIC = {
     ),
     "fp8-emulated-tensor": mark("the same, with one scale for a whole tensor (emulated)."),
 }
+_FORMATS = {
+    "mxfp4": mark(
+        "rounded to MXFP4, 4 bits with a power of two as scale for 32 numbers (emulated): %(what)s."
+    ),
+    "nvfp4": mark("rounded to NVFP4, 4 bits with a float8 scale for 16 numbers (emulated): %(what)s."),
+    "mxfp8": mark(
+        "rounded to MXFP8, 8 bits with a power of two as scale for 32 numbers (emulated): %(what)s."
+    ),
+}
+_ROUNDED = {
+    "": mark("inputs and weights of linear layers"),
+    "-weights": mark("weights of linear layers"),
+    "-experts": mark("inputs and weights of routed experts"),
+    "-expert-weights": mark("weights of routed experts"),
+}
 
 
 def _how(entry: dict) -> str:
     """A sentence on one precision. Why it did not run is a message of the machine, and stays as it is."""
     if not entry.get("ran"):
         return say("did not run: %(reason)s", reason=entry.get("reason") or "–")
+    form, _, which = entry["precision"].partition("-emulated")
+    if form in _FORMATS:
+        return say(_FORMATS[form], what=say(_ROUNDED[which]))
     known = _ARITHMETIC.get(entry["precision"])
     return say(known) if known else entry.get("reason") or "–"
 

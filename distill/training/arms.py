@@ -29,8 +29,9 @@ from distill.models.rounding import lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json
+from distill.training.asked_otherwise import told
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
-from distill.training.live_teachers import live_teachers
+from distill.training.open_teachers import live_teachers
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import make_accelerator, train_student
 from distill.training.validation import split_rows
@@ -164,7 +165,15 @@ def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
     columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         columns["messages"] = "messages"
-    return TokenRows.from_folder(folder, stored_signals(recipe), columns)
+    context = recipe.train.teachers.context
+    if context:
+        columns["messages"] = "messages"
+    rows = TokenRows.from_folder(folder, stored_signals(recipe), columns)
+    if context:
+        tokenizer = student_tokenizer(recipe.student)
+        answers = (tokenizer.decode(rows.row(i)[1], skip_special_tokens=True) for i in range(len(rows)))
+        rows.messages = [told(messages, answer, context) for messages, answer in zip(rows.messages, answers)]
+    return rows
 
 
 def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: set[int]) -> Source:

@@ -22,17 +22,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.config.recipe import Recipe
 from distill.data.batches import Batch
-from distill.data.signals import HEAD
 from distill.errors import UserError
 from distill.models.describe import describe_model
-from distill.models.head import AtHead, Head, KeptLogits, at_places, load_head
-from distill.models.layers import decoder_layers, rows_apart
-from distill.models.load import load_model, load_tokenizer, same_vocabulary
+from distill.models.head import AtHead, Head, KeptLogits, at_places
+from distill.models.layers import rows_apart
+from distill.moe.interventions import use_top_k
 from distill.training.cross_tokenizer import TeacherView
 from distill.training.losses.fused import Projected, Scratch, WholeLogits
 from distill.training.losses.hidden import HiddenTap
@@ -81,12 +78,15 @@ class _Counted:
     def dtypes(self) -> set[torch.dtype]:
         return {model.dtype for model in self.models}
 
+    experts_per_token: int | None = None  # where it is not the models' own
+
     def flops_per_token(self, context: int) -> float:
-        each = [describe_model(model, context)["flops_per_token"] for model in self.models]
+        k = self.experts_per_token
+        each = [describe_model(model, context, k)["flops_per_token"] for model in self.models]
         return sum(each) / len(each)  # every token is scored by one of them
 
 
-class _NotHeard(_Counted):
+class NotHeard(_Counted):
     """The part of the protocol that cannot be had where several models score, or the student itself does."""
 
     @property
@@ -121,8 +121,12 @@ class StateMemory:
 class FrozenTeacher(_Counted):
     """A frozen causal LM asked for its next-token distribution on the student's own batch."""
 
-    def __init__(self, model: nn.Module, remember_bytes: float = 0):
+    def __init__(self, model: nn.Module, remember_bytes: float = 0, experts_per_token: int | None = None):
         self._ask(model.eval().requires_grad_(False))
+        self.experts_per_token = experts_per_token
+        if experts_per_token:  # for as long as the teacher lives
+            self._routed = contextlib.ExitStack()
+            self._routed.enter_context(use_top_k(model, experts_per_token))
         self._memory = StateMemory(remember_bytes) if remember_bytes and self._at else None
 
     def _ask(self, model: nn.Module) -> None:
@@ -207,7 +211,7 @@ class FrozenTeacher(_Counted):
         return self._travelled
 
 
-class StoredTeacher(_NotHeard):
+class StoredTeacher(NotHeard):
     """A teacher's head alone, over hidden states that were stored with the rows (distill/data/signals.py)."""
 
     def __init__(self, head: Head):
@@ -229,7 +233,7 @@ class StoredTeacher(_NotHeard):
         return {"dense": Projected(states, self.head, self._scratch)}
 
 
-class OwnStart(_NotHeard):
+class OwnStart(NotHeard):
     """Self-distillation: the student's starting weights score. Without an adapter they are a frozen copy."""
 
     def __init__(self, student: nn.Module):
@@ -263,7 +267,7 @@ class TrainingTeacher(FrozenTeacher):
                 module.training = True
 
 
-class CrossTeacher(_NotHeard):
+class CrossTeacher(NotHeard):
     """A teacher with a tokenizer of its own: its logits where both models have read the same text (ULD)."""
 
     def __init__(self, model: nn.Module, teacher_tokenizer, student_tokenizer, ends: set[int]):
@@ -309,7 +313,7 @@ class Aligned:
         return logits.index_copy_(0, places, said), there.index_fill_(0, places, True)
 
 
-class RoutedTeachers(_NotHeard):
+class RoutedTeachers(NotHeard):
     """Several teachers, each scoring the rows whose tag is its own; the others go to `default`."""
 
     def __init__(self, by_tag: dict[str, FrozenTeacher], default: FrozenTeacher):
@@ -346,84 +350,3 @@ class Shared:
                 said.clone() if logits is None else torch.where(owner == i, said.to(logits.dtype), logits)
             )
         return (logits,)
-
-
-def live_teachers(
-    recipe: Recipe,
-    student: nn.Module,
-    tokenizer,
-    ends: set[int],
-    device: torch.device,
-    half: torch.dtype | None = None,
-) -> LiveTeacher:
-    """What the recipe's objectives with a live teacher are taken from. `ends`: ids that end the student's turn.
-
-    half: the 16-bit format that the student multiplies in. With teacher.dtype=auto a teacher stored in float32 then
-    computes in it on a GPU too, since float32 products there take several times as long; elsewhere it is as stored.
-    Raises UserError where a vocabulary differs from the student's by content: then only text can be distilled.
-    """
-    section = recipe.train.teachers
-    if recipe.reads_states:
-        head = load_head(recipe.path / "dataset" / HEAD, device)
-        computes = teacher_dtype(recipe.teacher.dtype, device, half, head.weight.dtype)
-        return StoredTeacher(replace(head, weight=head.weight.to(computes)))
-    if section.own_start:
-        return OwnStart(student)
-    if any(o.signal == "aligned" for o in recipe.train.objectives):
-        model = _load(recipe, recipe.teacher.model, device, half)
-        return CrossTeacher(
-            model, load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs), tokenizer, ends
-        )
-    names = {recipe.teacher.model, *section.models.values()}
-    problems = [
-        f"teacher '{name}' and the student have different vocabularies, so their logits cannot be compared; use "
-        "train.objectives=[{name: cross_entropy}] (distil its text), {name: uld} (across tokenizers), or a "
-        "student with its tokenizer"
-        for name in sorted(names)
-        if not same_vocabulary(load_tokenizer(name), tokenizer)
-    ]
-    if problems:
-        raise UserError(*problems)
-    remember = 1e9 * section.remember_gb / len(names)
-    loaded = {name: FrozenTeacher(_load(recipe, name, device, half), remember) for name in names}
-    if not section.models:
-        return loaded[recipe.teacher.model]
-    return RoutedTeachers({tag: loaded[n] for tag, n in section.models.items()}, loaded[recipe.teacher.model])
-
-
-def teacher_dtype(
-    asked: str, device: torch.device, half: torch.dtype | None, stored: torch.dtype
-) -> torch.dtype:
-    """What a live teacher computes in: see `live_teachers`."""
-    narrower = asked == "auto" and device.type == "cuda" and half is not None and stored == torch.float32
-    return half if narrower else stored
-
-
-def _load(recipe: Recipe, name: str, device: torch.device, half: torch.dtype | None = None) -> nn.Module:
-    """A teacher where `teacher.device` wants it. Raises UserError where nothing could be sharded over."""
-    where = recipe.teacher.device
-    if where == "sharded" and not dist.is_initialized():
-        raise UserError(
-            "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several "
-            "with accelerate launch, or set teacher.device=auto (or cpu)"
-        )
-    place = device if where == "auto" else torch.device("cpu")
-    model = load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize)
-    if recipe.teacher.quantize == "none":
-        model.to(teacher_dtype(recipe.teacher.dtype, place, half, model.dtype))
-    return shard_layers(model, device) if where == "sharded" else model
-
-
-def shard_layers(model: nn.Module, device: torch.device) -> nn.Module:
-    """Spread a frozen model's decoder layers over all processes (FSDP2); each is whole only while it computes.
-
-    Embedding, last norm and output head stay whole everywhere: the head is read outside of the forward pass. Every
-    process must then call the model equally often.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in decoder_layers(model.requires_grad_(False))[1]:
-        fully_shard(layer, mesh=mesh)
-    return model.to(device)

@@ -139,6 +139,7 @@ class OnPolicyRows:
         made = TokenRows(prompts, completions)
         made.sampled = wanted[mine]
         made.tags = None if self.rows.tags is None else self.rows.tags[chosen[mine]]
+        made.messages = None if self.rows.messages is None else [self.rows.messages[i] for i in chosen[mine]]
         counts = self.gather((int(made.completion_lengths.sum()), int(made.lengths.sum())))
         tokens, read = (sum(column) for column in zip(*counts))
         return Lot(made, np.argsort(made.lengths, kind="stable"), tokens, read)

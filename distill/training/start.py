@@ -1,10 +1,12 @@
 """The stage `base/`: a student made from a model (`student.from`), as a folder that everything after it starts from.
 
     student: {from: {model: checkpoints/smollm2, layers: 10}, adapter: full}
+    student: {from: {model: checkpoints/teacher, experts: {drop: 0.5, how: reap}}, adapter: full}
 
 The folder is an ordinary checkpoint with card and manifest, and `student.model` of the recipe is its path: training,
 evaluation (as `base`), the play page and provenance take it as they take any other. It is made before anything else,
-in seconds; `distill doctor` and `--dry-run` look at a copy without weights (`planned_base`).
+in seconds; a choice by activation reads the recipe's prompts, which are drawn for it. `distill doctor` and `--dry-run`
+look at a copy without weights (`planned_base`).
 """
 
 import contextlib
@@ -16,7 +18,9 @@ from typing import Any
 import yaml
 
 from distill.config.recipe import BASE_FOLDER, Recipe
-from distill.convert.derive import derived, derived_config, kept_layers
+from distill.convert.calibrate import calibration_of
+from distill.convert.derive import Made, derived, derived_config
+from distill.data.prompts import source_hash
 from distill.data.provenance import model_source
 from distill.data.terms import card_metadata
 from distill.errors import UserError
@@ -32,25 +36,23 @@ def make_base(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     section = recipe.student.made_from
     check_source(section.model)
     source = model_source(section.model)
-    config = {
-        "from": section.model_dump(mode="json"),
-        "source": source.get("files") or source.get("revision"),
-    }
+    config = {**recipe.base_identity, "source": source.get("files") or source.get("revision")}
+    if section.reads and recipe.prompts.source != "tasks":
+        config["source_hash"] = source_hash(recipe.prompts.source)
     stage = Stage(recipe.path, BASE_FOLDER, config, inputs={})
     if stage.done(redo):
         return stage.manifest
     whole = load_model(section.model, "fp32", training=True)
-    before, total = _parameters(whole), whole.config.get_text_config(decoder=True).num_hidden_layers
-    model = derived(whole, section)
+    tokenizer = load_tokenizer(section.model, recipe.student.chat_template_kwargs)
+    before = _parameters(whole)
+    made = derived(whole, section, calibration_of(recipe, whole, tokenizer))
     del whole
-    counts = {"rows": 0, "errors": 0, "parameters_before": before, "parameters": _parameters(model)}
+    counts = {"rows": 0, "errors": 0, "parameters_before": before, "parameters": _parameters(made.model)}
     stage.begin(redo)
-    layers = kept_layers(section.layers, total)
-    card = base_card(recipe.path.name, section.model, layers, total, counts)
     save_student(
-        model, load_tokenizer(section.model, recipe.student.chat_template_kwargs), stage.folder, card
+        made.model, tokenizer, stage.folder, base_card(recipe.path.name, section.model, made, counts)
     )
-    return stage.finish(counts, device="cpu", base_source=source, layers=layers)
+    return stage.finish(counts, device="cpu", base_source=source, did=made.did, **made.chosen)
 
 
 def check_source(name: str) -> None:
@@ -76,8 +78,8 @@ def planned_base(recipe: Recipe) -> Iterator[Recipe]:
         yield recipe.model_copy(update={"student": student})
 
 
-def base_card(name: str, source: str, layers: list[int], total: int, counts: dict[str, int]) -> str:
-    """The model card: what it was made from, how, and that it answers nothing yet."""
+def base_card(name: str, source: str, made: Made, counts: dict[str, int]) -> str:
+    """The model card: what it was made from, how, and that it is not trained since."""
     given = card_metadata(source)
     front = {key: given[key] for key in _KEPT if key in given}
     front |= {"base_model": given.get("base_model", source), "library_name": "transformers"}
@@ -89,14 +91,24 @@ def base_card(name: str, source: str, layers: list[int], total: int, counts: dic
         "---",
         f"# {name}: base",
         "",
-        f"Made from `{source}` by keeping {len(layers)} of its {total} decoder layers: {', '.join(map(str, layers))}.",
+        f"Made from `{source}`: {'; '.join(made.did)}.",
         "",
         f"- parameters: {counts['parameters_before']:,} before, {counts['parameters']:,} after ({share:.0%})",
-        "- not trained since: its text makes no sense until it is",
+        *(f"- {key}: {shown}" for key, shown in _choices(made.chosen)),
+        "- not trained since: what was left out is missing until it is",
         "- terms: those of the model that it was made from",
         "",
     ]
     return "\n".join(lines)
+
+
+def _choices(chosen: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was kept, for the card."""
+    found = [("layers kept", ", ".join(map(str, chosen["layers"])))] if "layers" in chosen else []
+    for key in ("experts", "dense"):
+        for layer, experts in chosen.get(key, {}).get("experts", {}).items():
+            found.append((f"experts of {layer}", ", ".join(map(str, experts))))
+    return found
 
 
 def _parameters(model) -> int:

@@ -1,45 +1,19 @@
 """Models with fewer layers: the kept ones compute what they computed, in every family that has kinds of layers."""
 
+import math
+
 import pytest
 import torch
+from tiny_families import FAMILIES, SIZES, model_of, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config.training import From
+from distill.config.student_from import From
+from distill.convert.calibrate import Calibration, angles
 from distill.convert.derive import derived, derived_config, drop_layers, kept_layers
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
 
-SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 96, "max_position_embeddings": 64, "head_dim": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FAMILIES = {
-    "llama": {"tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": False},
-    # Sliding and full attention with a rotation of its own each; the window is shorter than the text.
-    "gemma3_text": {
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        "tie_word_embeddings": True,
-    },
-    "qwen3_moe": {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0, 4],
-    },
-    "deepseek_v3": {
-        "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-        "n_group": 1, "topk_group": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-    },
-    "smollm3": {"no_rope_layers": [1, 1, 0, 1, 1, 0]},
-}  # fmt: skip
 KEEP = [0, 2, 4, 5]
-
-
-def model_of(family: str):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +54,7 @@ def test_the_config_alone_says_the_same():
     section = From(model="x", layers=(1, 2, 5))
     config = derived_config(model.config, section)
     assert config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
-    assert config.to_dict() == derived(model, section).config.to_dict()
+    assert config.to_dict() == derived(model, section).model.config.to_dict()
     assert model.config.num_hidden_layers == 6  # the model it is made from stays as it is
 
 
@@ -93,3 +67,40 @@ def test_a_config_that_cannot_say_it_is_refused():
     assert drop_layers(model, [0, 1, 4, 5]).config.num_hidden_layers == 4
     with pytest.raises(UserError, match="would become another one"):
         drop_layers(model, [1, 2, 5])
+
+
+def test_the_run_of_layers_that_turns_the_state_least_is_left_out():
+    """Layers 2 and 3 add next to nothing: by angle they go, whatever stands evenly."""
+    model, ids = model_of("llama"), random_ids()
+    for number in (2, 3):
+        for matrix in (model.model.layers[number].self_attn.o_proj, model.model.layers[number].mlp.down_proj):
+            matrix.weight.data.mul_(1e-3)
+    section = From(model="x", layers=4, by="angle")
+    made = derived(model, section, Calibration(ids.tolist()))
+    assert made.chosen["layers"] == [0, 1, 4, 5] and made.did == ["4 layers"]
+    turns = angles(model, Calibration(ids.tolist()), 2)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    cosine = torch.cosine_similarity(states[1][:, -1], states[3][:, -1], dim=-1)
+    assert turns[1] == pytest.approx(float((cosine.arccos() / math.pi).mean()), abs=1e-5)
+    assert derived_config(model.config, section).num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({}, "say what becomes of the model"),
+        ({"layers": (0, 1), "by": "angle"}, "give their number"),
+        ({"experts": {"drop": 0.5}, "dense": {}}, "exclude each other"),
+        ({"mixture": {"experts": 2, "experts_per_token": 3}}, "cannot use 3 of 2"),
+        ({"width": {}}, "name what becomes narrower"),
+    ],
+)
+def test_sections_that_say_nothing_or_two_things_are_refused(section, says):
+    with pytest.raises(ValueError, match=says):
+        From(model="x", **section)
+
+
+def test_the_section_of_an_older_recipe_is_written_as_it_was():
+    assert From(model="x", layers=3).identity() == {"model": "x", "layers": 3}
+    assert From(model="x", experts={"drop": 0.5}).reads and not From(model="x", layers=3).reads

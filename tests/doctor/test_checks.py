@@ -253,6 +253,13 @@ def test_experts_that_are_not_there(bare, recipe):
     assert "2 layers of 4 routed experts, 2 per token" in told[0].text
     route = "train.objectives=[{name: cross_entropy}, {name: router_distillation}]"
     assert "dense" in of(examine(recipe(None, moe, route)), "experts", FAIL)[0].text
+    asked = examine(recipe(None, None, "train.teachers.experts_per_token=4"))
+    assert "a dense model has no routing to change" in of(asked, "experts", FAIL)[0].text
+    many = examine(recipe(moe, None, "train.teachers={experts_per_token: 5}"))
+    assert "there are 4 experts" in of(many, "experts", FAIL)[0].text
+    of(examine(recipe(moe, None, "train.teachers={routings: 2}")), "experts", OK)
+    four = examine(recipe(None, None, "train.precision=mxfp4-emulated-experts"))
+    assert "no layer that mxfp4 emulation knows" in of(four, "precision", FAIL)[0].text
     larger = bare("larger", **{**QWEN3_MOE, "num_experts": 8})
     assert "compares experts by number" in of(examine(recipe(larger, moe, route)), "experts", FAIL)[0].text
 

@@ -234,3 +234,22 @@ def test_a_loss_that_overflows_is_said_not_hidden(moe):
         moe.lm_head.weight[3] = math.nan
     (entry,) = precision_sweep(moe, ROWS, 0, ("fp32",))
     assert entry["ran"] and entry["nll_per_token"] is None and entry["relative_loss_error"]["fp32"] is None
+
+
+def test_four_bits_are_measured_beside_the_others(moe):
+    """KL against the same model in fp32, by hand; bytes; experts alone flip less than everything."""
+    sweep = precision_sweep(moe, ROWS, 0, ("fp32", "mxfp4-emulated", "mxfp4-emulated-experts"))
+    fp32, everything, experts = sweep
+    assert fp32["kl"] == pytest.approx(0, abs=1e-9) and fp32["kl_tokens"] == 9
+    total, count = 0.0, 0
+    for prompt, completion in zip(PROMPTS, COMPLETIONS):
+        ids = torch.tensor([[*prompt, *completion]])
+        with torch.no_grad():
+            plain = moe(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            with fp8_emulated(moe, "mxfp4-experts"), torch.autocast("cpu", torch.bfloat16):
+                other = moe(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        total += float((plain.exp() * (plain - other)).sum())
+        count += len(completion)
+    assert experts["kl"] == pytest.approx(total / count, rel=0.02)
+    assert experts["kl"] < everything["kl"] and experts["float8_share"] < everything["float8_share"]
+    assert everything["weight_bytes"] < experts["weight_bytes"]

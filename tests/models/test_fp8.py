@@ -136,7 +136,7 @@ OPERANDS = {  # from the paper, not from the code: (x, W, dy for dx, dy for dW, 
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", OPERANDS)
 def test_forward_and_both_gradients_are_the_slow_ones(variant):
     x, weight = random_matrix(1, 150, 200, 2.0), random_matrix(2, 140, 200, 2.0)
     dy, bias = random_matrix(3, 150, 140, 3.0), torch.randn(140)
@@ -174,7 +174,8 @@ def test_why_tiles():
     small = torch.arange(256) % 16 > 0
     y, dx = x.double() @ weight.double().T, dy.double() @ weight.double()
     forward, backward = {}, {}
-    for name, variant in VARIANTS.items():
+    for name in OPERANDS:
+        variant = VARIANTS[name]
         probe = x.clone().requires_grad_()
         out = fp8_linear(probe, weight, None, variant)
         out.backward(dy)
@@ -410,3 +411,47 @@ def test_refusals():
         emulate_fp8(model, "tensor")
     with pytest.raises(UserError, match=r"no layer that float8 emulation knows.*bf16"):
         emulate_fp8(nn.Sequential(nn.Embedding(4, 4)))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4-weights", "mxfp8"])
+def test_a_block_format_rounds_the_forward_product_and_lets_gradients_through(name):
+    """Both operands along the inner dimension, or weights alone; gradients of the rounded product, unrounded."""
+    from distill.formats import BLOCKS
+
+    form = BLOCKS[name.partition("-")[0]]
+    torch.manual_seed(2)
+    x, weight, dy = (
+        torch.randn(7, 48, requires_grad=True),
+        torch.randn(24, 48, requires_grad=True),
+        torch.randn(7, 24),
+    )
+    y = fp8_linear(x, weight, None, VARIANTS[name])
+    y.backward(dy)
+    inputs = x.detach() if name.endswith("-weights") else form.round_trip(x.detach())
+    rounded = form.round_trip(weight.detach())
+    torch.testing.assert_close(y, inputs @ rounded.T)
+    torch.testing.assert_close(x.grad, dy @ rounded)
+    torch.testing.assert_close(weight.grad, dy.T @ inputs)
+    assert relative(y.detach(), (x @ weight.T).detach()) > 5e-3
+
+
+def test_experts_alone_are_rounded():
+    model = tiny()
+    with fp8_emulated(model, "mxfp4-experts") as report:
+        assert report.float8 and all("experts" in name and "shared" not in name for name in report.float8)
+        assert "no routed expert" in report.high
+        assert report.lines()[0].startswith("mxfp4 (mxfp4-experts): ")
+        total = sum(p.numel() for p in model.parameters())
+        assert report.weight_bytes == int((report.parameters * 4.25 + (total - report.parameters) * 16) / 8)
+    dense = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama",
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=60,
+        )
+    )
+    with pytest.raises(UserError, match="no layer that mxfp4 emulation knows"):
+        emulate_fp8(dense, "mxfp4-experts")

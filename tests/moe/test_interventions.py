@@ -19,7 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from distill.errors import RunError, UserError
 from distill.models.decode import Sampling, decode
 from distill.models.routers import find_routers
-from distill.moe.interventions import ROUTES, drop_experts, layer_number, route, use_top_k
+from distill.moe.interventions import ROUTES, drop_experts, layer_number, route, sample_experts, use_top_k
 from distill.moe.recording import record_routing
 
 FAMILIES = list(reference.moe_families())
@@ -445,3 +445,43 @@ def test_a_router_without_a_top_k_is_told_at_its_first_call(monkeypatch):
 )
 def test_layer_numbers(name, number):
     assert layer_number(name) == number
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_are_drawn_as_often_as_their_scores_say(family):
+    """One expert a token: the share of draws is its score over the sum. What is drawn is weighed as the family does."""
+    model, router = built(family), find_routers(built(family))[0]
+    with use_top_k(model, 1), record_routing(model, keep="decisions") as recording:
+        for seed in range(150):
+            with sample_experts(model, seed):
+                forward(model, mask=torch.ones_like(IDS))
+    record = recording.layers[router.name]
+    scores = record.scores[: IDS.numel()]
+    drawn = torch.nn.functional.one_hot(record.indices[:, 0], router.num_experts).float()
+    share = drawn.view(150, IDS.numel(), -1).mean((0, 1))
+    expected = (scores / scores.sum(-1, keepdim=True)).mean(0)
+    deviation = (expected * (1 - expected) / (150 * IDS.numel())).sqrt()
+    assert ((share - expected).abs() < 4.5 * deviation + 1e-3).all()
+    assert len(record.indices[::16].unique()) > 1
+
+
+def test_draws_are_a_function_of_seed_and_token_and_leave_nothing_behind():
+    model = loud()
+    plain = forward(model)
+    with record_routing(model, keep="decisions") as recording:
+        found = []
+        for seed in (0, 0, 1):
+            with sample_experts(model, seed):
+                found.append(forward(model))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert torch.equal(forward(model), plain) and not torch.equal(found[0], plain)
+    record = next(iter(recording.layers.values()))
+    assert all(len(set(row)) == 2 for row in record.indices.tolist())  # nobody twice
+    picked = record.scores.gather(1, record.indices)
+    torch.testing.assert_close(record.weights, picked / picked.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "says"), [("phimoe", "cannot be drawn"), ("jetmoe", "cannot be drawn")])
+def test_families_without_scores_to_draw_by_are_refused(family, says):
+    with pytest.raises(UserError, match=says), sample_experts(built(family).eval()):
+        pass

@@ -401,9 +401,9 @@ def test_old_folders_are_finished_unless_their_file_reads_otherwise(tmp_path, ma
 
     data.write_text('{"prompt": "q", "answer": 4.0}\n')
     old = {**read_json(manifest), "config": {**made["config"]}}
-    from distill.data.prompts import _hash_source
+    from distill.data.prompts import source_hash
 
-    old["config"]["source_hash"] = _hash_source(str(data))
+    old["config"]["source_hash"] = source_hash(str(data))
     identity = {key: old[key] for key in ("config", "inputs")}
     old["fingerprint"] = fingerprint({"identity": identity, "files": old["files"]})
     write_json(manifest, old)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from step_example import build, rows
 
+from distill.moe.interventions import use_top_k
 from distill.training.live_teachers import FrozenTeacher
 
 
@@ -45,3 +46,14 @@ def test_a_part_of_a_batch_is_the_batch_of_those_rows():
         start = 0 if whole.attention_mask[0, 0] else part.keep.shape[1] - width
         wide[:, start : start + width] = alone.keep
         assert torch.equal(part.keep, wide)
+
+
+def test_a_mixture_may_score_with_more_experts_than_it_was_trained_with():
+    data, plain = rows(n=4), FrozenTeacher(build("olmoe"))
+    more = FrozenTeacher(build("olmoe"), experts_per_token=4)
+    batch = data.collate(np.arange(4), 0)
+    with use_top_k(plain.model, 4):
+        expected = states(plain, batch)
+    torch.testing.assert_close(states(more, batch), expected)
+    assert not torch.allclose(states(plain, batch), expected)
+    assert more.flops_per_token(8) > plain.flops_per_token(8)

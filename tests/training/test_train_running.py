@@ -21,7 +21,7 @@ from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
-from distill.training.live_teachers import teacher_dtype
+from distill.training.open_teachers import teacher_dtype
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
