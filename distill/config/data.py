@@ -137,8 +137,10 @@ class Filter(Section):
     min_tokens: Count | None = Field(None, description="completion at least this long, with its end token")
     min_characters: Count | None = Field(None, description="completion's text at least this long")
     max_characters: Count | None = Field(None, description="completion's text at most this long")
-    finish_reasons: list[str] | None = Field(
-        None, description="keep these reasons to stop only; empty: all but 'length'"
+    finish_reasons: Annotated[list[Literal["stop", "length"]], Field(min_length=1)] | None = Field(
+        None,
+        description="keep answers that ended so: stop, or length (cut off; trained on without an end token); empty: "
+        "stop alone",
     )
     near_duplicates: Share | None = Field(
         None, description="drop what is this similar to a kept row: Jaccard, 3-word shingles"

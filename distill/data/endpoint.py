@@ -322,12 +322,14 @@ class EndpointTeacher:
         await self._with_client(work, len(questions), key, most)
         return answers
 
-    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat) -> None:
-        """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
+    def score(
+        self, questions: list[Question], answers: list[Answer], form: SignalFormat, reasons=("stop",)
+    ) -> None:
+        """Give every answer that ended so ids of the served model's tokenizer, its signal and its tokens' logprobs.
 
         One that the server does not score after its retries becomes a failed answer, with the reason.
         """
-        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
+        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason in reasons and a.error is None]
         asyncio.run(self._score_all(due, form))
 
     async def _score_all(self, due: list[tuple[Question, Answer]], form: SignalFormat) -> None:
@@ -352,9 +354,10 @@ class EndpointTeacher:
 
     def _read_ids(self, question: Question, answer: Answer) -> tuple[list[int], list[int]]:
         """(prompt, completion) as the student will be taught it: the template's opening belongs to the prompt, and
-        the end token closes."""
+        the end token closes what was not cut off."""
         said = text_ids(self.tokenizer, continuation(answer.text, opening(self.tokenizer)))
-        return prompt_ids(self.tokenizer, question.messages), [*said, self.tokenizer.eos_token_id]
+        end = [self.tokenizer.eos_token_id] if answer.finish_reason == "stop" else []
+        return prompt_ids(self.tokenizer, question.messages), [*said, *end]
 
     async def _with_client(self, work, tasks: int, key: str | None, most: int) -> None:
         """`work(client)` as often at a time as the recipe allows, until all of them end; no body above `most` bytes."""

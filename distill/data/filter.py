@@ -138,7 +138,7 @@ def apply_filters(
             asked = {row["prompt_id"]: prompt_ids(tokenizer, prompt["messages"])}
         new = None
         if text is not None:
-            completion = _completion(text, tokenizer, ids, opened)
+            completion = _completion(text, tokenizer, ids, opened, row["finish_reason"] != "length")
             new = _row(prompt, row["sample_idx"], text, asked[row["prompt_id"]], completion)
         if refusal := rules.refuse(Candidate(row, prompt, new)):
             blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
@@ -270,12 +270,17 @@ def _teacher_opened(recipe: Recipe) -> str:
     return read_json(manifest).get("opened", "") if manifest.is_file() else ""
 
 
-def _completion(text: str, tokenizer, ids: list[int] | None = None, opened: str = "") -> list[int]:
+def _completion(
+    text: str, tokenizer, ids: list[int] | None = None, opened: str = "", ended: bool = True
+) -> list[int]:
     """Token ids of what the student has to write. They end with its end token: it must learn to stop.
 
     text: the whole turn. ids: those of the teacher, in the same vocabulary, behind what its template `opened`. Where
-    the teacher ended its turn with another special token, the student's takes that one's place.
+    the teacher ended its turn with another special token, the student's takes that one's place. A turn that was cut
+    off (`ended` is False) has no end token: it would teach to stop in the middle.
     """
+    if not ended:
+        return completion_ids(tokenizer, text, opened, ids)
     end = tokenizer.eos_token_id
     if ids and ids[-1] in tokenizer.all_special_ids:
         ids = ids[:-1]

@@ -223,25 +223,31 @@ def given_answers(
     return answers
 
 
-def score_answers(section: Signal, teacher, questions: list[Question], answers: list[Answer]) -> None:
+def score_answers(
+    section: Signal, teacher, questions: list[Question], answers: list[Answer], cut: bool = False
+) -> None:
     """Give every answer its signal, and its logprobs where it has none yet.
 
-    Cut-off and failed answers, which are never trained on, get nothing.
+    Failed answers, which are never trained on, get nothing; cut-off ones only where `cut` says that they are kept.
     """
+    reasons = ("stop", "length") if cut else ("stop",)
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
         if form:
-            teacher.score(questions, answers, form)
+            teacher.score(questions, answers, form, reasons)
         return
     due = [
         (question.key, answer)
         for question, answer in zip(questions, answers)
-        if answer.completion_ids and answer.finish_reason == "stop" and (form or not answer.logprobs)
+        if answer.completion_ids and answer.finish_reason in reasons and (form or not answer.logprobs)
     ]
     if not due:
         return
     # As `filter` will train on it: a text that ended by another end token gets the tokenizer's own as well.
-    rows = TokenRows([a.prompt_ids for _, a in due], [_closed(teacher, a.completion_ids) for _, a in due])
+    texts = [
+        _closed(teacher, a.completion_ids) if a.finish_reason == "stop" else a.completion_ids for _, a in due
+    ]
+    rows = TokenRows([a.prompt_ids for _, a in due], texts)
     scores = score_rows(
         teacher.model,
         rows,
