@@ -40,11 +40,11 @@ from typing import Any
 
 from distill import console
 from distill.config.data import Endpoint, TeacherSection
-from distill.data.endpoint_signals import read_top_k, scoring_request
+from distill.data.endpoint_signals import as_tokens, read_top_k, scoring_request
 from distill.data.signals import SignalFormat, encode_top_k
-from distill.data.teachers import Answer, BadReply, Question, is_logprob
+from distill.data.teachers import HOPELESS, Answer, BadReply, Question, is_logprob
 from distill.errors import RunError, UserError
-from distill.models.chat import continuation, opening, prompt_ids, text_ids
+from distill.models.chat import opening
 from distill.models.decode import Sampling, row_seed
 from distill.models.load import load_tokenizer, tokenizer_fingerprint
 
@@ -229,7 +229,6 @@ _RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
 _FATAL = {401, 402, 403, 404, 405}  # no other request will work either
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_WAIT = 600.0  # seconds a server may ask for; longer is a daily quota, not a pause
-_HOPELESS = 16  # failures in a row, each after all of its retries
 
 
 def check_endpoint(endpoint: Endpoint) -> None:
@@ -333,7 +332,7 @@ class EndpointTeacher:
         asyncio.run(self._score_all(due, form))
 
     async def _score_all(self, due: list[tuple[Question, Answer]], form: SignalFormat) -> None:
-        texts = [(answer, *self._read_ids(question, answer)) for question, answer in due]
+        texts = as_tokens(self.tokenizer, due)
         key, waiting = read_key(self._endpoint), iter(texts)
 
         async def work(client) -> None:
@@ -351,13 +350,6 @@ class EndpointTeacher:
 
         longest = max((len(prompt) + len(completion) for _, prompt, completion in texts), default=0)
         await self._with_client(work, len(texts), key, longest_body(longest, form.k + 1))
-
-    def _read_ids(self, question: Question, answer: Answer) -> tuple[list[int], list[int]]:
-        """(prompt, completion) as the student will be taught it: the template's opening belongs to the prompt, and
-        the end token closes what was not cut off."""
-        said = text_ids(self.tokenizer, continuation(answer.text, opening(self.tokenizer)))
-        end = [self.tokenizer.eos_token_id] if answer.finish_reason == "stop" else []
-        return prompt_ids(self.tokenizer, question.messages), [*said, *end]
 
     async def _with_client(self, work, tasks: int, key: str | None, most: int) -> None:
         """`work(client)` as often at a time as the recipe allows, until all of them end; no body above `most` bytes."""
@@ -494,7 +486,7 @@ class EndpointTeacher:
         """A part full of errors would be kept as finished: better to stop before it is written."""
         failed = answer.error is not None and answer.error != FILTERED
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(_HOPELESS, 2 * self._endpoint.concurrency):
+        if self._failed_in_a_row >= max(HOPELESS, 2 * self._endpoint.concurrency):
             raise RunError(
                 f"{self._endpoint.base_url} failed {self._failed_in_a_row} times in a row, the last with: "
                 f"{answer.error}; check the server, then run again: finished parts are kept"

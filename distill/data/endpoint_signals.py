@@ -25,9 +25,30 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.teachers import BadReply, is_logprob
+from distill.data.teachers import Answer, BadReply, Question, is_logprob
+from distill.errors import UserError
+from distill.models.chat import continuation, opening, prompt_ids, text_ids
 
 _ROUNDING = 0.02  # of a server that computes in bfloat16
+
+
+def as_tokens(tokenizer, due: list[tuple[Question, Answer]]) -> list[tuple[Answer, list[int], list[int]]]:
+    """(answer, prompt, completion) of each as the student will be taught it.
+
+    The template's opening belongs to the prompt, and the end token closes what was not cut off. An answer to a question
+    that the template refuses is left out, and becomes a failed one.
+    """
+    found = []
+    for question, answer in due:
+        try:
+            prompt = prompt_ids(tokenizer, question.messages)
+        except UserError as error:  # the text is paid for, and stays
+            answer.error, answer.finish_reason = str(error), "error"
+            continue
+        said = text_ids(tokenizer, continuation(answer.text, opening(tokenizer)))
+        end = [tokenizer.eos_token_id] if answer.finish_reason == "stop" else []
+        found.append((answer, prompt, [*said, *end]))
+    return found
 
 
 def scoring_request(model: str, ids: list[int], k: int) -> dict[str, Any]:

@@ -209,7 +209,12 @@ def given_answers(
     context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     answers = []
     for question, text in zip(questions, texts):
-        prompt = prompt_ids(teacher.tokenizer, question.messages)
+        try:
+            prompt = prompt_ids(teacher.tokenizer, question.messages)
+        except UserError as refused:
+            answers.append(Answer(text, "error", error=str(refused)))
+            on_finish(answers[-1])
+            continue
         said = continuation(text, teacher.opened)
         text = teacher.opened + said
         completion = _closed(teacher, text_ids(teacher.tokenizer, said))

@@ -7,6 +7,7 @@ Every `Question` gets one `Answer`; one that failed has `error` set and is never
 gives token ids and log-probabilities; an endpoint (distill/data/endpoint.py) gives text alone.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ import torch
 from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
+from distill.errors import RunError, UserError
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
 from distill.models.load import eos_ids, load_model, load_tokenizer, tokenizer_fingerprint
+
+HOPELESS = 16  # failures in a row, each after all of its retries
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._section, self._device, self._model = section, device, None
+        self._refused_in_a_row = 0
 
     @property
     def model(self):
@@ -111,16 +116,29 @@ class LocalTeacher:
         return tokenizer_fingerprint(self.tokenizer)
 
     def answer(self, questions, sampling, on_finish) -> list[Answer]:
-        ids = [prompt_ids(self.tokenizer, q.messages) for q in questions]
         answers: list[Answer | None] = [None] * len(questions)
+        asked, ids = [], []  # places of the questions that the template takes, and their tokens
+        for messages, same in itertools.groupby(range(len(questions)), lambda i: questions[i].messages):
+            places = list(same)  # of one prompt's samples
+            try:
+                prompt = prompt_ids(self.tokenizer, messages)
+            except UserError as error:
+                failed = self._refused(error)
+                for place in places:
+                    answers[place] = failed
+                    on_finish(failed)
+            else:
+                self._refused_in_a_row = 0
+                asked += places
+                ids += [prompt] * len(places)
 
         def finish(row: int, completion) -> None:
             text = whole_turn(self.tokenizer, self.tokenizer.decode(completion.ids, skip_special_tokens=True))
-            answers[row] = Answer(
+            answers[asked[row]] = Answer(
                 text, completion.finish_reason, ids[row], completion.ids, completion.logprobs, completion.error,
                 len(ids[row]), len(completion.ids),
             )  # fmt: skip
-            on_finish(answers[row])
+            on_finish(answers[asked[row]])
 
         decode(
             self.model,
@@ -128,13 +146,26 @@ class LocalTeacher:
             sampling,
             eos_ids=eos_ids(self.model, self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
-            keys=[q.key for q in questions],
+            keys=[questions[place].key for place in asked],
             batch_size=self.batch_size,
             on_finish=finish,
             vocab_limit=len(self.tokenizer),
             stopping=StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None,
         )
         return answers
+
+    def _refused(self, error: UserError) -> Answer:
+        """A failed answer for each sample of a question.
+
+        A part full of them would be kept as finished: better to stop before it is written.
+        """
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row >= HOPELESS:
+            raise RunError(
+                f"teacher {self.name}: {self._refused_in_a_row} questions in a row fail, the last with: {error}; leave "
+                "out prompts.system, or give it another template, then run again: finished parts are kept"
+            )
+        return Answer("", "error", error=str(error))
 
     def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int:
         # Each token attends to half of an average row.

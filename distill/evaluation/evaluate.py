@@ -36,7 +36,7 @@ from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
 from distill.integrity import verify_source
-from distill.models.chat import fix_date, reads_the_clock, template_date
+from distill.models.chat import check_prompts, fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import (
@@ -226,8 +226,9 @@ def _run(
     for source, user in sources:  # an adapter on another base is another model
         if source["model"] in checkpoints.values():
             verify_source(source, find_file(source["model"]), user)
-    for path in checkpoints.values():  # all of them before any weight is loaded: mistakes surface in a second
+    for name, path in checkpoints.items():  # all before any weight is loaded: mistakes surface in a second
         check_model(path)
+        check_prompts(plan.tokenizer(name, path), plan.problems, name)
     if plan.section.interventions.any:
         from distill.evaluation.interventions import check_interventions
 

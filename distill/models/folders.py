@@ -269,7 +269,15 @@ def check_template(template: Any, label: str, tokens: dict[str, str | None]) -> 
 
 @lru_cache(maxsize=64)
 def _tried(template: str, tokens: tuple[tuple[str, str | None], ...]) -> str | None:
-    asked = {"template": template, "conversations": _CONVERSATIONS, "tokens": dict(tokens)}
+    return _stopped({"template": template, "conversations": _CONVERSATIONS, "tokens": dict(tokens)})
+
+
+def conversation_problem(template: str, tokens: dict[str, str | None], messages: list[dict]) -> str | None:
+    """Why a template does not end within its limits for these messages, as "writes more than ..."; None if it does."""
+    return _stopped({"template": template, "conversations": [messages], "tokens": tokens})
+
+
+def _stopped(asked: dict[str, Any]) -> str | None:
     command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
     try:
         done = subprocess.run(

@@ -19,14 +19,15 @@ from distill.data.provenance import model_source
 from distill.data.signals import HIDDEN, STORED, SignalFormat
 from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
 from distill.errors import UserError
+from distill.models.chat import check_prompts
 from distill.models.describe import describe_model
-from distill.models.load import eos_ids, tokenizer_fingerprint
+from distill.models.load import eos_ids, load_tokenizer, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import resolve_precision
 from distill.models.quantize import logical_size
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
-from distill.storage import MANIFEST, read_json
+from distill.storage import MANIFEST, read_json, read_rows
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.live_teachers import live_teachers
 from distill.training.sources import OnPolicyRows, Source, StoredRows
@@ -158,6 +159,8 @@ def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
     columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         columns["messages"] = "messages"
+        theirs = load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs)
+        check_prompts(theirs, read_rows(folder, ["prompt_id", "messages"]), "teacher")
     return TokenRows.from_folder(folder, stored_signals(recipe), columns)
 
 
