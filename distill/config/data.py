@@ -153,6 +153,16 @@ class Filter(Section):
     decontaminate_ngram: Count = Field(8, description="words in a row that count as shared")
     decontaminate_share: Share = Field(0.5, description="share of its n-grams from which a prompt is dropped")
 
+    @model_validator(mode="after")
+    def _some_length_fits(self):
+        for unit in ("tokens", "characters"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least and most and least > most:
+                raise ValueError(
+                    f"no answer has `min_{unit}` {least} and `max_{unit}` {most}; lower the first"
+                )
+        return self
+
 
 class Terms(Section):
     """What the teacher's licence or terms of use say about training on its outputs. Not legal advice."""
@@ -218,7 +228,7 @@ class Endpoint(Section):
             )
         if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
             raise ValueError(
-                "`api_key_env` is the NAME of an environment variable in capitals, never the key"
+                "`api_key_env` is the NAME of an environment variable in capitals, never the key; give its name"
             )
         return self
 
