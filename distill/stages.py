@@ -51,7 +51,7 @@ from distill.integrity import (
     verify_folder,
     write_sealed,
 )
-from distill.storage import MANIFEST, fingerprint, read_json, write_json
+from distill.storage import MANIFEST, fingerprint, read_json
 
 IDENTITY = ".identity.json"  # what the unfinished folder is being made from
 RECIPE = "recipe.yaml"  # of a run: what its newest stage was made from
@@ -235,7 +235,7 @@ class Stage:
     def checkpoint_clock(self) -> None:
         """Remember seconds and energy spent so far, so that a resumed stage reports all of them."""
         spent = {"seconds": self.seconds(), "energy": self._energy()}
-        write_json(self.folder / IDENTITY, {**self.identity, **spent})
+        write_sealed(self.folder / IDENTITY, {**self.identity, **spent})
 
     def seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._start

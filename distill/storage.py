@@ -88,6 +88,9 @@ def read_json(path: Path) -> Any:
     return value
 
 
+_WRITTEN = "written"  # key of a part's own metadata: its rows and columns once more
+
+
 class PartWriter:
     """Writes numbered Parquet parts of one schema into a folder, each atomically."""
 
@@ -101,7 +104,9 @@ class PartWriter:
         return self.folder / f"part-{index:05d}.parquet"
 
     def write(self, index: int, rows: list[dict]) -> None:
-        table = pa.Table.from_pylist(rows, schema=self.schema)
+        # Pages have checksums of their own, and the footer, which counts rows and names columns, has none.
+        said = json.dumps({"rows": len(rows), "columns": {f.name: _type_name(f) for f in self.schema}})
+        table = pa.Table.from_pylist(rows, schema=self.schema.with_metadata({_WRITTEN: said}))
         with replacing(self.path(index), table.nbytes, sweep=False) as temporary:
             # Nothing reads statistics, and those of a binary column hold whole values.
             pq.write_table(table, temporary, write_statistics=False, write_page_checksum=True)
@@ -119,10 +124,29 @@ def parts(folder: Path) -> list[Path]:
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """One part. Raises UserError naming the file if it is not whole."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        table = pq.read_table(path, columns=columns, partitioning=None, page_checksum_verification=True)
+        _check_footer(table, columns)
+        return table
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); delete this file and run its stage again") from None
+
+
+def _type_name(field: pa.Field) -> str:
+    """The same before and after a file: Parquet has another name for the items of a list."""
+    return str(field.type).replace("<element: ", "<item: ")
+
+
+def _check_footer(table: pa.Table, columns: list[str] | None) -> None:
+    """Raises ValueError where rows and columns are not those that `PartWriter` says it wrote, if it does."""
+    said = (table.schema.metadata or {}).get(_WRITTEN.encode())
+    if said is None:
+        return
+    written = json.loads(said)
+    asked = written["columns"] if columns is None else columns
+    found = {field.name: _type_name(field) for field in table.schema}
+    if table.num_rows != written["rows"] or any(found.get(c) != written["columns"].get(c) for c in asked):
+        raise ValueError("its footer tells of other rows or columns than were written")
 
 
 def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict]:
@@ -136,7 +160,7 @@ def row_count(paths: Iterable[Path]) -> int:
     for path in paths:
         try:
             total += pq.read_metadata(path).num_rows
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowException, OSError):
             raise UserError(f"{path} is damaged; delete this file and run its stage again") from None
     return total
 

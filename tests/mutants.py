@@ -2,10 +2,11 @@
 
     python tests/mutants.py                          # all of tests/mutants.txt; about an hour on one core
     python tests/mutants.py --only evaluation/stats  # those whose file or text has this in it
+    python tests/mutants.py --sample 300 --seed 1 --record seen.jsonl    # some of them, and to go on after a stop
 
 Every change of tests/mutants.txt is made in a copy of the package, and the test files named with it are run there
 until the first one fails. A change is *seen* if a test fails, cannot be collected or takes longer than the limit.
-First the named tests run without a change: they must pass, or nothing could be told.
+The test that failed must pass without the change, or nothing could be told: it is run once more for that.
 
 Not part of the suite, which checks only that every entry still applies (tests/faults/test_mutants.py). Text that is
 found twice, or not at all, is refused: the table goes with the code. Tests run in a fork of one warm process, so that
@@ -15,8 +16,11 @@ torch and transformers are imported once.
 import argparse
 import ast
 import contextlib
+import json
 import os
+import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -27,7 +31,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).with_name("mutants.txt")
-SECONDS = 240  # a change that makes tests run longer has been noticed
+# A change that makes tests work longer has been noticed. Seconds of work, since on a busy machine the clock says
+# nothing; a test that waits for ever does no work, and the clock stops it.
+SECONDS, BY_THE_CLOCK = 240, 2400
 # Imported once, before any fork. None of them is the package under test.
 HEAVY = (
     "torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "accelerate", "datasets", "pandas",
@@ -145,12 +151,13 @@ def warm_up(root: Path) -> None:
     )
 
 
-def run_tests(root: Path, tests: tuple[str, ...], seconds: float) -> tuple[int | None, str]:
+def run_tests(root: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
     """(pytest's exit code, None where it took too long; what it wrote), in a fork with a session of its own."""
     log = root / "mutant.log"
     child = os.fork()
     if child == 0:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         with open(log, "wb") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
@@ -162,45 +169,75 @@ def run_tests(root: Path, tests: tuple[str, ...], seconds: float) -> tuple[int |
         )
         sys.stdout.flush()
         os._exit(int(code))
-    end = time.monotonic() + seconds
+    end = time.monotonic() + BY_THE_CLOCK
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            return code, log.read_text(errors="replace")
+            with contextlib.suppress(OSError):  # what it has left running
+                os.killpg(child, signal.SIGKILL)
+            return (code if code >= 0 else None), log.read_text(errors="replace")
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return None, log.read_text(errors="replace")
 
 
-def seen(root: Path, mutant: Mutant) -> bool:
-    """Whether one of its tests fails. Raises TableError where nothing could be tried."""
-    path = root / "distill" / mutant.file
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(changed(mutant, root / "distill"), encoding="utf-8")
-    compiled = list((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"))
-    try:
-        for old in compiled:
-            old.unlink()
-        code, log = run_tests(root, mutant.tests, SECONDS)
-    finally:
-        path.write_text(whole, encoding="utf-8")
-        for new in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
-            new.unlink()
-    if code in (3, 4, 5):
-        raise TableError(f"{mutant.name}: pytest ended with {code}\n{log[-2000:]}")
-    return code != 0
+class Trial:
+    """Changes of the package in `root`, one at a time."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._passes: set[str] = set()  # tests that are known to pass without a change
+
+    def seen(self, mutant: Mutant) -> str:
+        """The test that fails, "" for none. Raises TableError where nothing could be tried."""
+        path = self.root / "distill" / mutant.file
+        whole = path.read_text(encoding="utf-8")
+        path.write_text(changed(mutant, self.root / "distill"), encoding="utf-8")
+        compiled = list((path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"))
+        try:
+            for old in compiled:
+                old.unlink()
+            code, log = run_tests(self.root, mutant.tests)
+        finally:
+            path.write_text(whole, encoding="utf-8")
+            for new in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+                new.unlink()
+        if code in (3, 4, 5):
+            raise TableError(f"{mutant.name}: pytest ended with {code}\n{log[-2000:]}")
+        if code == 0:
+            return ""
+        told = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", log, re.M)
+        if not told:
+            return "took too long" if code is None else "ended without a word"
+        self._pass(told[1])
+        return told[1]
+
+    def _pass(self, test: str) -> None:
+        """Raises TableError where this test fails without any change."""
+        if test not in self._passes:
+            code, log = run_tests(self.root, (test,))
+            if code != 0:
+                raise TableError(f"{test} fails without any change\n{log[-3000:]}")
+            self._passes.add(test)
 
 
-def baseline(root: Path, mutants: list[Mutant]) -> None:
-    """Every named test file, without a change. Raises TableError for one that fails."""
-    for test in dict.fromkeys(test for mutant in mutants for test in mutant.tests):
-        begun = time.monotonic()
-        code, log = run_tests(root, (test,), SECONDS)
-        print(f"unchanged  {time.monotonic() - begun:5.1f} s  {test}", flush=True)
-        if code != 0:
-            raise TableError(f"{test} fails without any change\n{log[-3000:]}")
+def recorded(record: Path | None) -> set[tuple[str, str, str]]:
+    """(file, before, after) of the changes that a record has as seen: they need not be tried again."""
+    if record is None or not record.is_file():
+        return set()
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    return {(line["file"], line["before"], line["after"]) for line in lines if line["outcome"] == "seen"}
+
+
+def chosen(mutants: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
+    """Those that the command asks for, in the order of the table; a sample in that of its choice."""
+    pattern = re.compile(options.only)
+    mutants = [m for m in mutants if pattern.search(f"{m.file}: {m.before} -> {m.after}")]
+    if options.sample is not None and options.sample < len(mutants):
+        mutants = random.Random(options.seed).sample(mutants, options.sample)
+    return mutants[options.start - 1 :]
 
 
 def main() -> int:
@@ -209,34 +246,43 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", metavar="PATTERN", help="regular expression on file and text")
     parser.add_argument("--start", type=int, default=1, metavar="N", help="begin with the N-th of them")
-    parser.add_argument("--no-baseline", action="store_true", help="the named tests are known to pass")
+    parser.add_argument("--sample", type=int, metavar="N", help="N of them, chosen at random")
+    parser.add_argument("--seed", type=int, default=1, help="of that choice")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="append outcomes; what it has as seen stays"
+    )
     options = parser.parse_args()
+    options.record = options.record and options.record.resolve()
     mutants = read_table(TABLE.read_text(encoding="utf-8"))
     if wrong := problems(mutants):
         print("\n".join(wrong), file=sys.stderr)
         return 2
-    pattern = re.compile(options.only)
-    mutants = [m for m in mutants if pattern.search(f"{m.file}: {m.before} -> {m.after}")]
-    mutants = mutants[options.start - 1 :]
+    mutants = chosen(mutants, options)
+    known = recorded(options.record)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder)
         copy_project(root)
         warm_up(root)
         try:
-            if not options.no_baseline:
-                baseline(root, mutants)
-            unseen = []
+            trial, unseen = Trial(root), []
             for number, mutant in enumerate(mutants, options.start):
+                if (mutant.file, mutant.before, mutant.after) in known:
+                    continue
                 begun = time.monotonic()
-                found = seen(root, mutant)
+                found = trial.seen(mutant)
                 if not found:
                     unseen.append(mutant)
                 word = "seen" if found else ("explained" if mutant.why else "NOT SEEN")
                 took = time.monotonic() - begun
                 print(
-                    f"{number:4}/{options.start - 1 + len(mutants)}  {word:9} {took:5.1f} s  {mutant.name}",
+                    f"{number:4}/{options.start - 1 + len(mutants)}  {word:9} {took:5.1f} s  {mutant.name}  {found}",
                     flush=True,
                 )
+                if options.record:
+                    entry = {"file": mutant.file, "before": mutant.before, "after": mutant.after}
+                    entry |= {"outcome": word, "by": found}
+                    with options.record.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(entry) + "\n")
         except TableError as error:
             print(error, file=sys.stderr)
             return 2

@@ -267,7 +267,7 @@ class _Clock:
         wall = self.data["wall"]
         wall[self.budget] = round(wall.get(self.budget, 0.0) + now - self._begun, 1)
         self._begun = now
-        write_json(self.path, self.data)
+        write_sealed(self.path, self.data)
 
     def seconds(self, name: str) -> float:
         return self.data["tasks"][name]["seconds"]
@@ -440,4 +440,4 @@ def _probe(task: Task, model: str, redo: bool) -> None:
     limit = task.recipe.evaluate.max_new_tokens
     rows, flaws = measure_probes(*loaded, probes, max_new_tokens=limit, seed=task.recipe.seed)
     items = [[p.flaw, p.probe_id, row["outcome"] == "flaw"] for p, row in zip(probes, rows)]
-    write_json(out, {"model": model, "probes": task.probes, "flaws": flaws, "items": items})
+    write_sealed(out, {"model": model, "probes": task.probes, "flaws": flaws, "items": items})

@@ -65,6 +65,8 @@ def export_command(arguments: argparse.Namespace) -> int:
         console.quiet_libraries()
         from distill.convert.layout import export_gguf
 
+        if arguments.out and not arguments.out.endswith(".gguf"):
+            raise UserError(f"--out {arguments.out}: with --gguf give a name that ends in .gguf")
         out, llama_cpp = (Path(given) if given else None for given in (arguments.out, arguments.llama_cpp))
         print(export_gguf(arguments.run_dir, out, llama_cpp))
         return 0

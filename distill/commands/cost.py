@@ -42,8 +42,8 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     add("--break-even", action="store_true", help="distil, train directly, or keep calling the teacher")
     group = parser.add_argument_group("with --break-even", "amounts in one unit; a run tells most of them")
     add = group.add_argument
-    add("--queries", type=amount, default=1e6, metavar="N", help="answered in all, 1,000,000")
-    add("--students", type=amount, default=1, metavar="N", help="made from the same teacher, 1")
+    add("--queries", type=amount, metavar="N", help="answered in all, 1,000,000")
+    add("--students", type=amount, metavar="N", help="made from the same teacher, 1")
     add("--unit", choices=["usd", "device_hours", "flops"], help="default: usd where a price is known")
     for name, words in _AMOUNTS.items():
         add(f"--{name.replace('_', '-')}", type=amount, metavar="X", help=words)
@@ -74,9 +74,8 @@ def cost(arguments: argparse.Namespace) -> int:
 
 def _bill(arguments: argparse.Namespace):
     """(what was found, how it prints) of a published bill or a run."""
-    unused = [
-        name for name in (*_AMOUNTS, "direct_multiple", "unit", "out") if getattr(arguments, name) is not None
-    ]
+    asked = (*_AMOUNTS, "direct_multiple", "queries", "students", "unit", "out")
+    unused = [name for name in asked if getattr(arguments, name) is not None]
     if unused:
         raise UserError(f"--{unused[0].replace('_', '-')} goes with --break-even")
     if arguments.what in (None, "deepseek-v3"):
@@ -124,7 +123,9 @@ def _break_even(arguments: argparse.Namespace):
     else:
         inputs = _without_a_run(arguments, given)
     costs = Costs(**inputs["costs"])
-    found: dict[str, Any] = {**break_even(costs, arguments.queries, arguments.students), "inputs": inputs}
+    queries = 1e6 if arguments.queries is None else arguments.queries
+    students = 1 if arguments.students is None else arguments.students
+    found: dict[str, Any] = {**break_even(costs, queries, students), "inputs": inputs}
     return found, format_break_even
 
 
@@ -134,7 +135,7 @@ def _without_a_run(arguments: argparse.Namespace, given: dict[str, float | None]
 
     need_run = [n for n in ("direct_multiple", "usd_per_hour") if getattr(arguments, n) is not None]
     if need_run:
-        raise UserError(f"--{need_run[0].replace('_', '-')} with --break-even needs a RUN_DIR")
+        raise UserError(f"--{need_run[0].replace('_', '-')} with --break-even needs a RUN_DIR; name one")
     if any(value is not None for value in given.values()) or arguments.unit:
         return from_options(given, arguments.unit)
     return measured_inputs()

@@ -39,6 +39,9 @@ def write_recipe(name: str, teacher: str | None, student: str | None) -> Path:
         raise UserError(f"{path} is there already; choose another name, or move it away")
     if not path.resolve().parent.is_dir():
         raise UserError(f"{path.parent} is not a folder; make it first")
+    for option, given in (("--teacher", teacher), ("--student", student)):
+        if given is not None and not given.strip():
+            raise UserError(f"{option} is empty; give a model, or leave it out")
     chosen = (teacher or _EMBEDDED[0], student or _EMBEDDED[1])
     values = _values(path.stem, *chosen)
     text = "\n".join([*_opening(path), *_section(Recipe, values, 0)]) + "\n"

@@ -137,8 +137,10 @@ class Filter(Section):
     min_tokens: Count | None = Field(None, description="completion at least this long, with its end token")
     min_characters: Count | None = Field(None, description="completion's text at least this long")
     max_characters: Count | None = Field(None, description="completion's text at most this long")
-    finish_reasons: list[str] | None = Field(
-        None, description="keep these reasons to stop only; empty: all but 'length'"
+    finish_reasons: Annotated[list[Literal["stop", "length"]], Field(min_length=1)] | None = Field(
+        None,
+        description="keep answers that ended so: stop, or length (cut off; trained on without an end token); empty: "
+        "stop alone",
     )
     near_duplicates: Share | None = Field(
         None, description="drop what is this similar to a kept row: Jaccard, 3-word shingles"
@@ -150,6 +152,16 @@ class Filter(Section):
     )
     decontaminate_ngram: Count = Field(8, description="words in a row that count as shared")
     decontaminate_share: Share = Field(0.5, description="share of its n-grams from which a prompt is dropped")
+
+    @model_validator(mode="after")
+    def _some_length_fits(self):
+        for unit in ("tokens", "characters"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least and most and least > most:
+                raise ValueError(
+                    f"no answer has `min_{unit}` {least} and `max_{unit}` {most}; lower the first"
+                )
+        return self
 
 
 class Terms(Section):
@@ -216,7 +228,7 @@ class Endpoint(Section):
             )
         if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
             raise ValueError(
-                "`api_key_env` is the NAME of an environment variable in capitals, never the key"
+                "`api_key_env` is the NAME of an environment variable in capitals, never the key; give its name"
             )
         return self
 

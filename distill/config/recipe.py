@@ -135,6 +135,16 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_to_hold_out(self):
+        made = sum(self.prompts.levels.values()) * (self.generate.samples if self.teacher else 1)
+        if self.prompts.source == "tasks" and self.train.validation.rows >= made:
+            raise ValueError(
+                f"train.validation.rows={self.train.validation.rows} leaves none to train on: prompts.levels and "
+                f"generate.samples make {made:,} rows at most; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _arms_to_measure(self):
         if self.evaluate.models:
             there = {
@@ -205,7 +215,7 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"recipe '{path}' not found; shipped recipes: {', '.join(known.values())}")
     try:
         text, as_written = unsealed(file.read_text(encoding="utf-8"))
-        data = yaml.safe_load(text)
+        data = load_yaml(text)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); look at its permissions") from None
     except (
@@ -221,6 +231,48 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values, see recipes/demo.yaml")
     return file, data
+
+
+MOST_VALUES = 100_000  # of a YAML text, those that an alias repeats included
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says. Raises YAMLError for a key that is written twice, of which the library keeps the last.
+
+    Also for aliases that repeat themselves: nine lines of nine aliases each are 400 million values.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values; write fewer, or without aliases")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values are in a node, aliases counted where they stand."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MOST_VALUES + 1  # until it is counted: a node inside itself has no end
+    inside = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+    if isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (name := (key.tag, key.value)) in names:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key '{shown(key.value)}' is written twice; keep one of them",
+                    key.start_mark,
+                )
+            names.add(name if isinstance(key, yaml.ScalarNode) else id(key))
+    count = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_values(n, known) for n in inside))
+    known[id(node)] = count
+    return count
 
 
 def make_recipe(data: dict[str, Any], overrides: list[str], file: Path) -> Recipe:
@@ -271,9 +323,10 @@ def _apply_override(data: dict, override: str) -> str | None:
     if not equals or not key:
         return f"'{override}': an override is written key.sub=value, for example train.steps=200"
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return f"'{shown(override)}': the value is not valid YAML; quote it"
+        value = load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = f" ({error.problem})" if getattr(error, "problem", None) else ""
+        return f"'{shown(override)}': the value is not valid YAML{reason}; quote it"
     *parents, last = key.split(".")
     node: Any = data
     for part in parents:
@@ -318,7 +371,7 @@ def explain_error(error: dict, file: Path, root: type[Section] | None = None) ->
         return f"{file}: {where}: {message}"
     if error["type"] == "string_pattern_mismatch":
         message = f"give a name of the form {error['ctx']['pattern']}"
-    return f"{file}: '{where}' is {error['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{file}: '{where}' is {shown(repr(error['input']), 200)}: {message[0].lower()}{message[1:]}"
 
 
 def _section_type(section: Any, part: Any) -> Any:

@@ -1,7 +1,8 @@
 """What every section of a recipe is made of, and the section about teacher signals. See distill/config/recipe.py."""
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+import types
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -32,10 +33,16 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _storable(cls, data: Any):
-        """What YAML can write and no file, model or file system holds."""
-        if isinstance(data, dict) and (
-            found := [f"`{k}` {p}" for k, v in data.items() if (p := _unstorable(v))]
-        ):
+        """What YAML can write and no file, model or file system holds, and a yes or no where a number is asked for."""
+        if not isinstance(data, dict):
+            return data
+        found = [f"`{k}` {p}" for k, v in data.items() if (p := _unstorable(v))]
+        for name, field in cls.model_fields.items():
+            if name in data and _holds_bool(data[name]) and _asks_numbers(field.annotation):
+                found.append(f"`{name}` is {str(data[name]).lower()}, a yes or no; give a number")
+            if name in data and (twice := _twice(data[name], field.annotation)):
+                found.append(f"`{name}` names {twice} twice; leave one of them out")
+        if found:
             raise ValueError("; ".join(found))
         return data
 
@@ -69,6 +76,34 @@ def _unstorable(value: Any) -> str | None:
     elif isinstance(value, list | tuple):
         return next((p for v in value if (p := _unstorable(v))), None)
     return None
+
+
+def _holds_bool(value: Any) -> bool:
+    """Whether it is a bool, or a list or a dict with one: to Python True is 1."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any(isinstance(v, bool) for v in inside)
+
+
+def _asks_numbers(annotation: Any) -> bool:
+    """Whether a field takes numbers, or lists or dicts of them, and nothing that may be a bool."""
+    if get_origin(annotation) is Annotated:
+        return _asks_numbers(get_args(annotation)[0])
+    inside = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _asks_numbers(inside[1])
+    if inside:
+        return any(map(_asks_numbers, inside)) and bool not in inside
+    return annotation in (int, float)
+
+
+def _twice(value: Any, annotation: Any) -> str | None:
+    """A name that a list of names out of a fixed set has twice."""
+    while get_origin(annotation) in (Annotated, Union, types.UnionType):
+        annotation = get_args(annotation)[0]
+    named = get_origin(annotation) is list and get_origin(get_args(annotation)[0]) is Literal
+    if not named or not isinstance(value, list):
+        return None
+    return next((str(v) for i, v in enumerate(value) if v in value[:i]), None)
 
 
 class Signal(Section):

@@ -310,6 +310,11 @@ class Train(Section):
     def _sensible(self):
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps})")
+        for i, o in enumerate(self.objectives):
+            if any((o.name, o.options) == (p.name, p.options) for p in self.objectives[:i]):
+                raise ValueError(
+                    f"`objectives` has {o.name} twice with the same options: give one, with both weights"
+                )
         if self.packing and any(o.name == "sequence_balance" for o in self.objectives):
             raise ValueError(
                 "`packing` joins sequences, and sequence_balance is per sequence: use batch_balance"

@@ -41,10 +41,10 @@ from typing import Any
 from distill import console
 from distill.config.data import Endpoint, TeacherSection
 from distill.data.signals import SignalFormat, encode_top_k
-from distill.data.teachers import Answer, BadReply, Question, is_logprob
-from distill.data.vllm import read_top_k, scoring_request
+from distill.data.teachers import HOPELESS, Answer, BadReply, Question, is_logprob
+from distill.data.vllm import as_tokens, read_top_k, scoring_request
 from distill.errors import RunError, UserError
-from distill.models.chat import continuation, opening, prompt_ids, text_ids
+from distill.models.chat import opening
 from distill.models.decode import Sampling, row_seed
 from distill.models.load import load_tokenizer, tokenizer_fingerprint
 
@@ -229,7 +229,6 @@ _RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
 _FATAL = {401, 402, 403, 404, 405}  # no other request will work either
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_WAIT = 600.0  # seconds a server may ask for; longer is a daily quota, not a pause
-_HOPELESS = 16  # failures in a row, each after all of its retries
 
 
 def check_endpoint(endpoint: Endpoint) -> None:
@@ -322,18 +321,20 @@ class EndpointTeacher:
         await self._with_client(work, len(questions), key, most)
         return answers
 
-    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat | None) -> None:
-        """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
+    def score(
+        self, questions: list[Question], answers: list[Answer], form: SignalFormat | None, reasons=("stop",)
+    ) -> None:
+        """Give every answer that ended so ids of the served model's tokenizer, its signal and its tokens' logprobs.
 
         One that the server does not score after its retries becomes a failed answer, with the reason.
         """
         if form is None:
             return
-        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
+        due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason in reasons and a.error is None]
         asyncio.run(self._score_all(due, form))
 
     async def _score_all(self, due: list[tuple[Question, Answer]], form: SignalFormat) -> None:
-        texts = [(answer, *self._read_ids(question, answer)) for question, answer in due]
+        texts = as_tokens(self.tokenizer, due)
         key, waiting = read_key(self._endpoint), iter(texts)
 
         async def work(client) -> None:
@@ -351,12 +352,6 @@ class EndpointTeacher:
 
         longest = max((len(prompt) + len(completion) for _, prompt, completion in texts), default=0)
         await self._with_client(work, len(texts), key, longest_body(longest, form.k + 1))
-
-    def _read_ids(self, question: Question, answer: Answer) -> tuple[list[int], list[int]]:
-        """(prompt, completion) as the student will be taught it: the template's opening belongs to the prompt, and
-        the end token closes."""
-        said = text_ids(self.tokenizer, continuation(answer.text, opening(self.tokenizer)))
-        return prompt_ids(self.tokenizer, question.messages), [*said, self.tokenizer.eos_token_id]
 
     async def _with_client(self, work, tasks: int, key: str | None, most: int) -> None:
         """`work(client)` as often at a time as the recipe allows, until all of them end; no body above `most` bytes."""
@@ -493,7 +488,7 @@ class EndpointTeacher:
         """A part full of errors would be kept as finished: better to stop before it is written."""
         failed = answer.error is not None and answer.error != FILTERED
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= max(_HOPELESS, 2 * self._endpoint.concurrency):
+        if self._failed_in_a_row >= max(HOPELESS, 2 * self._endpoint.concurrency):
             raise RunError(
                 f"{self._endpoint.base_url} failed {self._failed_in_a_row} times in a row, the last with: "
                 f"{answer.error}; check the server, then run again: finished parts are kept"

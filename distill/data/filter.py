@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distill import console
 from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
@@ -35,7 +36,7 @@ from distill.data.terms import require_permission
 from distill.errors import UserError
 from distill.files import replacing
 from distill.integrity import verify_folder
-from distill.models.chat import completion_ids, prompt_ids
+from distill.models.chat import completion_ids, named_row, prompt_ids
 from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
 from distill.models.student import student_config, student_tokenizer
 from distill.stages import Stage, input_fingerprint
@@ -91,16 +92,7 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
             recipe.filter.shuffled_share,
         )
     else:
-        rows = (
-            _row(
-                p,
-                0,
-                p["solution"],
-                prompt_ids(tokenizer, p["messages"]),
-                _completion(p["solution"], tokenizer),
-            )
-            for p in prompts.values()
-        )
+        rows = solution_rows(prompts, tokenizer)
     try:
         counts = _write(rows, stage.folder, prompts, tokenizer, recipe.control.enabled)
     except UserError:
@@ -128,23 +120,47 @@ def apply_filters(
     source = recipe.teacher.endpoint.tokenizer if recipe.teacher.endpoint else recipe.teacher.model
     same = source is not None and same_vocabulary(load_tokenizer(source), tokenizer)
     opened = _teacher_opened(recipe)
-    asked: dict[str, list[int]] = {}  # of the newest prompt, whose samples stand side by side: rendered once
+    asked: dict[
+        str, list[int] | str
+    ] = {}  # of the newest prompt, whose samples stand side by side: rendered once
     for row in rows:
         prompt = prompts[row["prompt_id"]]
+        blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
         # Same vocabulary: train on the very ids the teacher chose; the text could re-tokenise differently.
         ids = row["completion_ids"] if same else None
         text = row["text"]
         if text is not None and row["prompt_id"] not in asked:
-            asked = {row["prompt_id"]: prompt_ids(tokenizer, prompt["messages"])}
+            asked = {row["prompt_id"]: _asked(tokenizer, prompt)}
+        if text is not None and isinstance(asked[row["prompt_id"]], str):
+            yield {**blank, "rule": "template", "verdict": row["verdict"], "detail": asked[row["prompt_id"]]}
+            continue
         new = None
         if text is not None:
-            completion = _completion(text, tokenizer, ids, opened)
+            completion = _completion(text, tokenizer, ids, opened, row["finish_reason"] != "length")
             new = _row(prompt, row["sample_idx"], text, asked[row["prompt_id"]], completion)
         if refusal := rules.refuse(Candidate(row, prompt, new)):
-            blank = {"prompt_id": row["prompt_id"], "sample_idx": row["sample_idx"], "text": row["text"]}
             yield {**(new or blank), "rule": refusal[0], "verdict": row["verdict"], "detail": refusal[1]}
         else:
             yield new | {name: value for name, value in row.items() if name in SIGNAL_COLUMNS}
+
+
+def solution_rows(prompts: dict[str, dict], tokenizer) -> Iterator[dict]:
+    """A training row per worked solution; the rule `template` for one that cannot be asked."""
+    for prompt in prompts.values():
+        asked, text = _asked(tokenizer, prompt), prompt["solution"]
+        if isinstance(asked, str):
+            blank = {"prompt_id": prompt["prompt_id"], "sample_idx": 0, "text": text, "verdict": None}
+            yield {**blank, "rule": "template", "detail": asked}
+        else:
+            yield _row(prompt, 0, text, asked, _completion(text, tokenizer))
+
+
+def _asked(tokenizer, prompt: dict) -> list[int] | str:
+    """The prompt as the student reads it, or why its template refuses it."""
+    try:
+        return prompt_ids(tokenizer, prompt["messages"])
+    except UserError as error:
+        return str(error)
 
 
 def _write(
@@ -160,6 +176,11 @@ def _write(
         if "rule" in row:
             dropped.add(row)
             by_rule[row["rule"]] += 1
+            if row["rule"] == "template" and by_rule["template"] == 1:
+                console.warn(
+                    f"warning: {named_row(prompts[row['prompt_id']])} is dropped, as others may be (rule template): "
+                    f"the student: {row['detail']}"
+                )
             continue
         kept.add(row)
         covered.add(row["prompt_id"])
@@ -270,12 +291,17 @@ def _teacher_opened(recipe: Recipe) -> str:
     return read_json(manifest).get("opened", "") if manifest.is_file() else ""
 
 
-def _completion(text: str, tokenizer, ids: list[int] | None = None, opened: str = "") -> list[int]:
+def _completion(
+    text: str, tokenizer, ids: list[int] | None = None, opened: str = "", ended: bool = True
+) -> list[int]:
     """Token ids of what the student has to write. They end with its end token: it must learn to stop.
 
     text: the whole turn. ids: those of the teacher, in the same vocabulary, behind what its template `opened`. Where
-    the teacher ended its turn with another special token, the student's takes that one's place.
+    the teacher ended its turn with another special token, the student's takes that one's place. A turn that was cut
+    off (`ended` is False) has no end token: it would teach to stop in the middle.
     """
+    if not ended:
+        return completion_ids(tokenizer, text, opened, ids)
     end = tokenizer.eos_token_id
     if ids and ids[-1] in tokenizer.all_special_ids:
         ids = ids[:-1]
@@ -297,7 +323,7 @@ def _row(prompt: dict, sample_idx: int, text: str, asked: list[int], completion:
 
 
 # Rules of this module, in the account of what was dropped beside those of distill/data/filter_rules.py.
-RULES = ("no_final_answer", "no_other_prompt")
+RULES = ("template", "no_final_answer", "no_other_prompt")
 Row = dict
 Make = Callable[[Row, str], Row]  # (row, text) -> the row with that text in place of its own
 

@@ -129,7 +129,7 @@ class Rules:
         return c.row["error"] or None
 
     def truncated(self, c: Candidate) -> str | None:
-        accepted = "length" in (self.section.finish_reasons or ())
+        accepted = "length" in (self.section.finish_reasons or ()) and c.new and c.new["completion_ids"]
         return "" if c.row["finish_reason"] == "length" and not accepted else None
 
     def finish_reason(self, c: Candidate) -> str | None:

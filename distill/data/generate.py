@@ -64,6 +64,8 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         "seed": recipe.seed,
         "identity": teacher.identity(),
     }
+    if form and keeps_cut(recipe):
+        config["scored"] = ["stop", "length"]
     folder = recipe.path / "prompts"
     inputs = {"prompts": input_fingerprint(folder, "generate RECIPE")}
     stage = Stage(recipe.path, "generations", config, inputs, resolved(recipe))
@@ -124,6 +126,11 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     )
 
 
+def keeps_cut(recipe: Recipe) -> bool:
+    """Whether `filter` will keep answers that ran into the limit: they need signals then, as the others do."""
+    return "length" in (recipe.filter.finish_reasons or ())
+
+
 def claimed(part: Path) -> bool:
     """Whether this process is the one that makes `part`: it is the first to create the file that says so.
 
@@ -173,7 +180,7 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Tok
         answers = given_answers(teacher, questions, [prompt["completion"] for prompt, _ in tasks], meter)
     else:
         answers = teacher.answer(questions, sampling, meter)
-    score_answers(section.signal, teacher, questions, answers)
+    score_answers(section.signal, teacher, questions, answers, keeps_cut(recipe))
     return [
         {
             "prompt_id": prompt["prompt_id"],

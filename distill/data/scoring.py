@@ -30,7 +30,7 @@ from torch import Tensor
 from distill.config.section import Signal
 from distill.data.batches import TokenRows
 from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
-from distill.data.teachers import Answer, LocalTeacher, Question, closed
+from distill.data.teachers import Answer, LocalTeacher, Question, closed, taught
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
@@ -218,7 +218,12 @@ def given_answers(teacher, questions: list[Question], texts: list[str], on_finis
     context = teacher.context
     answers = []
     for question, text in zip(questions, texts):
-        prompt = prompt_ids(teacher.tokenizer, question.messages)
+        try:
+            prompt = prompt_ids(teacher.tokenizer, question.messages)
+        except UserError as refused:
+            answers.append(Answer(text, "error", error=str(refused)))
+            on_finish(answers[-1])
+            continue
         said = continuation(text, teacher.opened)
         text = teacher.opened + said
         completion = closed(teacher.tokenizer, text_ids(teacher.tokenizer, said))
@@ -232,26 +237,27 @@ def given_answers(teacher, questions: list[Question], texts: list[str], on_finis
     return answers
 
 
-def score_answers(section: Signal, teacher, questions: list[Question], answers: list[Answer]) -> None:
+def score_answers(
+    section: Signal, teacher, questions: list[Question], answers: list[Answer], cut: bool = False
+) -> None:
     """Give every answer its signal, and its logprobs where it has none yet.
 
-    Cut-off and failed answers, which are never trained on, get nothing.
+    Failed answers, which are never trained on, get nothing; cut-off ones only where `cut` says that they are kept.
     """
+    reasons = ("stop", "length") if cut else ("stop",)
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
-        teacher.score(questions, answers, form)
+        teacher.score(questions, answers, form, reasons)
         return
     due = [
         (question.key, answer)
         for question, answer in zip(questions, answers)
-        if answer.completion_ids and answer.finish_reason == "stop" and (form or not answer.logprobs)
+        if answer.completion_ids and answer.finish_reason in reasons and (form or not answer.logprobs)
     ]
     if not due:
         return
     # As `filter` will train on it: a text that ended by another end token gets the tokenizer's own as well.
-    rows = TokenRows(
-        [a.prompt_ids for _, a in due], [closed(teacher.tokenizer, a.completion_ids) for _, a in due]
-    )
+    rows = TokenRows([a.prompt_ids for _, a in due], [taught(teacher.tokenizer, a) for _, a in due])
     scores = score_rows(
         teacher.model,
         rows,

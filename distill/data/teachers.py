@@ -7,6 +7,7 @@ Every `Question` gets one `Answer`; one that failed has `error` set and is never
 gives token ids and log-probabilities; an endpoint (distill/data/endpoint.py) gives text alone.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,10 +16,13 @@ import torch
 from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
+from distill.errors import RunError, UserError
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
 from distill.models.load import eos_ids, load_model, load_tokenizer, tokenizer_fingerprint
+
+HOPELESS = 16  # failures in a row, each after all of its retries
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,52 @@ def closed(tokenizer, ids: list[int]) -> list[int]:
     return list(ids) if ids and ids[-1] == end else [*ids, end]
 
 
+def taught(tokenizer, answer: Answer) -> list[int]:
+    """An answer's tokens as the student will read them: one that was cut off stays open."""
+    return (
+        closed(tokenizer, answer.completion_ids) if answer.finish_reason == "stop" else answer.completion_ids
+    )
+
+
+class Prompts:
+    """Questions as tokens. One that the template refuses fails; too many in a row stop the run.
+
+    A part full of failures would be kept as finished: better to stop before it is written.
+    """
+
+    def __init__(self, teacher: str, tokenizer):
+        self._teacher, self._tokenizer, self._refused_in_a_row = teacher, tokenizer, 0
+
+    def read(
+        self, questions: list[Question], answers: list[Answer | None], on_finish: Callable[[Answer], None]
+    ) -> tuple[list[int], list[list[int]]]:
+        """(places of the questions that the template takes, their tokens); the others' failures stand in `answers`."""
+        asked, ids = [], []
+        for messages, same in itertools.groupby(range(len(questions)), lambda i: questions[i].messages):
+            places = list(same)  # of one prompt's samples
+            try:
+                prompt = prompt_ids(self._tokenizer, messages)
+            except UserError as error:
+                failed = self._refused(error)
+                for place in places:
+                    answers[place] = failed
+                    on_finish(failed)
+            else:
+                self._refused_in_a_row = 0
+                asked += places
+                ids += [prompt] * len(places)
+        return asked, ids
+
+    def _refused(self, error: UserError) -> Answer:
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row >= HOPELESS:
+            raise RunError(
+                f"teacher {self._teacher}: {self._refused_in_a_row} questions in a row fail, the last with: {error}; "
+                "leave out prompts.system, or give it another template, then run again: finished parts are kept"
+            )
+        return Answer("", "error", error=str(error))
+
+
 class LocalTeacher:
     """Any causal LM or adapter that transformers loads, decoded in batches without waiting for the slowest row."""
 
@@ -98,6 +148,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._section, self._device, self._model = section, device, None
+        self._prompts = Prompts(self.name, self.tokenizer)
 
     @property
     def model(self):
@@ -122,16 +173,16 @@ class LocalTeacher:
         return tokenizer_fingerprint(self.tokenizer)
 
     def answer(self, questions, sampling, on_finish) -> list[Answer]:
-        ids = [prompt_ids(self.tokenizer, q.messages) for q in questions]
         answers: list[Answer | None] = [None] * len(questions)
+        asked, ids = self._prompts.read(questions, answers, on_finish)
 
         def finish(row: int, completion) -> None:
             text = whole_turn(self.tokenizer, self.tokenizer.decode(completion.ids, skip_special_tokens=True))
-            answers[row] = Answer(
+            answers[asked[row]] = Answer(
                 text, completion.finish_reason, ids[row], completion.ids, completion.logprobs, completion.error,
                 len(ids[row]), len(completion.ids),
             )  # fmt: skip
-            on_finish(answers[row])
+            on_finish(answers[asked[row]])
 
         decode(
             self.model,
@@ -139,7 +190,7 @@ class LocalTeacher:
             sampling,
             eos_ids=eos_ids(self.model, self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
-            keys=[q.key for q in questions],
+            keys=[questions[place].key for place in asked],
             batch_size=self.batch_size,
             on_finish=finish,
             vocab_limit=len(self.tokenizer),

@@ -36,15 +36,34 @@ from transformers import GenerationConfig
 
 from distill.config.data import TeacherSection
 from distill.data.signals import SignalFormat, encode_top_k
-from distill.data.teachers import Answer, BadReply, Question, closed, is_logprob
+from distill.data.teachers import Answer, BadReply, Prompts, Question, is_logprob, taught
 from distill.errors import RunError, UserError
-from distill.models.chat import opening, prompt_ids, whole_turn
+from distill.models.chat import continuation, opening, prompt_ids, text_ids, whole_turn
 from distill.models.decode import Sampling, row_seed
 from distill.models.describe import describe
 from distill.models.folders import first_line
 from distill.models.load import load_config, load_tokenizer, resolve_model, tokenizer_fingerprint
 
 _ROUNDING = 0.02  # of a server that computes in bfloat16
+
+
+def as_tokens(tokenizer, due: list[tuple[Question, Answer]]) -> list[tuple[Answer, list[int], list[int]]]:
+    """(answer, prompt, completion) of each as the student will be taught it.
+
+    The template's opening belongs to the prompt, and the end token closes what was not cut off. An answer to a question
+    that the template refuses is left out, and becomes a failed one.
+    """
+    found = []
+    for question, answer in due:
+        try:
+            prompt = prompt_ids(tokenizer, question.messages)
+        except UserError as error:  # the text is paid for, and stays
+            answer.error, answer.finish_reason = str(error), "error"
+            continue
+        said = text_ids(tokenizer, continuation(answer.text, opening(tokenizer)))
+        end = [tokenizer.eos_token_id] if answer.finish_reason == "stop" else []
+        found.append((answer, prompt, [*said, *end]))
+    return found
 
 
 def scoring_request(model: str, ids: list[int], k: int) -> dict[str, Any]:
@@ -147,6 +166,7 @@ class VllmTeacher:
         self.name, self._section, self._batch_size, self._k = section.model, section, batch_size, k
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._engine = None
+        self._prompts = Prompts(self.name, self.tokenizer)
         self._tables: dict[int, list[dict]] = {}  # of answers not yet scored, by the answer's id()
 
     @property
@@ -224,9 +244,9 @@ class VllmTeacher:
     def answer(self, questions: list[Question], sampling: Sampling, on_finish) -> list[Answer]:
         from vllm import SamplingParams
 
-        ids = [prompt_ids(self.tokenizer, q.messages) for q in questions]
         answers: list[Answer | None] = [None] * len(questions)
-        asked = [i for i, prompt in enumerate(ids) if len(prompt) <= self._room()]
+        ids = dict(zip(*self._prompts.read(questions, answers, on_finish)))  # {place: tokens}
+        asked = [i for i, prompt in ids.items() if len(prompt) <= self._room()]
         shared = {
             "n": 1, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
             "min_p": sampling.min_p, "max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop),
@@ -236,10 +256,10 @@ class VllmTeacher:
         parameters = [SamplingParams(**shared, seed=row_seed(questions[i].key) & 0x7FFFFFFF) for i in asked]
         for i, found in zip(asked, self._run([ids[i] for i in asked], parameters)):
             answers[i] = self._read(ids[i], found.outputs[0])
-        for i, answer in enumerate(answers):
-            if answer is None:
-                reason = f"the prompt has {len(ids[i])} tokens and vLLM takes {self._room()}"
-                answers[i] = Answer("", "error", ids[i], error=reason, prompt_tokens=len(ids[i]))
+        for i, prompt in ids.items():
+            if answers[i] is None:
+                reason = f"the prompt has {len(prompt)} tokens and vLLM takes {self._room()}"
+                answers[i] = Answer("", "error", prompt, error=reason, prompt_tokens=len(prompt))
             on_finish(answers[i])
         return answers
 
@@ -266,13 +286,15 @@ class VllmTeacher:
         self._tables[id(answer)] = tables
         return answer
 
-    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat | None) -> None:
-        """Give every finished answer its signal, and its tokens' log-probabilities where it has none."""
+    def score(
+        self, questions: list[Question], answers: list[Answer], form: SignalFormat | None, reasons=("stop",)
+    ) -> None:
+        """Give every answer that ended so its signal, and its tokens' log-probabilities where it has none."""
         tables_of, self._tables = self._tables, {}
-        due = [a for a in answers if a.finish_reason == "stop" and a.error is None]
+        due = [a for a in answers if a.finish_reason in reasons and a.error is None]
         left = []
         for answer in due:
-            tables, ids = tables_of.get(id(answer)), closed(self.tokenizer, answer.completion_ids)
+            tables, ids = tables_of.get(id(answer)), taught(self.tokenizer, answer)
             if form and tables is not None and len(tables) == len(ids):
                 self._keep(answer, tables, ids, form)
             elif form or not answer.logprobs:

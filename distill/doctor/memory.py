@@ -217,7 +217,9 @@ def _prompt(pair: Pair, side: Side, held_out: bool = False) -> int:
 
 def _of_passes(side: Side, tokens: int, models: int) -> float:
     """Bytes of logits while so many tokens of text are read at once by so many models, in float32."""
-    return models * 4 * side.rows * min(tokens, max(1, BATCH_LOGITS // side.rows)) + _COMPARED if tokens else 0
+    return (
+        models * 4 * side.rows * min(tokens, max(1, BATCH_LOGITS // side.rows)) + _COMPARED if tokens else 0
+    )
 
 
 def _generation(pair: Pair) -> Phase:

@@ -22,7 +22,7 @@ from distill.config.recipe import Recipe
 from distill.data.prompts import file_prompts, held_out, task_prompts
 from distill.devices import pick_device
 from distill.errors import UserError
-from distill.models.chat import has_own_template, prompt_ids
+from distill.models.chat import check_prompts, has_own_template, prompt_ids, refused_prompts
 from distill.models.describe import describe_config
 from distill.models.load import check_adapter_base, load_config, load_tokenizer, resolve_model
 from distill.models.lora import LoraPlan, plan_lora, wrap_lora
@@ -204,19 +204,22 @@ class Pair:
         """
         if (who.role, which) not in self._lengths:
             rows = self.training_rows if which == "training" else self.test_rows
-            self._lengths[who.role, which] = _count(who, [r["messages"] for r in rows]) if rows else None
+            self._lengths[who.role, which] = _count(who, rows, which) if rows else None
         return self._lengths[who.role, which]
 
 
-def _count(who: Side, prompts: list[list[dict]]) -> Lengths:
-    ordered = sorted(prompts, key=lambda messages: -sum(len(m["content"]) for m in messages))
-    try:
-        longest = [len(prompt_ids(who.tokenizer, messages)) for messages in ordered[:SAMPLE]]
-        shortest = len(prompt_ids(who.tokenizer, ordered[-1]))
-    except Exception as error:  # a template is a program, and raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the chat template of {who.label} refuses the prompts ({reason}); leave out prompts.system, or "
-            "give the tokenizer a template that takes these roles"
-        ) from None
+def _count(who: Side, rows: list[dict], which: str) -> Lengths:
+    """Raises UserError where its chat template refuses them, or some of them."""
+    with console.slow(f"rendering the {which} prompts for {who.label}"):
+        few = rows[:6]
+        refused = list(refused_prompts(who.tokenizer, few))
+        if len(refused) == len(few):
+            raise UserError(
+                f"the chat template of {who.label} refuses the prompts ({refused[0][1]}); leave out prompts.system, or "
+                "give the tokenizer a template that takes these roles"
+            )
+        check_prompts(who.tokenizer, rows, f"{who.label}, {which}")
+    ordered = sorted((row["messages"] for row in rows), key=lambda ms: -sum(len(m["content"]) for m in ms))
+    longest = [len(prompt_ids(who.tokenizer, messages)) for messages in ordered[:SAMPLE]]
+    shortest = len(prompt_ids(who.tokenizer, ordered[-1]))
     return Lengths(sorted(longest, reverse=True), min(shortest, *longest))

@@ -24,7 +24,7 @@ from transformers import StopStringCriteria
 from distill import console
 from distill.config.evaluation import Evaluate
 from distill.devices import dealt, free_memory
-from distill.models.chat import has_own_template, prompt_ids, whole_turn
+from distill.models.chat import check_prompts, has_own_template, prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
 from distill.models.describe import describe_model
 from distill.models.load import eos_ids
@@ -50,6 +50,7 @@ def answer_problems(
 
     The measurements are seconds and tokens, as in `Cost` of metrics.json. `bar`: whether to show progress.
     """
+    check_prompts(tokenizer, problems, name)
     prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
     stop = stop_strings(tokenizer, section)
     batch = fitting_batch(model, len(tokenizer), prompts, section)

@@ -35,8 +35,8 @@ from distill.evaluation.saturation import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
-from distill.integrity import verify_source
-from distill.models.chat import fix_date, reads_the_clock, template_date
+from distill.integrity import verify_source, write_sealed
+from distill.models.chat import check_prompts, fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import (
@@ -228,8 +228,9 @@ def _run(
     for source, user in sources:  # an adapter on another base is another model
         if source["model"] in checkpoints.values():
             verify_source(source, find_file(source["model"]), user)
-    for path in checkpoints.values():  # all of them before any weight is loaded: mistakes surface in a second
+    for name, path in checkpoints.items():  # all before any weight is loaded: mistakes surface in a second
         check_model(path)
+        check_prompts(plan.tokenizer(name, path), plan.problems, name)
     if plan.section.interventions.any:
         from distill.evaluation.interventions import check_interventions
 
@@ -313,6 +314,7 @@ def _measure_all(
         else None
     )
     rows_of: dict[str, list[dict]] = {}
+    results: dict[str, dict] = {}
     for name in sorted(checkpoints, key=lambda name: name != teacher):  # the teacher first
         part = list(checkpoints).index(name)
         measured = stage.folder / f"{name}.json"
@@ -325,11 +327,11 @@ def _measure_all(
             )
             if ranks.is_main_process:
                 writer.write(part, rows)
-                write_json(measured, result)
+                write_sealed(measured, result)
                 stage.checkpoint_clock()
             ranks.wait_for_everyone()
         rows_of[name] = read_table(writer.path(part)).to_pylist()
+        results[name] = read_json(measured)  # now: a damaged one is told before the others are measured
         if name == teacher:
             reference.answers = [row for row in rows_of[name] if row["sample_idx"] == 0]
-    results = {name: read_json(stage.folder / f"{name}.json") for name in checkpoints}
-    return {name: rows_of[name] for name in checkpoints}, results
+    return {name: rows_of[name] for name in checkpoints}, {name: results[name] for name in checkpoints}

@@ -39,6 +39,7 @@ from distill.models.describe import DEFAULT_CONTEXT, describe_model
 from distill.models.load import check_adapter_base, load_config, resolve_model
 from distill.models.routers import find_routers
 from distill.moe.interventions import drop_experts, layer_number, route, use_top_k
+from distill.storage import CHECKSUM, fingerprint
 
 AnswerRows = list[dict]
 UNCHANGED = "unchanged"
@@ -244,21 +245,24 @@ def interventions_for(
 
 
 def _keep(path: Path, label: str, rows: AnswerRows) -> None:
-    """A line more, after one that a kill cut short too."""
-    data = "\n" + json.dumps({"label": label, "rows": rows}) + "\n"
+    """A line more, with a checksum of its own, after one that a kill cut short too."""
+    entry = json.loads(json.dumps({"label": label, "rows": rows}))
+    data = "\n" + json.dumps({**entry, CHECKSUM: fingerprint(entry)}) + "\n"
     with writing(path.parent, len(data)), path.open("a", encoding="utf-8") as file:
         file.write(data)
 
 
 def _read_kept(path: Path) -> dict[str, AnswerRows]:
-    """What an earlier run answered; a last line cut short by a kill is answered again."""
+    """What an earlier run answered; a line that a kill cut short, or that is not as it was, is answered again."""
     found: dict[str, AnswerRows] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-        found[entry["label"]] = entry["rows"]
+        if isinstance(entry, dict) and entry.pop(CHECKSUM, None) == fingerprint(entry):
+            found[entry["label"]] = entry["rows"]
     return found
 
 

@@ -13,18 +13,28 @@ The rules, each because something silently went wrong without it:
 - A template may write the beginning of the answer (`<think>`). An answer is then what the template wrote and what the
   model added: one text, for the verifier and for a student whose own template opens nothing.
 - A template that reads the clock (`strftime_now`) reads the date of the run, which is fixed once (`fix_date`).
+- A template is a program of a stranger, and may go wrong for one conversation of many: time, memory and the length of
+  what it writes are limited, and `check_prompts` names the row.
 """
 
+import contextlib
 import datetime
 import functools
 import json
 import re
+import resource
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
+from distill.models.folders import conversation_problem
+from distill.models.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
 
 # For tokenizers that bring no chat template: stated in the README, and saved with the student so that
 # plain transformers renders prompts exactly as they were trained.
@@ -104,19 +114,87 @@ def _literal(value: Any) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generation_prompt: bool = True) -> str:
-    """The template's text. Raises UserError where the template refuses the messages."""
+    """The template's text. Raises UserError where the template refuses the messages, or goes beyond its limits."""
+    template = _dated(tokenizer.chat_template)
+    size = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), str))
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=_dated(tokenizer.chat_template),
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-        )
+        with _limits(template, tokenizer, messages):
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=generation_prompt, tokenize=False
+            )
+        if len(text) > MOST_CHARACTERS + 10 * size:
+            raise ValueError(f"it writes {len(text):,} characters where the messages have {size:,}")
+        return text
     # A template is a program: it raises its own errors, and whatever its mistakes raise.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         roles = ", ".join(str(m.get("role")) for m in messages)
         raise UserError(f"the chat template refuses these messages (roles: {roles}): {reason}") from None
+
+
+def _too_long(*_) -> None:
+    raise TimeoutError(f"it does not end within {SECONDS} s")
+
+
+@contextlib.contextmanager
+def _limits(template: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> Iterator[None]:
+    """What a template may use: SECONDS of work, and MEMORY more than there is.
+
+    A signal stops it, which only the main thread hears. In any other a process of its own tries it first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        tokens = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+        if problem := conversation_problem(template, tokens, messages):
+            raise ValueError(f"it {problem}")
+        yield
+        return
+    allowed = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError, ValueError):  # elsewhere than on Linux; or a lower limit stands already
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + 2 * MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (room, allowed[1]))
+    signal.signal(signal.SIGVTALRM, _too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it takes more than {2 * MEMORY // 2**20} MB") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, allowed)
+
+
+def refused_prompts(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict]) -> Iterator[tuple[dict, str]]:
+    """(row, why) of every row (`messages`) that the template refuses, each question once."""
+    asked = set()
+    for row in rows:
+        if (key := json.dumps(row["messages"], sort_keys=True)) not in asked:
+            asked.add(key)
+            try:
+                render(tokenizer, row["messages"])
+            except UserError as error:
+                yield row, str(error)
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict], label: str, most: int = 5
+) -> None:
+    """Raises UserError with a line for each of the first `most` rows (`prompt_id, messages`) that are refused."""
+    lines = []
+    for row, reason in refused_prompts(tokenizer, rows):
+        if len(lines) == most:
+            raise UserError(*lines, "and more of them")
+        lines.append(
+            f"{label}, {named_row(row)}: {reason}; leave this row out, or give the tokenizer another template"
+        )
+    if lines:
+        raise UserError(*lines)
+
+
+def named_row(row: dict) -> str:
+    """A row by its id and the beginning of its question, on one line."""
+    question = " ".join(str(row["messages"][-1]["content"]).split()) if row["messages"] else ""
+    return f"row {row['prompt_id']} ({question if len(question) <= 60 else question[:57] + '...'})"
 
 
 # ---- ids -----------------------------------------------------------------------------------------------

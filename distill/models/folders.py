@@ -33,6 +33,11 @@ _OBJECTS = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json", "processor_config.json",
 )  # fmt: skip
+_LONG = (
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+)  # a vocabulary, whose reader looks at every entry
 _MOST_JSON = 2**28  # bytes
 # Sizes in a config, and what nothing real exceeds. A list has one for each layer.
 _SIZES = {
@@ -116,7 +121,8 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON:
             raise ValueError(f"it has more than {_MOST_JSON:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        strict = {} if path.name in _LONG else {"object_pairs_hook": _once, "parse_constant": _number}
+        value = json.loads(path.read_text(encoding="utf-8"), **strict)
     except RecursionError:
         raise UserError(f"{path} is no JSON that can be read (nested too deeply); {_AGAIN}") from None
     except (OSError, ValueError) as error:
@@ -124,6 +130,22 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__} and not an object {{...}}; {_AGAIN}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is written twice readers keep one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice[:60]!r} is written twice")
+    return found
+
+
+def _number(name: str) -> float:
+    """Infinity is a limit in real configs (Mamba 2); NaN is none."""
+    if name == "NaN":
+        raise ValueError("it holds NaN, which is no setting")
+    return float(name)
 
 
 def check_config(config: dict[str, Any], where: str) -> None:
@@ -269,7 +291,15 @@ def check_template(template: Any, label: str, tokens: dict[str, str | None]) -> 
 
 @lru_cache(maxsize=64)
 def _tried(template: str, tokens: tuple[tuple[str, str | None], ...]) -> str | None:
-    asked = {"template": template, "conversations": _CONVERSATIONS, "tokens": dict(tokens)}
+    return _stopped({"template": template, "conversations": _CONVERSATIONS, "tokens": dict(tokens)})
+
+
+def conversation_problem(template: str, tokens: dict[str, str | None], messages: list[dict]) -> str | None:
+    """Why a template does not end within its limits for these messages, as "writes more than ..."; None if it does."""
+    return _stopped({"template": template, "conversations": [messages], "tokens": tokens})
+
+
+def _stopped(asked: dict[str, Any]) -> str | None:
     command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
     try:
         done = subprocess.run(

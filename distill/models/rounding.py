@@ -80,7 +80,10 @@ def spacing(weights: Tensor, low: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def lost_steps(
-    train: Train, low: torch.dtype | None, tensors: Iterable[tuple[str, Tensor, int]], lora: Lora | None = None
+    train: Train,
+    low: torch.dtype | None,
+    tensors: Iterable[tuple[str, Tensor, int]],
+    lora: Lora | None = None,
 ) -> Unseen | None:
     """What the first steps of this training lose, where it is worth saying; `tensors` as for `unseen`.
 

@@ -81,7 +81,7 @@ def read_table(path: Path, limit: int | None = None) -> Table:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
     if not table.columns:
-        raise UserError(f"{path} cannot be read: there are no rows in it")
+        raise UserError(f"{path} cannot be read: there are no rows in it; give at least one")
     return table
 
 
@@ -190,9 +190,9 @@ def decode_json(text: str) -> Any:
     try:
         value = _literal(_DECODER.decode(text))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); write one value a line") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("nested too deeply; write it flatter") from None
     _check_surrogates(text, value)
     return value
 
@@ -202,7 +202,9 @@ def _check_surrogates(text: str, value: Any) -> None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+            raise ValueError(
+                "half of a surrogate pair (\\ud800 to \\udfff), which is no character; write the character"
+            ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -19,16 +19,17 @@ from distill.data.provenance import model_source
 from distill.data.signals import HIDDEN, STORED, SignalFormat
 from distill.devices import describe_device, from_all, main_decides, peak_memory, pick_device
 from distill.errors import UserError
+from distill.models.chat import check_prompts
 from distill.models.describe import describe_model
 from distill.models.head import output_head
-from distill.models.load import eos_ids, tokenizer_fingerprint
+from distill.models.load import eos_ids, load_tokenizer, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import resolve_precision
 from distill.models.quantize import logical_size
 from distill.models.rounding import lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
-from distill.storage import MANIFEST, read_json
+from distill.storage import MANIFEST, read_json, read_rows
 from distill.training.asked_otherwise import told
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.open_teachers import live_teachers
@@ -114,7 +115,9 @@ def train_arm(
         say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
         read = matrices(student.model, head=recipe.train.head_precision == "same")
         lora = recipe.student.lora if recipe.student.adapter == "lora" else None
-        if recipe.student.quantize == "none" and (lost := lost_steps(recipe.train, precision.half, read, lora)):
+        if recipe.student.quantize == "none" and (
+            lost := lost_steps(recipe.train, precision.half, read, lora)
+        ):
             say(f"{arm}: {lost.text()}; {lost.fix}")
     accelerator.wait_for_everyone()
 
@@ -165,6 +168,8 @@ def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
     columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         columns["messages"] = "messages"
+        theirs = load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs)
+        check_prompts(theirs, read_rows(folder, ["prompt_id", "messages"]), "teacher")
     context = recipe.train.teachers.context
     if context:
         columns["messages"] = "messages"

@@ -83,7 +83,9 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        alone = (
+            tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        )
         found[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage.data_ptr())
     return found
@@ -169,9 +171,9 @@ def _damaged(path: Path, why: str) -> str:
     return f"{path} is damaged ({why}); delete {path.parent} to train from the start"
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """Of names and bytes, in the order of names."""
-    digest = hashlib.blake2b(digest_size=16)
+def hash_tensors(tensors: dict[str, Tensor], step: str = "") -> str:
+    """Of the step, names and bytes, in the order of names."""
+    digest = hashlib.blake2b(step.encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -192,17 +194,30 @@ def save_trained(path: Path, module: nn.Module, step: int, write: bool = True) -
     tensors = apart({f"model.{n}": whole(t) for n, t in trained_tensors(module).items()})
     if write:
         with replacing(path, sum(t.nbytes for t in tensors.values())) as temporary:
-            save_file(tensors, temporary, {"step": str(step), "hash": hash_tensors(tensors)})
+            save_file(tensors, temporary, {"step": str(step), "hash": hash_tensors(tensors, str(step))})
+
+
+def saved_step(path: Path) -> int | None:
+    """The step of a file of `save_trained`; None where there is none. RunError for a damaged one."""
+    if not path.is_file():
+        return None
+    said = metadata_of(path)
+    try:
+        if said["hash"] == hash_tensors(load_file(path), said["step"]):
+            return int(said["step"])
+    except (KeyError, SafetensorError, OSError):
+        pass
+    raise RunError(_damaged(path, "its hash is not the one recorded when it was saved"))
 
 
 def load_trained(path: Path, module: nn.Module) -> dict[str, Tensor]:
     """Put saved tensors back into `module`; returns everything the file holds. RunError as `load_state`."""
     try:
         saved = load_file(path)
-        recorded = metadata_of(path).get("hash")
+        said = metadata_of(path)
     except (SafetensorError, OSError) as error:
         raise RunError(_damaged(path, str(error))) from None
-    if recorded not in (None, hash_tensors(saved)):
+    if said and said.get("hash") != hash_tensors(saved, said.get("step", "")):
         raise RunError(_damaged(path, "its hash is not the one recorded when it was saved"))
     current = trained_tensors(module)
     if {n for n in saved if n.startswith("model.")} != {f"model.{n}" for n in current}:
@@ -226,6 +241,7 @@ class Saver:
     ):
         self.folder, self.module, self.optimizer = folder, module, optimizer.optimizer
         self.accelerator, self.source, self.validator = accelerator, source, validator
+        self.log: str | None = None  # hash of the step log that belongs to the restored state
 
     def restore(self) -> tuple[int, int, int, int]:
         """(steps done, tokens trained, read, counted) of the newest state; zeros where there is none."""
@@ -233,16 +249,19 @@ class Saver:
         if state is None:
             return 0, 0, 0, 0
         saved = load_state(state, self.module, self.optimizer)
+        self.log = saved.get("log")
         self.source.restore(saved["source"])
         self.validator.restore(saved["validation"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         return saved["step"], saved["tokens"], saved["read"], saved.get("counted", 0)
 
-    def save(self, step: int, tokens: int, read: int, counted: int, keep: int) -> None:
-        """After `step` steps. Every process calls it; the main one writes."""
+    def save(
+        self, step: int, tokens: int, read: int, counted: int, keep: int, log: str | None = None
+    ) -> None:
+        """After `step` steps. Every process calls it; the main one writes. log: the hash of the step log."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        extra = {"tokens": tokens, "read": read, "counted": counted, "scaler": scaler}
+        extra = {"tokens": tokens, "read": read, "counted": counted, "scaler": scaler, "log": log}
         extra["validation"] = self.validator.state()
         extra["source"] = self.source.state()  # of all processes: asked for on each of them
         main = self.accelerator.is_main_process

@@ -7,6 +7,7 @@ one, the held-out loss, what was sampled, the experts' MaxVio, and mfu, the shar
 Accelerate) get the same numbers.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -30,7 +31,7 @@ class StepLog:
 
     def __init__(
         self, folder: Path, first: int, tokens: int, read: int, accelerator: Accelerator, train: Train,
-        flops_per_token: float = 0.0,
+        flops_per_token: float = 0.0, recorded: str | None = None,
     ):  # fmt: skip
         self.steps, self.tokens, self.read = first, tokens, read
         self.train, self.accelerator, self.flops_per_token = train, accelerator, flops_per_token
@@ -42,7 +43,7 @@ class StepLog:
             accelerator.init_trackers("distill")
         if accelerator.is_main_process:
             self.path = folder / "metrics.jsonl"
-            self.earlier = cut_back(self.path, first)
+            self.earlier, self._digest = cut_back(self.path, first, recorded)
             with writing(folder):
                 self.file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
 
@@ -79,16 +80,22 @@ class StepLog:
         with writing(self.path.parent, len(data)):
             self.file.write(data)
             self.file.flush()
+        self._digest.update(data)
         shown = f"loss {loss:.3f}, {lot.tokens / taken:,.0f} tok/s" + (
             f", MFU {more['mfu']:.1%}" if self.peak else ""
         )
         self.bar.set_postfix_str(shown, refresh=False)
 
-    def sync(self) -> None:
-        """Before a state is saved: the record must not end before the state that a resume begins with."""
-        if self.file:
-            with writing(self.path.parent):
-                os.fsync(self.file.fileno())
+    def sync(self) -> str | None:
+        """Before a state is saved: the record must not end before the state that a resume begins with.
+
+        Returns the hash of the file, for that state; None in the processes that write none.
+        """
+        if self.file is None:
+            return None
+        with writing(self.path.parent):
+            os.fsync(self.file.fileno())
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         if self.file:
@@ -98,11 +105,12 @@ class StepLog:
             self.accelerator.end_training()
 
 
-def cut_back(path: Path, first: int) -> float:
-    """Leave the lines of the first `first` steps in metrics.jsonl; returns the seconds of the last one.
+def cut_back(path: Path, first: int, recorded: str | None = None) -> tuple[float, Any]:
+    """Leave the lines of the first `first` steps in metrics.jsonl; (seconds of the last one, the hash of them all).
 
     Lines past a resumed state belong to steps that run again, and one that a kill cut short is none. The file is
     touched only where there is such a line, and then replaced as a whole: at no moment are there fewer lines.
+    recorded: the hash that the state has of these lines; others are told of.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     kept: list[str] = []
@@ -120,6 +128,11 @@ def cut_back(path: Path, first: int) -> float:
         console.warn(
             f"warning: {path} lacks {first - len(kept)} of the {first} steps that are done; curves have a gap"
         )
+    digest = hashlib.blake2b("".join(kept).encode(), digest_size=16)
+    if len(kept) == first and recorded not in (None, digest.hexdigest()):
+        console.warn(
+            f"warning: {path} is not as training wrote it (its hash is another); its numbers may be wrong"
+        )
     if "".join(kept) != text:
         write_atomic(path, "".join(kept))
-    return seconds
+    return seconds, digest

@@ -136,7 +136,7 @@ def train_student(
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read, counted = saver.restore()
     micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted)
-    log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token)
+    log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token, saver.log)
 
     # ---- the loop ----------------------------------------------------------------------------------
     with Interrupts() as interrupts, arithmetic(train.tf32, train.deterministic):
@@ -175,8 +175,7 @@ def train_student(
                 break
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
             if step + 1 < train.steps and (due or found.stop):
-                log.sync()
-                saver.save(step + 1, log.tokens, log.read, micro.counted, train.keep_states)
+                saver.save(step + 1, log.tokens, log.read, micro.counted, train.keep_states, log.sync())
             if found.stop:
                 log.close()
                 interrupts.leave(step + 1, train.steps)

@@ -23,7 +23,7 @@ from distill.data.batches import TokenRows, even_pieces, micro_batches
 from distill.devices import from_all
 from distill.errors import UserError
 from distill.models.layers import rows_apart
-from distill.training.checkpoint import BEST, load_trained, metadata_of, save_trained
+from distill.training.checkpoint import BEST, load_trained, save_trained, saved_step
 from distill.training.step import StudentStep, whole_step
 
 
@@ -122,7 +122,7 @@ class Validator:
     def restore(self, state: dict[str, Any]) -> None:
         self.best = math.inf if state["best"] is None else state["best"]
         self.best_step, self.worse = state["best_step"], state["worse"]
-        kept = metadata_of(self.folder / BEST).get("step")
-        if kept is not None and int(kept) > self.best_step:
+        kept = saved_step(self.folder / BEST)
+        if kept is not None and kept > self.best_step:
             # A look after this state wrote better weights over those of `best_step`. It comes again.
             self.best = math.inf

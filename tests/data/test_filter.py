@@ -74,7 +74,8 @@ def test_bounds_are_inclusive_and_off_is_off(settings, good):
 
 
 def test_the_first_rule_in_order_names_the_drop():
-    everything = Filter(min_tokens=9, min_characters=99, charset="cjk", finish_reasons=["other"])
+    everything = Filter(min_tokens=9, min_characters=99, charset="cjk")
+    everything = everything.model_copy(update={"finish_reasons": ["other"]})
     worst = {"error": "x", "verdict": "wrong", "reason": "length"}
     for expected in ("error", "truncated", "finish_reason", "wrong_answer", "too_short"):
         assert dropped(everything, candidate(**worst)) == [expected]
@@ -86,6 +87,36 @@ def test_the_first_rule_in_order_names_the_drop():
         if expected == "finish_reason":
             everything = everything.model_copy(update={"finish_reasons": None})
     assert set(ORDER) <= set(dir(Rules)), "every name is a rule"
+
+
+def test_cut_off_answers_are_kept_without_an_end_token_and_with_their_signals(make_recipe, run_cli):
+    """They had the end token that they never wrote, and no signal: training on sampled signals refused them."""
+    keys = [
+        "filter.finish_reasons=[stop, length]",
+        "filter.correct_only=false",
+        "generate.signal={kind: sampled, k: 4}",
+    ]
+    keys += ["train.objectives=[{name: sampled_cross_entropy}]", "control.enabled=false"]
+    path, run_dir = make_recipe()
+    for command in ("generate", "filter", "train"):
+        code, _, err = run_cli(command, path, *keys)
+        assert code == 0, err
+    said = {(r["prompt_id"], r["sample_idx"]): r for r in read_rows(run_dir / "generations")}
+    kept = [(row, said[row["prompt_id"], row["sample_idx"]]) for row in read_rows(run_dir / "dataset")]
+    assert {answer["finish_reason"] for _, answer in kept} == {"stop", "length"}
+    for row, answer in kept:
+        assert row["signal_ids"] == answer["signal_ids"] and row["signal_ids"]
+        if answer["finish_reason"] == "length":
+            assert row["completion_ids"] == answer["completion_ids"], (
+                "nothing stands behind a text that was cut"
+            )
+    code, _, err = run_cli("generate", path, *keys, "filter.finish_reasons=[stop]")
+    assert code == 2 and "scored" in err, "the rows of another filter would lack their signals"
+
+
+def test_an_empty_answer_that_was_cut_off_is_no_row():
+    kept = Filter(finish_reasons=["stop", "length"], correct_only=False)
+    assert dropped(kept, candidate("", reason="length", completion_ids=[])) == ["truncated"]
 
 
 def test_duplicates_and_the_cap_count_kept_rows_only():

@@ -4,6 +4,7 @@ Every kind of file of a finished run is tried at random places, against whoever 
 folder, `report`, `provenance`, loading. What is never read again, or is for people alone, is listed and argued.
 """
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from distill.commands.cli import main
-from distill.errors import DistillError
+from distill.errors import DistillError, RunError, UserError
+from distill.evaluation.interventions import _keep, _read_kept
 from distill.integrity import verify_folder
 from distill.models.load import check_model, load_model, load_tokenizer
-from distill.storage import hash_file, read_json, same
+from distill.storage import hash_file, read_json, read_table, same
+from distill.training.checkpoint import load_trained, save_trained, saved_step
 
 FLIPS = 3  # per file of a checkpoint
 # Pages are made from the folders and read by nobody but people; so are cards, whose one field that is read
@@ -183,6 +186,72 @@ def test_a_flipped_bit_in_a_state_is_told(tmp_path):
             else:  # a bit of the word "checksum" itself: all that it covers is as it was
                 assert name == "state.json" and found["step"] == 3 and found["tokens"] == 5, place
             path.write_bytes(sound)
+
+
+def test_a_flipped_bit_of_the_best_weights_is_told(tmp_path):
+    """Its step too: a larger one made the next look forget which was best."""
+    module, path = torch.nn.Linear(8, 8), tmp_path / "best.safetensors"
+    assert saved_step(path) is None
+    save_trained(path, module, 12)
+    sound, rng = path.read_bytes(), random.Random(6)
+    assert saved_step(path) == 12
+    places = [sound.index(b'"12"') + 1, sound.index(b'"hash"') + 1]
+    for place in [*places, *(rng.randrange(len(sound)) for _ in range(40))]:
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        with pytest.raises(RunError, match="damaged"):
+            saved_step(path)
+        with pytest.raises(RunError, match=r"damaged|belongs to another"):
+            load_trained(path, module)
+
+
+def test_a_flipped_bit_of_kept_answers_is_answered_again(tmp_path):
+    path, rows = tmp_path / "m.interventions.jsonl", [{"verdict": "correct", "logprob": -1.5}]
+    for label in ("top_k 1", "top_k 2"):
+        _keep(path, label, rows)
+    sound, rng = path.read_bytes(), random.Random(7)
+    assert _read_kept(path) == {"top_k 1": rows, "top_k 2": rows}
+    for _ in range(100):
+        flip(path, rng)
+        assert all(
+            label in ("top_k 1", "top_k 2") and kept == rows for label, kept in _read_kept(path).items()
+        )
+        path.write_bytes(sound)
+
+
+def test_a_flipped_bit_of_an_unfinished_evaluation_is_told(finished, tmp_path, capsys, monkeypatch):
+    """Models that are measured are not measured again: what was found of them is read."""
+    from distill.evaluation import evaluate
+
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    shutil.rmtree(run / "eval")
+    words = ["evaluate", str(finished / "run.yaml"), f"run_dir={run}", "evaluate.models=[base, student]"]
+    real, calls = evaluate.measure_model, []
+
+    def measure(name, *rest):
+        calls.append(name)
+        if len(calls) > 1:
+            raise RunError("stopped")
+        return real(name, *rest)
+
+    monkeypatch.setattr(evaluate, "measure_model", measure)
+    assert main(words) == 1
+    rng = random.Random(8)
+    for name in (f"{calls[0]}.json", ".identity.json"):
+        sound = (run / "eval" / name).read_bytes()
+        for _ in range(4):
+            flip(run / "eval" / name, rng)
+            capsys.readouterr()
+            assert main(words) in (1, 2)
+            said = capsys.readouterr().err
+            assert Path(name).name in said and "Traceback" not in said, (name, said)
+            (run / "eval" / name).write_bytes(sound)
+    part = next((run / "eval" / "answers").glob("part-*.parquet"))
+    sound, rows = part.read_bytes(), read_table(part).to_pylist()
+    for _ in range(60):  # a part of an unfinished stage has no hash yet: its pages have
+        place = flip(part, rng)
+        with contextlib.suppress(UserError):
+            assert read_table(part).to_pylist() == rows, place
+        part.write_bytes(sound)
 
 
 def test_licences_of_cards_that_are_a_bit_apart_say_the_same():

@@ -310,6 +310,23 @@ run {1} generate.signal.kind=nothing
 run {1} filter.max_tokens=0
 run {1} filter.charset=nothing
 run {1} filter.finish_reasons=stop
+run {1} filter.finish_reasons=[]
+run {1} filter.finish_reasons=[content_filter]
+run {1} filter.finish_reasons=[stop,stop]
+run {1} filter.min_tokens=9 filter.max_tokens=3
+run {1} filter.min_characters=9 filter.max_characters=3
+run {1} seed=true
+run {1} generate.samples=true
+run {1} prompts.levels={{"easy":true}}
+run {1} train.betas=[true,0.5]
+run {1} evaluate.models=[student,student]
+run {1} evaluate.precisions=[fp32,fp32]
+run {1} train.objectives=[{{"name":"cross_entropy"}},{{"name":"cross_entropy"}}]
+run {1} train.validation.rows=48
+run {1} train={{"steps":3,"steps":4}}
+run {0}/twice
+run {0}/bomb
+run {0}/cycle
 run {1} run_dir=/dev/null
 run {1} run_dir=/dev/null/run
 run {1} run_dir=/proc/run
@@ -331,6 +348,7 @@ evaluate {0}/nothing
 evaluate {2} --tasks nothing
 evaluate {2} --tasks {0}/folder
 evaluate {2} --tasks {0}/binary
+evaluate {2} --tasks {0}/file --out {0}/out
 evaluate {2} --problems 0
 evaluate {2} --problems -1
 evaluate {2} --problems nan
@@ -394,6 +412,7 @@ init {0}/folder/a/b/c
 init {0}/run
 init {0}/file/x
 init x --teacher {0}/file
+init x --student= --teacher {2}
 describe
 describe {0}/nothing
 describe {0}/folder
@@ -419,12 +438,16 @@ cost --break-even --students nan
 cost --break-even --teacher-query nan
 cost --break-even --out {0}/file
 cost --break-even --unit eur
+cost --break-even --direct-multiple 0
+cost deepseek-v3 --queries 5
+cost deepseek-v3 --students 2
 cost deepseek-v3 --break-even
 export
 export {0}/nothing --out {0}/x.jsonl
 export {0}/folder
 export {0}/folder --out {0}/x.jsonl
 export {0}/folder --out {0}/x.csv
+export {2} --gguf --out {0}/x.jsonl
 export {0}/folder --out {0}/folder
 export {0}/folder --out {0}/file/x.jsonl
 merge
@@ -475,6 +498,13 @@ def test_the_table(row, place, tmp_path, capsys, hub, monkeypatch):
         for name, text in (("listed", "[1]"), ("broken", '{"model_type": '), ("deep", "[" * 100_000)):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text(text)
+    if "/twice" in row or "/bomb" in row or "/cycle" in row:
+        bomb = "".join(
+            f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+        )
+        text = {"twice": "seed: 1\n", "bomb": f"a: &a [x]\n{bomb}", "cycle": "more: &e {x: *e}\n"}
+        name = row.rpartition("/")[2]
+        (tmp_path / name).write_text(Path(path).read_text() + text[name])
     words = [word.format(tmp_path, path, hub["llama"]) for word in row.split()]
     if words[0] == "init" and not words[-1].startswith("/"):
         monkeypatch.chdir(tmp_path)

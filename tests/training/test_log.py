@@ -1,5 +1,6 @@
 """metrics.jsonl is the record of a training run: at no moment does it hold fewer lines than steps are done."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from distill.config.training import Train
 from distill.training import log as log_module
 from distill.training.log import StepLog, cut_back
+from distill.training.sources import Lot
 
 
 def lines(*steps: int) -> str:
@@ -54,7 +56,7 @@ def test_lines_that_are_cut_go_in_one_replacement(tmp_path, monkeypatch):
 def test_a_line_cut_short_by_a_kill_is_none(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(1, 2, 3) + '{"step": 4, "lo')
-    assert cut_back(path, 3) == 3.0
+    assert cut_back(path, 3)[0] == 3.0
     assert path.read_text() == lines(1, 2, 3)
 
 
@@ -64,6 +66,21 @@ def test_a_gap_is_told_and_nothing_else_is_lost(tmp_path, capsys):
     cut_back(path, 7)
     assert steps_of(path) == [5, 6, 7]
     assert "lacks 4 of the 7 steps" in capsys.readouterr().err
+
+
+def test_lines_that_the_state_does_not_know_are_told(tmp_path, capsys):
+    """One flipped digit of a loss; the state holds the hash of the lines that it was saved with."""
+    first = open_log(tmp_path, 0)
+    for step in (0, 1, 2):
+        with contextlib.suppress(AttributeError):  # without a progress bar
+            first.write(step, [1.5], 0.1, 0.2, Lot(None, None, 4, 9))
+        if step == 1:
+            recorded = first.sync()
+    path = tmp_path / "metrics.jsonl"
+    assert cut_back(path, 2, recorded)[1].hexdigest() == recorded and not capsys.readouterr().err
+    path.write_text(path.read_text().replace('"loss": 1.5', '"loss": 1.7', 1))
+    cut_back(path, 2, recorded)
+    assert "is not as training wrote it" in capsys.readouterr().err
 
 
 def test_what_fits_is_not_touched(tmp_path):
