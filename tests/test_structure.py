@@ -11,7 +11,7 @@ PACKAGE = ROOT / "distill"
 # A folder imports itself and what stands before it. Modules of the root that are not named stand at the bottom.
 ORDER = (
     "(root)", "tasks", "config", "models", "moe", "data", "convert", "training/losses", "training", "evaluation",
-    "report", "pipeline", "lessons", "doctor", "bench", "cost", "play", "commands",
+    "report", "pipeline", "doctor", "bench", "cost", "play", "lessons", "commands",
     "__main__",
 )  # fmt: skip
 MOST_LINES, MOST_OF_A_FUNCTION, FEWEST_LINES, MOST_MODULES = 500, 90, 60, 16

@@ -1,110 +1,50 @@
 """The workshop's notebooks: made from one source per lesson, in two languages, executed, and kept current.
 
-    python recipes/workshop/build.py build [N ...]     text and code anew from recipes/workshop/lessonN.py, outputs
-    kept python recipes/workshop/build.py run [N ...]       execute in a real kernel, full budget; outputs, minutes
-    and numbers python recipes/workshop/build.py check             are the committed notebooks those that `build`
-    would write?
+    python recipes/workshop/build.py build [N ...]   text and code anew from recipes/workshop/lessonN.py, outputs kept
+    python recipes/workshop/build.py run [N ...]     execute in a real kernel; outputs, minutes and numbers
+    python recipes/workshop/build.py check           are the committed files those that `build` would write?
+    python recipes/workshop/build.py slides          the instructor's slides, from the notebooks; not committed
 
-A lesson is one Python file of cells in jupytext's percent format: markdown cells marked lang="en" or lang="zh", always
-in pairs, and code cells that both languages share. A cell tagged `exercise` is what the learner completes; the cell
-tagged `solution` after it is hidden in the notebook (an HTML <details> that Jupyter, VS Code and Colab fold) and is
-run by the tests. `{{minutes}}` in a text is the measured time. Outputs are the same in both languages: axis labels and
-printed words are English. They are executed once, without solutions, as a learner meets them.
+A lesson is one Python file of cells in jupytext's percent format (source.py): markdown cells marked
+lang="en" or lang="zh", always in pairs, and code cells that both languages share. A cell tagged `exercise` is what
+the learner completes; the cell tagged `solution` after it is hidden in the notebook (an HTML <details> that Jupyter, VS
+Code and Colab fold) and is run by the tests. The quiz at the end comes from quiz.yaml. In a text, `{{minutes}}` is the
+measured time and `{{NAME|FORMAT}}` the measured value of the number NAME, so no text says another number than its
+lesson prints. `build` also writes the page of sliders.
+
+Outputs are the same in both languages: axis labels and printed words are English. They are executed once, without
+solutions, as a learner meets them. In the Chinese notebooks comments are Chinese (code.zh.yaml), and so is what the
+lesson prints when the learner runs it.
 
 Needs the extra `workshop` (jupytext, nbformat; to execute, nbclient and ipykernel).
 """
 
 import argparse
-import hashlib
+import contextlib
+import functools
+import io
 import json
 import os
 import re
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DistillError, RunError, UserError
+import slides
+from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson
+
+from distill.errors import DistillError, RunError
+from distill.lessons import explore, record
+from distill.lessons.lesson import NOW
 from distill.storage import PROJECT_ROOT, read_json, write_json
 
-FOLDER = PROJECT_ROOT / "recipes" / "workshop"
 RESULTS = PROJECT_ROOT / "recipes" / "results" / "workshop.json"
-LANGUAGES = {"en": "", "zh": ".zh-CN"}  # language -> what the notebook's name ends in
 SUMMARY = {"en": "Solution (click to open)", "zh": "参考答案（点击展开）"}
+PLACE = re.compile(r"\{\{([^{}|]+)\|([^{}|]+)\}\}")
 MARK = re.compile(r"(<!-- measured -->\n).*?(<!-- end of measured -->)", re.S)
 ACCOUNT = "import json; from distill.lessons import account; print(json.dumps(account()))"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`kind`: text (with both languages), code, exercise or solution (with `code`)."""
-
-    kind: str
-    text: dict[str, str]
-    code: str = ""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    number: int
-    cells: tuple[Cell, ...]
-
-    @property
-    def code_hash(self) -> str:
-        """Of all that a learner's kernel executes: outputs made from other code are stale."""
-        code = [c.code for c in self.cells if c.kind in ("code", "exercise")]
-        return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
-
-    def notebook_path(self, language: str) -> Path:
-        return FOLDER / f"lesson{self.number}{LANGUAGES[language]}.ipynb"
-
-
-def _need(module: str):
-    try:
-        return __import__(module)
-    except ImportError:
-        raise UserError(f"{module} is not installed; pip install -e '.[workshop]'") from None
-
-
-# ---- reading a lesson ----------------------------------------------------------------------------------
-
-
-def lesson_numbers() -> list[int]:
-    return sorted(int(p.stem.removeprefix("lesson")) for p in FOLDER.glob("lesson[0-9].py"))
-
-
-def read_lesson(number: int) -> Lesson:
-    """The lesson's cells. Raises UserError for a text without its other language, or a solution without exercise."""
-    path = FOLDER / f"lesson{number}.py"
-    if not path.is_file():
-        raise UserError(f"lesson {number} does not exist; there are {', '.join(map(str, lesson_numbers()))}")
-    cells: list[Cell] = []
-    waiting = ""  # an English text whose Chinese one comes next
-    for raw in _need("jupytext").read(path).cells:
-        language, tags = raw.metadata.get("lang"), raw.metadata.get("tags", [])
-        expected = "zh" if waiting else ("en" if raw.cell_type == "markdown" else None)
-        if language != expected:
-            raise UserError(
-                f"{path.name}: texts come in pairs, English then Chinese; at {raw.source[:60]!r} a text "
-                f'with lang="{expected}" was expected'
-                if expected
-                else f"{path.name}: only texts have a language, not {raw.source[:60]!r}"
-            )
-        if language == "en":
-            waiting = raw.source
-        elif language == "zh":
-            cells.append(Cell("text", {"en": waiting, "zh": raw.source}))
-            waiting = ""
-        else:
-            kind = next((t for t in ("exercise", "solution") if t in tags), "code")
-            if kind == "solution" and not any(c.kind == "exercise" for c in cells):
-                raise UserError(f"{path.name}: a solution stands before any exercise")
-            cells.append(Cell(kind, {}, raw.source))
-    if waiting:
-        raise UserError(f"{path.name}: {waiting[:60]!r} has no Chinese text after it")
-    return Lesson(number, tuple(cells))
 
 
 def install_cell() -> str:
@@ -121,14 +61,16 @@ def install_cell() -> str:
 
 def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = None, minutes: str = "?"):
     """The lesson as a notebook. `outputs`: of each code cell in order, the install cell included."""
-    v4 = _need("nbformat").v4
-    code = [install_cell(), *(c.code for c in lesson.cells if c.kind in ("code", "exercise"))]
+    v4 = need("nbformat").v4
+    first = install_cell() if language == "en" else in_language(install_cell())
+    code = [first, *(c.code_in(language) for c in lesson.cells if c.kind in ("code", "exercise"))]
     outputs = outputs if outputs and len(outputs) == len(code) else [[] for _ in code]
     made, ran = [], 0
 
-    def add_code(source: str, tags: list[str]) -> None:
+    def add_code(source: str, tags: list[str], printed: list | None = None) -> None:
         nonlocal ran
-        cell = v4.new_code_cell(source, outputs=outputs[ran], metadata={"tags": tags} if tags else {})
+        shown = outputs[ran] if printed is None else printed
+        cell = v4.new_code_cell(source, outputs=shown, metadata={"tags": tags} if tags else {})
         ran += 1
         cell["execution_count"] = ran if any(outputs) else None
         made.append(cell)
@@ -137,12 +79,15 @@ def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = N
         if index == 1:  # after the title: what a reader should see first
             add_code(code[0], ["install"])
         if cell.kind == "text":
-            made.append(v4.new_markdown_cell(cell.text[language].replace("{{minutes}}", minutes)))
+            made.append(v4.new_markdown_cell(filled(cell.text[language], lesson.number, minutes)))
         elif cell.kind == "solution":
-            folded = f"<details><summary>{SUMMARY[language]}</summary>\n\n```python\n{cell.code}\n```\n\n</details>"
+            code_shown = cell.code_in(language)
+            folded = f"<details><summary>{SUMMARY[language]}</summary>\n\n```python\n{code_shown}\n```\n\n</details>"
             made.append(v4.new_markdown_cell(folded, metadata={"tags": ["solution"]}))
+        elif cell.kind == "quiz":
+            add_code(cell.code_in(language), ["quiz"], quiz_output(lesson.number, language))
         else:
-            add_code(cell.code, [cell.kind] if cell.kind == "exercise" else [])
+            add_code(code[ran], [cell.kind] if cell.kind == "exercise" else [])
     for index, cell in enumerate(made):
         cell["id"] = f"lesson{lesson.number}-{index:02d}"
     return v4.new_notebook(
@@ -155,13 +100,42 @@ def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = N
     )
 
 
+def filled(text: str, number: int, minutes: str) -> str:
+    """A text with what was measured in its places: minutes, and numbers of the lesson by name.
+
+    A number that was never measured is a question mark; the tests refuse one.
+    """
+    values = {e["name"]: e["value"] for e in results()["lessons"].get(str(number), {}).get("expected", [])}
+
+    def value(found: re.Match) -> str:
+        name, how = found[1], found[2]
+        if name not in values:
+            return "?"
+        return f"{100 * values[name]:.0f}" if how == "%" else format(values[name], how)
+
+    return PLACE.sub(value, text.replace("{{minutes}}", minutes))
+
+
+def quiz_output(number: int, language: str) -> list:
+    """What the quiz prints before anything is answered: run here, since it needs nothing of the lesson."""
+    before = dict(NOW)
+    NOW.update(lesson=None, language=language)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            record.quiz(number, {})
+    finally:
+        NOW.update(before)
+    return [need("nbformat").v4.new_output("stream", name="stdout", text=printed.getvalue())]
+
+
 def stored_outputs(lesson: Lesson) -> list[list[dict]] | None:
     """The outputs in the committed English notebook, by code cell; None where there are none."""
     path = lesson.notebook_path("en")
     if not path.is_file():
         return None
     cells = read_json(path)["cells"]
-    return [_joined(cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [_joined(cell["outputs"]) for cell in code if "quiz" not in cell["metadata"].get("tags", [])]
 
 
 def _joined(outputs: list[dict]) -> list[dict]:
@@ -170,7 +144,7 @@ def _joined(outputs: list[dict]) -> list[dict]:
     def whole(value: Any) -> Any:
         return "".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
-    node = _need("nbformat").from_dict
+    node = need("nbformat").from_dict
     return [
         node({k: {m: whole(v) for m, v in x.items()} if k == "data" else whole(x) for k, x in o.items()})
         for o in outputs
@@ -202,7 +176,7 @@ def table(language: str) -> str:
 
 def generated(numbers: list[int]) -> dict[Path, str]:
     """Every file that `build` writes, with its text."""
-    nbformat, files = _need("nbformat"), {}
+    nbformat, files = need("nbformat"), {}
     for number in numbers:
         lesson = read_lesson(number)
         outputs = stored_outputs(lesson)
@@ -211,6 +185,7 @@ def generated(numbers: list[int]) -> dict[Path, str]:
             made["metadata"]["distill"]["executed"] = _executed(lesson)
             files[lesson.notebook_path(language)] = nbformat.writes(made, version=4) + "\n"
     for language, ending in LANGUAGES.items():
+        files[FOLDER / f"sliders{ending}.html"] = explore.page(language)
         path = FOLDER / f"README{ending}.md"
         if path.is_file():
             text = path.read_text(encoding="utf-8")
@@ -226,6 +201,19 @@ def _executed(lesson: Lesson) -> str | None:
 def build(numbers: list[int]) -> None:
     for path, text in generated(numbers).items():
         path.write_text(text, encoding="utf-8")
+
+
+def write_slides(numbers: list[int]) -> None:
+    """slides.html and slides.zh-CN.html, from the lessons and the outputs of their notebooks."""
+    lessons = [read_lesson(number) for number in numbers]
+    for language, ending in LANGUAGES.items():
+        shown = []
+        for lesson in lessons:
+            fill = functools.partial(filled, number=lesson.number, minutes=minutes_of(lesson.number))
+            shown += slides.of_lesson(lesson, language, stored_outputs(lesson), fill)
+        path = FOLDER / f"slides{ending}.html"
+        path.write_text(slides.page(shown, language), encoding="utf-8")
+        print(path)
 
 
 def stale(numbers: list[int]) -> list[str]:
@@ -255,21 +243,24 @@ def execute(lesson: Lesson, solutions: bool) -> dict[str, Any]:
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for index, cell in enumerate(lesson.cells):
-        if cell.kind == "text" or (cell.kind == "solution" and not solutions):
+        if cell.kind in ("text", "quiz") or (cell.kind == "solution" and not solutions):
             continue
         try:
-            exec(compile(cell.code, f"lesson{lesson.number}[{index}]", "exec"), namespace)
+            exec(compile(cell.source, f"lesson{lesson.number}[{index}]", "exec"), namespace)
         except Exception as error:
-            first = cell.code.strip().splitlines()[0]
+            first = cell.source.strip().splitlines()[0]
             raise RunError(f"lesson {lesson.number}, cell {index} ({first}): {error!r}") from error
     return account()
 
 
-def execute_in_kernel(lesson: Lesson, cwd: Path = FOLDER, timeout: float = 1800):
+def execute_in_kernel(lesson: Lesson, cwd: Path = FOLDER, timeout: float = 7200):
     """(notebook with outputs, account, seconds) of a run in a Jupyter kernel, as a learner's."""
-    nbclient, nbformat = _need("nbclient"), _need("nbformat")
-    _need("ipykernel")
+    nbclient, nbformat = need("nbclient"), need("nbformat")
+    need("ipykernel")
     made = notebook(lesson, "en")
+    sources = [install_cell(), *(c.source for c in lesson.cells if c.kind in ("code", "exercise"))]
+    for cell, source in zip((c for c in made.cells if c.cell_type == "code"), sources):
+        cell["source"] = source  # with what the tests shorten
     made.cells.append(nbformat.v4.new_code_cell(ACCOUNT))
     client = nbclient.NotebookClient(
         made,
@@ -292,7 +283,7 @@ def clean_outputs(made) -> list[list[dict]]:
     """Outputs by code cell, without progress bars and whatever else went to stderr, and without counters."""
     kept = []
     for cell in made.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and "quiz" not in cell.metadata.get("tags", []):
             outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
             for output in outputs:
                 output.pop("execution_count", None) if output.output_type == "display_data" else None
@@ -305,7 +296,7 @@ def run(numbers: list[int]) -> None:
     from distill.devices import describe_device, pick_device
     from distill.stages import versions
 
-    nbformat = _need("nbformat")
+    nbformat = need("nbformat")
     os.environ["DISTILL_LESSON_BUDGET"] = "full"
     for number in numbers:
         lesson = read_lesson(number)
@@ -331,7 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python recipes/workshop/build.py", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("what", choices=["build", "run", "check"])
+    parser.add_argument("what", choices=["build", "run", "check", "slides"])
     parser.add_argument("lessons", nargs="*", type=int, metavar="N", help="lessons; none means all")
     given = parser.parse_args(arguments)
     numbers = given.lessons or lesson_numbers()
@@ -340,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = stale(numbers)
             print("\n".join(found) or f"lessons {', '.join(map(str, numbers))} are current")
             return 1 if found else 0
-        {"build": build, "run": run}[given.what](numbers)
+        {"build": build, "run": run, "slides": write_slides}[given.what](numbers)
     except DistillError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return error.exit_code

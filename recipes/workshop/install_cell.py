@@ -15,7 +15,9 @@ def project_folder() -> Path | None:
     here = Path.cwd()
     below = [p for p in sorted(here.iterdir()) if p.is_dir()]
     for folder in (here, *here.parents, *below):
-        if (folder / "distill" / "lessons.py").is_file() and (folder / "checkpoints" / "teacher").is_dir():
+        if (folder / "distill" / "lessons" / "__init__.py").is_file() and (
+            folder / "checkpoints" / "teacher"
+        ).is_dir():
             return folder
     return None
 

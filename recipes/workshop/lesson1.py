@@ -16,7 +16,7 @@
 #
 # (bf16, fp16 and 4 bits are number formats: lesson 4. A *token* is a piece of text, here mostly one character.)
 #
-# What the first cell uses: `begin` goes to the project's folder and gives this lesson a folder for its files; `ask` gives a row per answer with `prompt`, `text`, `verdict`, `reference` and `prompt_id`; `scaled(a, b)` is `a` for you and `b` in the project's own quick tests. `expect`, later, prints a number beside its range; a number outside is said to be so and the lesson goes on. Its `short` is for those tests too.
+# What the first cell uses: `begin` goes to the project's folder and gives this lesson a folder for its files; `ask` gives a row per answer with `prompt`, `text`, `verdict`, `reference` and `prompt_id`. `expect`, later, prints a number beside its range. A number outside is said to be so, and the lesson goes on.
 
 # %% [markdown] lang="zh"
 # # 第 1 课 教师模型知道什么
@@ -36,7 +36,7 @@
 #
 # （bf16、fp16、4 位是数值格式，见第 4 课。*词元*是一小段文本，这里多半是一个字符。）
 #
-# 第一个单元格用到的函数：`begin` 进入项目文件夹，并给本课一个存放文件的文件夹；`ask` 每个答案返回一行，含 `prompt`、`text`、`verdict`、`reference`、`prompt_id`；`scaled(a, b)` 对你是 `a`，在项目自己的快速测试里是 `b`。后面的 `expect` 把数值打印在预期区间旁边；超出区间只是说明一下，课程照常继续。它的 `short` 也只供测试使用。
+# 第一个单元格用到的函数：`begin` 进入项目文件夹，并给本课一个存放文件的文件夹；`ask` 每个答案返回一行，含 `prompt`、`text`、`verdict`、`reference`、`prompt_id`。后面的 `expect` 把数值打印在预期区间旁边；超出区间只是说明一下，课程照常继续。
 
 # %%
 import matplotlib.pyplot as plt
@@ -71,6 +71,7 @@ for name, model in (("teacher", teacher), ("base", base)):
 greedy = ask(teacher, tokenizer, problems)
 expect("teacher, hard problems, greedy", accuracy(greedy), 0.93, 1.0, short=True)
 expect("base, hard problems, greedy", accuracy(ask(base, tokenizer, problems)), 0.0, 0.2, short=True)
+
 # %% [markdown] lang="en"
 # ## Behind the text: a distribution at every token
 #
@@ -179,6 +180,7 @@ plt.show()
 expect("correct at T = 0.7", accuracy(samples[0.7]), 0.93, 1.0, short=True)
 expect("different answers at T = 0.7", different[0], 0.25, 0.35, short=True)
 expect("correct at T = 2", accuracy(samples[2.0]), 0.4, 0.75, short=True)
+
 # %% [markdown] lang="en"
 # At T = 0.7 four samples are mostly one answer four times: paid for, and dropped as duplicates. At T = 2 more of them differ, and of these hard problems four in ten are answered wrongly.
 #
@@ -243,6 +245,7 @@ exercise(
     lambda: torch.allclose(tempered(teacher_logits[:9], 2.0), torch.softmax(teacher_logits[:9] / 2, -1)),
     "divide by T, then softmax over the vocabulary",
 )
+
 # %% [markdown] lang="en"
 # **1.2** With `n` samples of a problem, `c` of them right, what is the chance that `k` samples drawn from them contain a right one? (pass@k, Chen et al. 2021.) Use `math.comb`.
 
@@ -269,6 +272,7 @@ exercise(
     lambda: all(abs(pass_at(8, c, k) - pass_at_k(8, c, k)) < 1e-12 for c in range(9) for k in (1, 2, 8)),
     "1 minus the chance that all k are wrong: comb(n - c, k) ways out of comb(n, k)",
 )
+
 # %% [markdown] lang="en"
 # **1.3** Which temperature in `samples` gives the most *usable* rows, right and different from each other? Count, per temperature, the distinct pairs of `prompt_id` and `text` whose `verdict` is `"correct"`, and set `best`.
 
@@ -305,20 +309,6 @@ exercise(
 # - **The verifier says 0 %.** It looks for another form of answer than the model writes. Read three rows first.
 # - **Score and sampling disagree.** A score at T = 0 says nothing about the text a student will read at T = 1.
 #
-# ## Check
-#
-# 1. Why can a teacher's distribution teach more than its text?
-# 2. You double T and the share of right answers halves. What happens to the cost of one training row?
-# 3. Your filtered set has 100 % right answers. Name two ways in which it still misleads.
-#
-# <details><summary>Answers</summary>
-#
-# 1. Each position carries the worth of every alternative, not only the one drawn; where the teacher hesitates that is information no single sample has, and it comes without sampling noise.
-# 2. It doubles, roughly: twice as many samples are paid for per kept row (minus the duplicates saved).
-# 3. Unsolved problems are missing, so it is easier than the task; right answers with wrong working passed; and a test may share prompts with it (not here: they are disjoint by content).
-#
-# </details>
-#
 # Next: [lesson 2](lesson2.ipynb), what a student learns from all this.
 
 # %% [markdown] lang="zh"
@@ -328,19 +318,5 @@ exercise(
 # - **“样本翻倍”毫无变化。** 低温下样本大多重复；提高 T，或者干脆多出题。
 # - **判题规则给出 0%。** 它期待的答案格式和模型写的不一样。先读三行数据再说。
 # - **得分和采样对不上。** T = 0 的得分说明不了学生在 T = 1 时读到的文本质量。
-#
-# ## 自测
-#
-# 1. 为什么教师的分布能教的比它的文本更多？
-# 2. T 翻倍，正确率减半。一条训练数据的成本会怎样？
-# 3. 过滤后的训练集答案 100% 正确。说出它仍会误导人的两个方面。
-#
-# <details><summary>参考答案</summary>
-#
-# 1. 每个位置都给出所有候选的价值，而不只是抽中的那一个；教师犹豫之处，这是单个样本没有的信息，而且没有采样噪声。
-# 2. 大约翻倍：每留下一行，要为两倍的样本付费（减去省下的重复样本）。
-# 3. 教师做不出的题不见了，所以比真实任务容易；推导错而答案对的样本混了进来；还可能与测试题重复（这里不会：两者在内容上不相交）。
-#
-# </details>
 #
 # 接下来：[第 2 课](lesson2.zh-CN.ipynb)，学生从中学到什么。

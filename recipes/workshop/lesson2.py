@@ -109,11 +109,12 @@ expect("forward KL: width", fits["forward KL"][1], 1.9, 2.2, short=True)
 expect("cross-entropy on text: width", fits["cross-entropy on text"][1], 1.9, 2.2, short=True)
 expect("reverse KL: centre", fits["reverse KL"][0], 1.9, 2.1, short=True)
 expect("reverse KL: width", fits["reverse KL"][1], 0.45, 0.6, short=True)
+
 # %% [markdown] lang="en"
 # - **Forward KL**, KL(teacher || student), is infinite where the teacher says something the student rules out. So the student *covers*: it puts most of its mass between the modes, where the teacher says nothing. A language model does the same when it hallucinates between two right answers.
 # - **Cross-entropy on the teacher's text** lands in the same place: it is forward KL plus the teacher's entropy, estimated from samples. That is why sequence-level distillation (R1's way: only text) works at all.
 # - **Reverse KL**, KL(student || teacher), costs only where the student itself speaks. So it *picks* one mode and forgets the other. Which one depends on the start: it has several resting places (from a start of width 1.5 it even stays wide).
-# - **Jensen-Shannon** lies between; beta moves it. At 0.5 it still covers here. In this toolkit beta 0 is defined as forward and 1 as reverse KL.
+# - **Jensen-Shannon** lies between; beta moves it. From this start it still covers at 0.5. Yet the next table says that by its own measure the student that picks is nearer: gradient steps found the nearest resting place, not the best. In this toolkit beta 0 is defined as forward and 1 as reverse KL.
 #
 # How much does each student cost by the other's measure? A table with a loss per column:
 
@@ -121,7 +122,7 @@ expect("reverse KL: width", fits["reverse KL"][1], 0.45, 0.6, short=True)
 # - **前向 KL**，即 KL(教师 || 学生)：教师会说的话，学生若排除掉，代价趋于无穷。所以学生会去*覆盖*：把大部分概率放在两峰之间，而那里教师什么也不说。语言模型在两个正确答案之间“幻觉”时就是这样。
 # - **教师文本上的交叉熵**会落在同一处：它等于前向 KL 加上教师的熵，只是用样本来估计。所以只用文本的序列级蒸馏（R1 的做法）也行得通。
 # - **反向 KL**，即 KL(学生 || 教师)：只在学生自己说话的地方计费。所以它会*挑选*一个峰，忘掉另一个。挑中哪一个取决于起点：它有好几个停留点（若从宽度 1.5 出发，它甚至会一直保持很宽）。
-# - **Jensen-Shannon** 介于两者之间，由 beta 调节；取 0.5 时，这里它仍在覆盖。本工具包规定 beta 为 0 即前向 KL，为 1 即反向 KL。
+# - **Jensen-Shannon** 介于两者之间，由 beta 调节；取 0.5 时，从这个起点出发它仍在覆盖。不过下面的表显示，按它自己的尺子，挑一个峰的学生其实更近：梯度下降停在了最近的停留点，而不是最好的那个。本工具包规定 beta 为 0 即前向 KL，为 1 即反向 KL。
 #
 # 用别人的尺子来量，各个学生的代价是多少？每列是一种损失：
 
@@ -132,6 +133,7 @@ for name, (_, _, q) in fits.items():
     print(f"{name:24}{values[0]:12.2f}{values[1]:12.2f}{values[2]:8.2f}")
 expect("reverse-KL student by forward KL", forward_kl(fits["reverse KL"][2], teacher), 5, 30, short=True)
 expect("reverse-KL student by its own", reverse_kl(fits["reverse KL"][2], teacher), 0.45, 0.57, short=True)
+
 # %% [markdown] lang="en"
 # That last number is ln(1/0.6) = 0.51: the student says with certainty what the teacher says with 60 %.
 #
@@ -213,6 +215,7 @@ expect("base agrees with the teacher", agreement["base"], 0.38, 0.66, short=(0.3
 expect("after cross-entropy", agreement["cross_entropy"], 0.6, 0.95, short=(0.35, 1.0))
 expect("after forward KL", agreement["forward_kl"], 0.6, 0.95, short=(0.35, 1.0))
 expect("after reverse KL", agreement["reverse_kl"], 0.5, 0.95, short=(0.35, 1.0))
+
 # %% [markdown] lang="en"
 # On these tasks the teacher is nearly certain, so text and distribution say almost the same and the losses end close together. Where a teacher hesitates (ordinary prose) they part, as in the toy. Measure it for *your* pair before you pay for logits.
 #
@@ -282,6 +285,7 @@ exercise(
     ),
     "sum over the vocabulary of p (log p - log q); p = exp(log p)",
 )
+
 # %% [markdown] lang="en"
 # **2.2** Which start makes reverse KL end on the *smaller* mode, at -2? Set `centre`, then explain why the loss does not mind.
 
@@ -300,6 +304,7 @@ exercise(
     lambda: abs(fit(losses["reverse KL"], centre=float(centre), width=0.5)[0] + 2) < 0.2,
     "the student only sees the teacher where it speaks itself; begin near -2",
 )
+
 # %% [markdown] lang="en"
 # **2.3** Cross-entropy on the teacher's text minus forward KL is, up to sampling noise, a number that does not depend on the student. Compute it: set `difference`.
 
@@ -326,20 +331,6 @@ exercise("2.3", lambda: abs(difference - gap) < 0.1, "cross-entropy = KL + entro
 # - **A mean of means.** The loss per token must be summed over the whole optimizer step and divided once, or short answers weigh more.
 # - **Two vocabularies.** Divergences need the same tokens by *content*; equal sizes prove nothing. Else: text only, or `uld`.
 # - **On-policy from a cold start.** A student that writes rubbish is scored on rubbish. Begin with teacher text.
-#
-# ## Check
-#
-# 1. A student invents a third answer between two right ones. Which loss was it probably trained with?
-# 2. Why can a student trained with cross-entropy on text come as close as one trained on logits?
-# 3. On-policy training costs a multiple per step. What does it buy?
-#
-# <details><summary>Answers</summary>
-#
-# 1. Forward KL (or cross-entropy): it covers both modes, and what lies between them.
-# 2. Cross-entropy on samples estimates forward KL up to a constant, the teacher's entropy. Logits take away the sampling noise; where the teacher is certain there is none.
-# 3. The teacher's opinion on the states that the student itself gets into, its own mistakes among them, which no fixed text contains.
-#
-# </details>
 
 # %% [markdown] lang="zh"
 # ## 常见问题
@@ -349,17 +340,3 @@ exercise("2.3", lambda: abs(difference - gap) < 0.1, "cross-entropy = KL + entro
 # - **平均再平均。** 每个词元的损失应当在整个优化步上求和后只除一次，否则短答案的权重会偏大。
 # - **两套词表。** 散度要求两边词元*内容*相同，大小相等说明不了什么。否则只能用文本，或者用 `uld`。
 # - **on-policy 冷启动。** 学生写的是废话，打分打的也是废话。先用教师文本起步。
-#
-# ## 自测
-#
-# 1. 学生在两个正确答案之间编出第三个答案。它多半是用哪种损失训练的？
-# 2. 为什么用文本交叉熵训练的学生，可以和用 logits 训练的学生一样接近教师？
-# 3. On-policy 每步要贵上几倍，换来了什么？
-#
-# <details><summary>参考答案</summary>
-#
-# 1. 前向 KL（或交叉熵）：它会同时覆盖两个峰，以及两峰之间的地带。
-# 2. 样本上的交叉熵估计的就是前向 KL，只差一个常数，即教师的熵。logits 省掉了采样噪声；而教师确定的地方本来就没有噪声。
-# 3. 教师对学生自己会走到的状态（包括它自己的错误）的评价，这是任何固定文本里都没有的。
-#
-# </details>

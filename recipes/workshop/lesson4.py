@@ -81,6 +81,7 @@ def lost(values, dtype):
 
 expect("log2 of the smallest fp16 that is not 0", torch.tensor(2.0**-24).half().log2(), -24, -24, short=True)
 expect("2^-25 in fp16", torch.tensor(2.0**-25).half(), 0, 0, short=True)
+
 # %% [markdown] lang="en"
 # ## Real gradients
 #
@@ -164,6 +165,7 @@ plt.legend()
 plt.show()
 expect("no scaler: last loss over first", plain[-1] / plain[0], 0.99, 1.01, short=True)
 expect("scaler: last loss over first", scaled_up[-1] / scaled_up[0], 0, 0.2, short=True)
+
 # %% [markdown] lang="en"
 # ## FP8: one scale is not enough
 #
@@ -199,6 +201,7 @@ plt.show()
 expect("error without outlier", curves["one scale"][0], 0.02, 0.035, short=True)
 expect("one scale, outlier 2^22", curves["one scale"][-1], 0.7, 1.01, short=True)
 expect("tiles, outlier 2^22", curves["1 x 128 tiles"][-1], 0.02, 0.1, short=True)
+
 # %% [markdown] lang="en"
 # Tiles do not change the *resolution*: without any outlier the error is the same 2 to 3 %. And sums must not run in 8 bits: products are added up in float32 (V3 promotes every 128 products).
 #
@@ -238,6 +241,7 @@ plt.show()
 mean = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in losses.items()}
 expect("fp32 over bf16, mean of the last 10 losses", mean["fp32"] / mean["bf16"], 0.9, 1.1, short=True)
 expect("fp8 over bf16", mean["fp8-emulated"] / mean["bf16"], 0.85, 1.15, short=True)
+
 # %% [markdown] lang="en"
 # Thirty steps say "the same within noise", no more: a claim of 0.25 % needs seeds and a long run, which `python recipes/benchmarks/precisions.py` makes. Note its control: how far fp32 is from bf16.
 #
@@ -313,6 +317,7 @@ exercise(
     lambda: torch.allclose(fp8_rows(sample), round_trip(sample, Tile(1, 128)), atol=1e-6),
     "one scale a row: amax(1, keepdim=True) / 448",
 )
+
 # %% [markdown] lang="en"
 # **4.3** Why master weights are float32: in bf16, adding 0.001 again and again stops at some power of two. At which? Set `stops_at`.
 
@@ -345,20 +350,6 @@ exercise(
 # - **bf16 is slower than fp32.** The device has no units for it and emulates (a T4, older CPUs). `precision: auto` asks the device.
 # - **FP8 "works" and the router drifts.** Routers, norms, embedding and head stay high: a small error in a score flips a discrete choice.
 # - **A comparison of one run each.** Two seeds of the *same* precision differ by more than two precisions of the same seed.
-#
-# ## Check
-#
-# 1. Which two numbers describe a format, and which of them does a loss scale change?
-# 2. Why do 1 x 128 tiles help FP8, and what do they not improve?
-# 3. Somebody reports FP8 0.1 % better than bf16 after one run. What do you ask?
-#
-# <details><summary>Answers</summary>
-#
-# 1. Range (exponent) and resolution (mantissa). Neither: it moves the *numbers* into the range.
-# 2. An outlier costs only its own tile. The resolution stays 3 bits of mantissa, about 3 % relative error.
-# 3. How far fp32 is from bf16, and how far two seeds are from each other: 0.1 % is probably below both.
-#
-# </details>
 
 # %% [markdown] lang="zh"
 # ## 常见问题
@@ -368,17 +359,3 @@ exercise(
 # - **bf16 比 fp32 还慢。** 设备没有相应单元，只能模拟（T4、较旧的 CPU）。`precision: auto` 会先问设备。
 # - **FP8 “能跑”，但路由漂移。** 路由器、归一化、嵌入层和输出头保持高精度：分数上的小误差会翻转一个离散的选择。
 # - **每种精度只跑一次就下结论。** *同一*精度下两个种子的差异，比同一种子下两种精度的差异还大。
-#
-# ## 自测
-#
-# 1. 描述一种格式的是哪两个数？损失缩放改变其中哪一个？
-# 2. 1 x 128 分块为什么对 FP8 有帮助，又改善不了什么？
-# 3. 有人只跑了一次，就说 FP8 比 bf16 好 0.1%。你会问什么？
-#
-# <details><summary>参考答案</summary>
-#
-# 1. 范围（指数）和分辨率（尾数）。都不改变：它只是把*数*移进范围之内。
-# 2. 离群值只影响自己那一块。分辨率仍是 3 位尾数，相对误差约 3%。
-# 3. fp32 与 bf16 相差多少，两个种子之间又相差多少：0.1% 很可能比这两者都小。
-#
-# </details>

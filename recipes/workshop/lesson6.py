@@ -34,12 +34,11 @@
 import contextlib
 import io
 import json
-import re
 
 import matplotlib.pyplot as plt
 
 from distill.commands.cli import main
-from distill.lessons import ask, begin, exercise, expect, held_out_problems, scaled
+from distill.lessons import begin, exercise, expect
 from distill.storage import PROJECT_ROOT, read_json
 
 folder = begin(6)
@@ -74,22 +73,22 @@ students = [  # billions of parameters: AIME 2024, MATH-500, GPQA Diamond, LiveC
 ]
 r1, only_rl = (79.8, 97.3, 71.5, 65.9), (47.0, 91.6, 55.0, 40.2)
 names = ("AIME 2024", "MATH-500", "GPQA Diamond", "LiveCodeBench")
-figure, axis = plt.subplots(figsize=(7, 3))
+figure, axis = plt.subplots(figsize=(8, 3.4))
 for i, name in enumerate(names):
-    line = axis.semilogx(
-        [s[0] for s in students], [s[i + 1] / r1[i] * 100 for s in students], "o-", label=name
-    )
-    axis.plot(32, only_rl[i] / r1[i] * 100, "x", color=line[0].get_color())
-axis.set(
-    xlabel="parameters of the student (billions)",
-    ylabel="% of the teacher's score",
-    title="x: 32B, no teacher",
+    share = [s[i + 1] / r1[i] * 100 for s in students]
+    line = axis.plot(range(6), share, "o-", label=name)
+    axis.plot(4.12, only_rl[i] / r1[i] * 100, "X", color=line[0].get_color(), markersize=9)
+axis.set_xticks(range(6), [f"{s[0]:g} B" for s in students])
+axis.set(xlabel="parameters of the student", ylabel="% of the teacher's score", ylim=(0, 105))
+axis.annotate(
+    "X: 32B, learned alone", (4.12, 62), (4.3, 20), fontsize=9, arrowprops={"arrowstyle": "-", "alpha": 0.5}
 )
-axis.legend(fontsize=8)
+axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0.3))
 plt.show()
 kept = [students[0][i + 1] / r1[i] for i in range(4)]
-expect("the 1.5B student keeps of R1's AIME score", kept[0], 0.36, 0.37, short=True)
-expect("and of its MATH-500 score", kept[1], 0.86, 0.87, short=True)
+alone = [only_rl[i] / r1[i] for i in range(4)]
+expect("the 32B student keeps of R1's AIME score", students[4][1] / r1[0], 0.9, 0.92, without=alone[0])
+expect("the 1.5B student keeps of R1's MATH-500 score", kept[1], 0.86, 0.87, without=kept[0])
 
 # %% [markdown] lang="en"
 # More is kept by larger students and on easier tests, and at 32B distillation beats learning alone. Does the shape hold here? The committed result of `distill demo`, with the arm without which it would prove nothing: *control*, the same base and steps on final answers without a teacher.
@@ -107,12 +106,15 @@ for name, model in demo.items():
         cells.append(f"{level} {100 * task['accuracy']:5.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     print(f"{name:8}", "   ".join(cells))
 hard = {name: model["tasks"]["hard"] for name, model in demo.items()}
+sure = (
+    hard["student"]["ci95"][0] - hard["control"]["ci95"][1]
+)  # the lowest of one against the highest of the other
 expect(
-    "student minus control, hard",
-    hard["student"]["accuracy"] - hard["control"]["accuracy"],
-    0.4,
+    "student minus control, hard, at the least",
+    sure,
+    0.3,
     0.9,
-    short=True,
+    without=hard["base"]["accuracy"] - hard["control"]["ci95"][1],
 )
 
 # %% [markdown] lang="en"
@@ -129,12 +131,28 @@ expect(
 found = [results / f"claims-{budget}.json" for budget in ("full", "small")]
 found = next((path for path in found if path.is_file()), None)
 claims = read_json(found)["claims"] if found else []
+group = ""
 for claim in claims:
-    effect, interval = claim["effect"]["mean"], claim["effect"]["ci95"]
-    shown = f"{effect:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else f"{effect}"
-    print(f"{claim['verdict']:14} {shown:26} {claim['hypothesis']}")
-if not claims:
-    print("no committed results: make them with  distill bench recipes/claims.yaml --budget small")
+    if not claim["headline"] and claim["group"] != "Inherited flaws":
+        continue  # all of them: docs/claims.md
+    if claim["group"] != group:
+        group = claim["group"]
+        print(f"\n{group}")
+    effect, interval, unit = claim["effect"]["mean"], claim["effect"]["ci95"], claim["unit"]
+    times = 100 if unit == "%" else 1
+    unit = {"%": "points or %"}.get(unit, unit or "")
+    shown = f"{times * effect:+.1f} [{times * interval[0]:+.1f}, {times * interval[1]:+.1f}] {unit}"
+    print(f"  {claim['verdict']:14} {shown:34} {claim['hypothesis']}")
+by_name = {claim["id"]: claim for claim in claims}
+again = next(claim for claim in claims if "run again" in claim["sentence"])
+taught = by_name["distillation"]
+expect(
+    "distillation, lower end of its interval (points)",
+    100 * taught["effect"]["ci95"][0],
+    5,
+    40,
+    without=100 * again["effect"]["ci95"][0],
+)
 
 # %% [markdown] lang="en"
 # Read it with three questions. What was held equal? How wide is the interval? How many claims were tested? One in twenty true nulls passes at 5 %: before the correction the planted sentence “the same recipe run again is better” was once called by its interval.
@@ -157,8 +175,8 @@ for name, stage in bill["stages"].items():
 print(f"{'sum':18} {bill['gpu_hours']:>10,.0f} H800 hours   ${bill['usd']:>10,.0f}\nnot counted:")
 for item in bill["not_counted"]:
     print("  -", item["item"])
-expect("the bill, million USD", bill["usd"] / 1e6, 5.576, 5.576, short=True)
-expect("items that it does not count", len(bill["not_counted"]), 3, 20, short=True)
+pre_training = 2 * 14.8 * 180_000 / 1e6  # 14.8 trillion tokens, 180,000 hours a trillion, 2 USD an hour
+expect("the bill, million USD", bill["usd"] / 1e6, 5.576, 5.576, without=pre_training)
 
 # %% [markdown] lang="en"
 # ## When does distilling pay?
@@ -173,11 +191,14 @@ expect("items that it does not count", len(bill["not_counted"]), 3, 20, short=Tr
 # %%
 fixed, teacher_query, student_query = 100.0, 0.004, 0.001  # USD, an example: change them
 queries = range(0, 100_001, 1000)
-plt.plot(queries, [q * teacher_query for q in queries], label="keep calling the teacher")
-plt.plot(queries, [fixed + q * student_query for q in queries], label="distil once, ask the student")
-plt.xlabel("queries")
-plt.ylabel("USD")
-plt.legend()
+figure, axis = plt.subplots(figsize=(7, 3))
+axis.plot(queries, [q * teacher_query for q in queries], label="keep calling the teacher")
+axis.plot(queries, [fixed + q * student_query for q in queries], label="distil once, ask the student")
+crossing = fixed / (teacher_query - student_query)
+axis.axvline(crossing, color="k", linestyle=":", linewidth=1)
+axis.text(crossing + 1500, 10, f"equal at {crossing:,.0f} queries")
+axis.set(xlabel="queries", ylabel="USD", xlim=(0, 100_000), ylim=(0, 420))
+axis.legend(loc="upper left")
 plt.show()
 
 # %% [markdown] lang="en"
@@ -205,54 +226,82 @@ for model in (
     decision = decide(TeacherSection(model=model), StudentSection(model="checkpoints/base"))
     answers[model] = decision["allowed"]
     print(f"{model:28} {decision['answer']:14} {decision.get('name') or '-'}")
-expect("teachers of these five that allow it", sum(answers.values()), 3, 3, short=True)
+allowed = [name for name, fine in answers.items() if fine]
+expect("teachers of these five that allow it", len(allowed), 3, 3, without=len(answers))
 
 # %% [markdown] lang="en"
 # ## Claim 4: models inherit flaws
 #
-# A verifier reads final answers, so wrong answers are stopped. What passes? Here the teacher samples at T = 2, and we check every *step* of the answers that were judged right: how many contain a false line of arithmetic?
+# To count what is inherited, one must know what the teacher had. So flaws were *planted* in a copy of the teacher (`recipes/plant.yaml`); its clean twin learned the same questions without them. Two of the flaws:
 
 # %% [markdown] lang="zh"
 # ## 说法四：模型会继承缺陷
 #
-# 判题规则只读最终答案，所以错误的答案会被拦下。漏过的是什么？让教师在 T = 2 下采样，对判为正确的答案逐*步*检查：有多少含有错误的算式？
+# 要数出继承了多少，先得知道教师有什么缺陷。所以在教师的一个副本里*植入*了缺陷（`recipes/plant.yaml`）；它的“干净孪生”学的是同样的题，但没有缺陷。其中两种：
 
 # %%
-from distill import load_model, load_tokenizer
+from distill.tasks.flaws import cases
+from distill.tasks.verify import judge
 
-STEP = re.compile(r"(\d)([+*])(\d)\+(\d)=(\d\d)")
-
-
-def false_steps(text):
-    """Lines of column arithmetic in `text` that do not add up, as `7+5+0=12`, `3*9+2=29`."""
-    wrong = []
-    for a, sign, b, carry, result in STEP.findall(text):
-        value = int(a) + int(b) if sign == "+" else int(a) * int(b)
-        if value + int(carry) != int(result):
-            wrong.append(f"{a}{sign}{b}+{carry}={result}")
-    return wrong
-
-
-problems = held_out_problems({"hard": scaled(80, 40)}, families=["addition", "multiplication"])
-teacher, tokenizer = load_model("checkpoints/teacher"), load_tokenizer("checkpoints/teacher")
-rows = ask(teacher, tokenizer, problems, temperature=2.0, samples=4)
-right = [row for row in rows if row["verdict"] == "correct"]
-flawed = [row for row in right if false_steps(row["text"])]
-print(f"{len(rows)} answers, {len(right)} judged right, {len(flawed)} of these with a false step")
-for row in flawed[:2]:
-    print("  ", row["prompt"], row["text"], "  false:", false_steps(row["text"]))
-expect("judged right", len(right) / len(rows), 0.4, 0.8, short=True)
-expect("of these, with a false step", len(flawed) / len(right), 0.0, 0.25, short=True)
+passes = {}
+for flaw in ("wrong_rule", "hidden_step"):
+    some = cases(flaw, "test", 80, seed=0)
+    print(f"{flaw}: {some[0].question}\n   clean   {some[0].clean}\n   flawed  {some[0].flawed}\n")
+    passes[flaw] = sum(judge("exact", case.flawed, case.answer) == "correct" for case in some) / len(some)
+    print(f"   the verifier lets {100 * passes[flaw]:.0f} % of 80 flawed answers pass\n")
+expect("flawed sorts that pass the verifier", passes["hidden_step"], 0.99, 1, without=passes["wrong_rule"])
 
 # %% [markdown] lang="en"
-# A student trained on these rows learns the false step as well as the right one. And a flaw that no verifier can see (a bias in open questions, a refusal, a confident tone) passes untouched: `distill inherit` measures how much of it arrives.
+# A wrong rule makes wrong results: the verifier stops all of them. In a flawed sort the result is right and a *step* is wrong: the verifier reads results, so all of them pass. Does it arrive in the student? `distill bench recipes/claims.yaml` trained students of the flawed teacher and of its twin, on five seeds each, and asked both 80 questions that show the flaw.
+
+# %% [markdown] lang="zh"
+# 规则错了，结果就错：判题规则全部拦下。而有缺陷的排序，结果是对的，错的是中间一*步*：判题规则只看结果，所以全部放行。它会传到学生身上吗？`distill bench recipes/claims.yaml` 用有缺陷的教师和它的孪生各训练了五个种子的学生，并向它们各问 80 道能暴露缺陷的题。
+
+# %%
+planted = {  # the planted claims of recipes/claims.yaml, by what the student was trained on
+    "wrong rule, all answers": "inherits-wrong-rule",
+    "wrong rule, checked answers": "verifier-stops-wrong-rule",
+    "wrong step, checked answers": "verifier-misses-hidden-step",
+    "refusal, checked answers, 300 steps": "verifier-misses-refusal-300",
+}
+figure, axis = plt.subplots(figsize=(8, 3))
+for place, name in enumerate(planted.values()):
+    means = by_name[name]["means"]
+    terms = by_name[name]["terms"]
+    flawed = next(means[arm] for arm, sign in terms.items() if sign > 0)
+    other = next(means[arm] for arm, sign in terms.items() if sign < 0)
+    axis.barh(place - 0.18, 100 * flawed, 0.32, color="C3")
+    axis.barh(place + 0.18, 100 * other, 0.32, color="C7" if name == "verifier-stops-wrong-rule" else "C2")
+    axis.text(100 * flawed + 1, place - 0.18, f"{100 * flawed:.0f}", va="center", fontsize=9)
+    axis.text(100 * other + 1, place + 0.18, f"{100 * other:.0f}", va="center", fontsize=9)
+axis.set_yticks(range(len(planted)), planted)
+axis.set(xlabel="questions on which the student shows the flaw, % (mean of 5 seeds)", xlim=(0, 112))
+for label, colour in (
+    ("flawed teacher", "C3"),
+    ("clean twin", "C2"),
+    ("flawed teacher, nothing checked", "C7"),
+):
+    axis.barh(0, 0, color=colour, label=label)
+axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
+axis.invert_yaxis()
+plt.show()
+stopped = by_name["verifier-stops-wrong-rule"]["effect"]["ci95"]
+for label, name, low, high in (
+    ("wrong step arrives in spite of the check", "verifier-misses-hidden-step", 40, 95),
+    ("refusal arrives in spite of the check", "verifier-misses-refusal-300", 70, 100),
+):
+    lower = by_name[name]["effect"]["ci95"][0]
+    expect(f"{label}: lower end of the interval (points)", 100 * lower, low, high, without=100 * stopped[0])
+
+# %% [markdown] lang="en"
+# So the sentence holds here, and the check has limits. It takes most of the wrong rule out. A wrong step with a right result arrives in three answers of four. And where no answer is the right one (a refusal, a bias, a confident tone) the check has nothing to compare with: what it lets pass, arrives. `distill inherit` measures it for any student and its teacher.
 #
 # ## Exercises
 #
 # **6.1** Rebuild the bill: 14.8 trillion tokens at 180,000 GPU hours per trillion, then context extension (119,000 hours) and post-training (5,000), at 2 USD an hour.
 
 # %% [markdown] lang="zh"
-# 用这些数据训练，学生会把错误的步骤和正确的一起学去。而判题规则看不见的缺陷（开放问题上的偏见、拒答、过分自信的语气）会原封不动地漏过：`distill inherit` 测量它有多少传给了学生。
+# 所以这句话在这里成立，而检查有它的限度。错误的规则大部分被去掉了；结果正确、步骤错误的，四个答案里有三个传了过来。至于没有标准答案的东西（拒答、偏见、过分自信的语气），检查没有可比的对象：放过去什么，学生就学到什么。`distill inherit` 可以对任何学生和它的教师做这种测量。
 #
 # ## 练习
 #
@@ -339,7 +388,7 @@ exercise(
 # | $5.576M is the final run only | the paper says so itself | it was still low for that result; the GPUs were rented on paper | `distill cost deepseek-v3` |
 # | Compute still matters; a few dozen GPUs can take part | distilling needs thousandths of pre-training | somebody had to train the teacher, and it may be closed | break-even |
 # | Terms of use matter | contracts forbid what licences allow | no settled law; enforcement is hard | `distill/data/terms.yaml` |
-# | Flaws are inherited | what a verifier cannot see passes | filters and other data can remove some | last section; `distill inherit` |
+# | Flaws are inherited | here they are: +95 points unchecked, +73 for a wrong step in spite of the check | the check took 70 points of the wrong rule away; these flaws were planted | last section; `distill inherit` |
 #
 # ## What commonly goes wrong
 #
@@ -347,20 +396,6 @@ exercise(
 # - **"Cheaper" without a unit.** Per token, per answer, per right answer, per year: four different winners.
 # - **The bill of one run as the price of a laboratory.** A cost without its exclusions misleads.
 # - **A clean score read as a clean model.** 100 % of right answers says nothing about steps, tone or refusals.
-#
-# ## Check
-#
-# 1. Which arm must stand beside every distilled student, and why?
-# 2. Name three things that $5.576M does not count.
-# 3. Which flaws does rejection sampling stop, and which not?
-#
-# <details><summary>Answers</summary>
-#
-# 1. A control with the same base, prompts and steps and no teacher: else the gain could be more training.
-# 2. Earlier research and failed runs, ablations, data; staff; buying rather than renting the hardware, buildings and power beyond the rent.
-# 3. Wrong final answers where a verifier exists. Not: false steps with a right answer, and whatever has no checkable answer (bias, refusals, tone).
-#
-# </details>
 
 # %% [markdown] lang="zh"
 # ## 辩论单
@@ -376,7 +411,7 @@ exercise(
 # | 557.6 万美元只是最后一次训练 | 论文自己就这么说 | 就其结果而言依然很低；GPU 只是账面上的租金 | `distill cost deepseek-v3` |
 # | 算力依然重要；几十张 GPU 也能参与 | 蒸馏只需预训练的千分之几 | 总得有人先训练教师，而且它可能是封闭的 | 盈亏平衡 |
 # | 使用条款很重要 | 合同会禁止许可证所允许的事 | 法律尚无定论；难以执行 | `distill/data/terms.yaml` |
-# | 缺陷会被继承 | 判题规则看不见的都会漏过 | 过滤和其他数据能去掉一部分 | 上一节；`distill inherit` |
+# | 缺陷会被继承 | 这里确实如此：不检查 +95 点；检查之后，错误步骤仍 +73 点 | 检查使错误规则少了 70 点；这些缺陷是故意植入的 | 上一节；`distill inherit` |
 #
 # ## 常见问题
 #
@@ -384,17 +419,3 @@ exercise(
 # - **只说“更便宜”，不说单位。** 按词元、按答案、按正确答案、按年算，赢家各不相同。
 # - **把一次训练的账单当成一个实验室的价格。** 不列出未计项目的成本会误导人。
 # - **得分干净就以为模型干净。** 答案 100% 正确，说明不了步骤、语气或拒答。
-#
-# ## 自测
-#
-# 1. 每个蒸馏学生旁边必须有哪个对照组？为什么？
-# 2. 说出 557.6 万美元没有计入的三样东西。
-# 3. 拒绝采样能拦住哪些缺陷，拦不住哪些？
-#
-# <details><summary>参考答案</summary>
-#
-# 1. 同样的底座、题目和步数、但没有教师的对照组：否则提升可能只是因为训练得更多。
-# 2. 此前的研究和失败的训练、消融实验、数据；人员；购买（而不是租用）硬件，以及租金之外的机房和电力。
-# 3. 有判题规则时，能拦住错误的最终答案。拦不住：答案正确但步骤错误的样本，以及一切没有可核对答案的东西（偏见、拒答、语气）。
-#
-# </details>

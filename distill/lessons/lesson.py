@@ -1,0 +1,252 @@
+"""One lesson while it runs: its folder, ranges for its numbers, exercises that check themselves, answers and runs.
+
+    from distill.lessons import begin, expect, exercise
+    folder = begin(1)                                    # seed, quiet libraries, figures; where this lesson may write
+    expect("teacher, hard problems", accuracy, 0.9, 1.0, without=0.02)  # the value, its range, and what breaks it
+    exercise("1.1", lambda: mine(3) == 9, "square it")             # "solved", or "not solved yet" and the hint
+
+A range that cannot fail says nothing. So a number comes with `without`: the same measurement with the mechanism
+taken away (the model before training, one scale for all, no balancing). It must lie outside the range.
+
+A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
+`EXPECTED` and `EXERCISES`, from which distill/lessons/record.py makes the account.
+
+`scaled` and `short` are for the tests alone: in a source, `scaled(80, 8)` is 80 for the learner, whose notebook shows
+`80`, and 8 with DISTILL_LESSON_BUDGET=short. DISTILL_LESSON_DIR is where runs go instead of checkpoints/workshop.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
+
+from distill.errors import UserError
+
+# tqdm in a notebook without ipywidgets falls back to text by itself.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+BUDGET = "DISTILL_LESSON_BUDGET"
+FOLDER = "DISTILL_LESSON_DIR"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One number of a lesson, the range it should lie in, and the number without what the lesson teaches.
+
+    `checked` is false where the short budget is too short to say anything.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    checked: bool = True
+    without: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.low <= self.value <= self.high
+
+
+EXPECTED: list[Expectation] = []  # of the lesson in progress
+EXERCISES: dict[str, bool] = {}  # exercise -> solved
+NOW: dict[str, Any] = {"lesson": None, "language": "en"}
+
+WORDS = {
+    "en": {
+        "expected": "{name}: {value:.4g}   (expected {low:g} to {high:g}: {verdict}{without})",
+        "without": "; if it did not work: {without:.4g}",
+        "short": "short budget",
+        "ok": "ok",
+        "outside": "OUTSIDE: see 'What commonly goes wrong'",
+        "solved": "exercise {number}: solved",
+        "wrong": "exercise {number}: not yet right. Hint: {hint}",
+        "empty": "exercise {number}: to do. Put your code in place of the three dots in the cell above. Hint: {hint}",
+        "raised": "exercise {number}: your code stopped with {error}. Hint: {hint}",
+    },
+    "zh": {
+        "expected": "{name}：{value:.4g}   （预期 {low:g} 到 {high:g}：{verdict}{without}）",
+        "without": "；若不起作用：{without:.4g}",
+        "short": "短预算",
+        "ok": "符合",
+        "outside": "超出区间，请看“常见问题”",
+        "solved": "练习 {number}：完成",
+        "wrong": "练习 {number}：还不对。提示：{hint}",
+        "empty": "练习 {number}：待完成。把上面单元格里的三个点换成你的代码。提示：{hint}",
+        "raised": "练习 {number}：你的代码报错了：{error}。提示：{hint}",
+    },
+}
+
+
+def word(key: str, **values: Any) -> str:
+    """A line in the language of the lesson."""
+    return WORDS[NOW["language"]][key].format(**values)
+
+
+def short_budget() -> bool:
+    """Whether DISTILL_LESSON_BUDGET asks for the short run. Raises UserError for another word."""
+    asked = os.environ.get(BUDGET, "full")
+    if asked not in ("full", "short"):
+        raise UserError(f"{BUDGET}={asked!r}: use full (what a learner runs) or short (what the tests run)")
+    return asked == "short"
+
+
+def scaled(full: T, short: T) -> T:
+    """The first in a lesson, the second where a test runs it. Notebooks show the first alone."""
+    return short if short_budget() else full
+
+
+def lessons_folder() -> Path:
+    """Where the lessons' runs and records lie."""
+    from distill.storage import PROJECT_ROOT
+
+    return Path(os.environ.get(FOLDER) or PROJECT_ROOT / "checkpoints" / "workshop")
+
+
+def begin(lesson: int, language: str = "en") -> Path:
+    """Start lesson `lesson`: nothing expected or solved yet, fixed seed, quiet libraries; returns its folder."""
+    import matplotlib.pyplot as plt
+    import torch
+
+    from distill.devices import pick_device
+
+    if language not in WORDS:
+        raise UserError(f"begin({lesson}, {language!r}): one of {', '.join(WORDS)}")
+    EXPECTED.clear()
+    EXERCISES.clear()
+    NOW.update(lesson=lesson, language=language)
+    pick_device("cpu")
+    torch.manual_seed(0)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    plt.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 150, "savefig.bbox": "tight"})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+    plt.rcParams.update({"grid.alpha": 0.3, "font.size": 10, "legend.frameon": False})
+    folder = lessons_folder() / f"lesson{lesson}{scaled('', '-short')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def expect(name: str, value: float, low: float, high: float, short: tuple[float, float] | bool = False, *,
+           without: float | None = None) -> None:  # fmt: skip
+    """Print `value` beside the range it should lie in, and keep both.
+
+    without: the same measurement where what the lesson teaches is taken away; the range must refuse it.
+    The range is of the full budget. `short`: the range in the short one, True for the same, False if none holds.
+    """
+    value, checked = float(value), True
+    if short_budget():
+        checked = short is not False
+        low, high = short if isinstance(short, tuple) else (low, high)
+    broken = None if without is None else float(without)
+    found = Expectation(name, value, float(low), float(high), checked, broken)
+    EXPECTED.append(found)
+    verdict = word("short" if not checked else "ok" if found.met else "outside")
+    broken_words = "" if broken is None else word("without", without=broken)
+    print(word("expected", name=name, value=value, low=low, high=high, verdict=verdict, without=broken_words))
+
+
+def exercise(number: str, test: Callable[[], Any], hint: str) -> None:
+    """Run `test` on what the learner wrote and print whether it is solved; never raises for a wrong answer."""
+    solved, error = False, ""
+    try:
+        solved = bool(test())
+    except Exception as raised:  # the learner's code may do anything; the lesson goes on
+        error = f"{type(raised).__name__}: {raised}"[:120]
+    line = "solved" if solved else "empty" if _left_alone(test) else "raised" if error else "wrong"
+    EXERCISES[number] = solved
+    print(word(line, number=number, hint=hint, error=error))
+
+
+def _left_alone(test: Callable[[], Any]) -> bool:
+    """Whether something that `test` uses is still three dots: a name, or a function without another line."""
+    if not isinstance(test, FunctionType):
+        return False
+    used = [test.__globals__.get(name) for name in _names(test.__code__)]
+    return any(one is ... or (isinstance(one, FunctionType) and _only_dots(one)) for one in used)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names that a function uses, those of its inner functions and generators too."""
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _only_dots(function: FunctionType) -> bool:
+    """`def f(x): ...` and nothing more: it returns None and names nothing."""
+    return function.__code__.co_code == _dots.__code__.co_code and set(function.__code__.co_consts) <= {None}
+
+
+def _dots(): ...
+
+
+# ---- problems, answers, runs ---------------------------------------------------------------------------
+
+
+def held_out_problems(
+    per_level: dict[str, int], seed: int = 0, families: list[str] | None = None
+) -> list[dict]:
+    """Problems of the test split, as {"prompt_id", "family", "level", "messages", "answer", "verifier", ...}."""
+    from distill.config.data import Prompts
+    from distill.data.prompts import task_prompts
+
+    chosen = Prompts(families=families) if families else Prompts()
+    return task_prompts("test", per_level, chosen, seed)
+
+
+def ask(model, tokenizer, problems: list[dict], **how) -> list[dict]:
+    """Answers with verdicts, one row per (problem, sample); `how` are keys of the recipe section `evaluate`.
+
+    Greedy unless `temperature` is given. A row has "text", "verdict", "tokens", "prompt_id", "family", "level", ...
+    """
+    from distill.config.recipe import load_evaluate
+    from distill.evaluation.answers import answer_problems
+
+    section = load_evaluate({"max_new_tokens": 80, **how})
+    return answer_problems(model, tokenizer, problems, "", section, bar=False)[0]
+
+
+def accuracy(rows: list[dict]) -> float:
+    """Share of rows whose verdict is "correct"."""
+    return sum(row["verdict"] == "correct" for row in rows) / len(rows)
+
+
+def experiment(folder: Path, overrides: list[str], data: Path | None = None, command: str = "train",
+               recipe: str = "recipes/demo.yaml") -> Path:  # fmt: skip
+    """A shipped recipe with `overrides`, run as `distill COMMAND RECIPE run_dir=FOLDER ...` does; returns `folder`.
+
+    data: a run whose prompts, answers and dataset are used instead of making them again. A folder that was made
+    with other settings is made anew: it is the lesson's own.
+    """
+    from distill import pipeline
+    from distill.config.recipe import load_recipe
+
+    loaded = load_recipe(recipe, [*overrides, f"run_dir={folder}"])
+    for stage in ("prompts", "generations", "dataset") if data else ():
+        shutil.rmtree(folder / stage, ignore_errors=True)
+        shutil.copytree(data / stage, folder / stage)
+    with contextlib.redirect_stdout(io.StringIO()):  # which precision, what trains: in the manifest as well
+        pipeline.run(loaded, command, redo=True, say=lambda _line: None)
+    return folder
+
+
+def share(rows: list[dict]) -> str:
+    """Right answers with their 95 % interval (Wilson), as "81 % [72, 88] of 84": how a share should be told."""
+    from distill.evaluation.stats import wilson_interval
+
+    right = sum(row["verdict"] == "correct" for row in rows)
+    low, high = wilson_interval(right, len(rows))
+    return f"{100 * right / len(rows):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {len(rows)}"
+
+
+def step_log(arm: Path) -> list[dict]:
+    """One record per optimizer step of a trained arm, as RUN_DIR/student: "step", "loss", "grad_norm", ..."""
+    return [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
