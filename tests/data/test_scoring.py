@@ -16,7 +16,7 @@ import distill.training.arms
 from distill.config.data import TeacherSection
 from distill.config.section import Signal
 from distill.data.batches import TokenRows
-from distill.data.scoring import given_answers, score_answers, score_rows
+from distill.data.scoring import chunk_tokens, given_answers, score_answers, score_rows
 from distill.data.signals import SignalFormat, StoredSignals
 from distill.data.teachers import LocalTeacher, Question
 from distill.storage import parts, read_json, read_rows
