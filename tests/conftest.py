@@ -12,6 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,20 +110,12 @@ def fresh_accelerator():
 
 
 # Where pages and speeds are what is tried. Elsewhere they are by-products of a run, and more than half of its time.
-DRAWN = {"report", "bench", "cost", "docs", "evaluation", "play"}
+DRAWN = {"report", "bench", "cost", "docs", "play"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def drafts(request):
-    """Figures of pages are empty, and speeds measured on a few tokens, unless the folder or the module (`DRAWN = True`)
-    is about them; pages are whole but for that."""
-    if (
-        request.path.parent.name in DRAWN
-        or getattr(request.module, "DRAWN", False)
-        or "torch" not in sys.modules
-    ):
-        yield
-        return
+@contextlib.contextmanager
+def draft_pages():
+    """Figures are empty, speeds are measured on a few tokens; pages and metrics are whole but for that."""
     from distill.evaluation import usage
     from distill.report import drawing
 
@@ -129,11 +123,34 @@ def drafts(request):
         width, height = 72 * figure.get_size_inches()
         return f'<svg viewBox="0 0 {width} {height}"><g></g></svg>'
 
+    empty.real = drawing.written_svg
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "written_svg", empty)
         patch.setattr(usage, "DECODE_TOKENS", 4)
         patch.setattr(usage, "_REPEATS", 1)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drafts(request):
+    """`draft_pages`, unless the folder or the module (`DRAWN = True`) is about pages or speeds."""
+    if (
+        request.path.parent.name in DRAWN
+        or getattr(request.module, "DRAWN", False)
+        or "torch" not in sys.modules
+    ):
+        yield
+        return
+    with draft_pages():
+        yield
+
+
+@pytest.fixture
+def drawn(drafts, monkeypatch):
+    """Real figures for one test where others have drafts."""
+    from distill.report import drawing
+
+    monkeypatch.setattr(drawing, "written_svg", getattr(drawing.written_svg, "real", drawing.written_svg))
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +198,28 @@ def make_recipe(tmp_path, hub):
         return str(path), run_dir
 
     return write
+
+
+@pytest.fixture(scope="session")
+def kept_run(tmp_path_factory, hub):
+    """(folder of run.yaml and run/, a copy of run/ as it was made)."""
+    from distill.commands.cli import main
+
+    root = tmp_path_factory.mktemp("finished")
+    recipe = RECIPE.format(run_dir=root / "run", teacher=hub["qwen3_moe"], student=hub["llama"])
+    (root / "run.yaml").write_text(recipe)
+    with draft_pages():
+        assert main(["run", str(root / "run.yaml")]) == 0
+    return root, shutil.copytree(root / "run", root / "kept")
+
+
+@pytest.fixture(scope="module")
+def finished(kept_run):
+    """The folder of a finished run, `run` beside its recipe `run.yaml`: made once, as it was made for each module."""
+    root, kept = kept_run
+    shutil.rmtree(root / "run", ignore_errors=True)
+    shutil.copytree(kept, root / "run", symlinks=True)
+    return root
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from conftest import PYTHON, ROOT
-from warm import finished
+from warm import ran
 
 from distill.storage import read_json
 
@@ -22,7 +22,7 @@ def run(command: list[str]) -> None:
 
 def forked(words: list, processes: int = 1, script: Path | None = None) -> None:
     """The same without the launcher and its imports: ranks forked from a warm process."""
-    done = finished(words, processes, script)
+    done = ran(words, processes, script)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

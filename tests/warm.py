@@ -1,7 +1,7 @@
 """`distill` in processes that are forked from a warm one, which has imported torch and the rest once.
 
-    done = finished(["train", path])                 # one process: returncode, stdout, stderr
-    done = finished(["train", path], processes=3)    # three ranks of one group over gloo, as torchrun starts them
+    done = ran(["train", path])                 # one process: returncode, stdout, stderr
+    done = ran(["train", path], processes=3)    # three ranks of one group over gloo, as torchrun starts them
     process = Started(["generate", path])            # poll(), kill(signal), wait(), of a process group of its own
 
 A process of its own takes 5 s of imports before its work begins; here it takes a fork. What is tried is the same: other
@@ -77,7 +77,7 @@ class Started:
         return (self.folder / "err").read_text()
 
 
-def finished(
+def ran(
     words: list, processes: int = 1, script: Path | None = None, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess:
     """All ranks run to their end; where one fails the others are killed, as a launcher does. Output is that of all."""

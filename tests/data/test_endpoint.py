@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("openai", reason='needs pip install -e ".[endpoint]"')
+if importlib.util.find_spec("openai") is None:
+    pytest.skip('needs pip install -e ".[endpoint]"', allow_module_level=True)
 
 from conftest import PYTHON, ROOT
 from misbehaving_server import ODD_LOGPROBS, MisbehavingServer, completion, good_text
-from warm import Started, finished
+from warm import Started, ran
 
 from distill.config.data import Endpoint
 from distill.config.data import TeacherSection as TeacherSection
@@ -394,7 +395,7 @@ def test_the_key_is_nowhere(make_recipe, run_cli):
     few = ["prompts.levels={easy: 12}"]
     told = ["echo", "echo_ok", "echo_page", "ok"]
     with MisbehavingServer(lambda q, _: told[sum(map(ord, q)) % 4]) as server:
-        done = finished(["generate", path, *overrides(server, retries=1), *few], OPENAI_LOG="debug")
+        done = ran(["generate", path, *overrides(server, retries=1), *few], OPENAI_LOG="debug")
         assert done.returncode == 0, done.stderr
         server.script = lambda _q, _a: "echo_401"
         code, out, err = run_cli("generate", path, *overrides(server), *few, f"run_dir={run_dir}-refused")

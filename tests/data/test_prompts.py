@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 from conftest import ROOT
-from datasets import Dataset
 
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
@@ -50,6 +49,8 @@ REFERENCES = {"gsm8k": "1072", "math500": "\\frac{1}{2}", "aime": "025", "mmlu":
 @pytest.fixture
 def write(tmp_path):
     def to_file(*rows: dict, name: str = "data.jsonl") -> str:
+        from datasets import Dataset
+
         path = tmp_path / name
         if name.endswith(".jsonl"):
             path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
@@ -217,6 +218,8 @@ def test_the_pattern_of_a_recipe_travels_in_the_verifier(write):
 
 @pytest.fixture
 def hub_calls(monkeypatch):
+    from datasets import Dataset
+
     calls = []
 
     def load_dataset(name, config, split, revision):

@@ -1,11 +1,13 @@
 """Signals of a served teacher are those of the same teacher here, and what a server gets wrong is never stored."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 
-pytest.importorskip("openai", reason='needs pip install -e ".[endpoint]"')
+if importlib.util.find_spec("openai") is None:
+    pytest.skip('needs pip install -e ".[endpoint]"', allow_module_level=True)
 
 from logprob_server import LogprobServer
 

@@ -288,9 +288,9 @@ def test_options_become_overrides_of_a_recipe(make_recipe, run_cli):
         assert line in out
 
 
-def test_report_of_a_real_run_agrees_with_its_metrics(make_recipe, run_cli):
-    path, run_dir = make_recipe()
-    assert run_cli("run", path)[0] == 0
+def test_report_of_a_real_run_agrees_with_its_metrics(finished, run_cli, drawn):
+    run_dir = finished / "run"
+    assert run_cli("report", finished / "run.yaml")[0] == 0
     metrics = read_json(run_dir / "eval" / "metrics.json")
     page = build_report(run_dir).read_text()
     for name, model in metrics["models"].items():

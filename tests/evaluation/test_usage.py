@@ -10,6 +10,8 @@ from distill.evaluation.usage import measure_speed, usage_cost, usd_per_million
 from distill.models.describe import describe_model
 from distill.models.load import cache_name, load_model, load_tokenizer
 
+DRAWN = True  # speeds are measured as they are
+
 
 def test_price_of_a_million_tokens():
     """One USD an hour at 1,000 tokens a second: 3.6 million tokens for a dollar."""

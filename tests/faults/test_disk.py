@@ -71,9 +71,8 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(make_recipe, run_cli, c
     assert run_cli(command, path)[0] == 0
 
 
-def test_a_page_on_a_full_disk(run_cli, make_recipe, monkeypatch):
-    path, run_dir = make_recipe()
-    assert run_cli("run", path)[0] == 0
+def test_a_page_on_a_full_disk(run_cli, finished, monkeypatch):
+    path, run_dir = finished / "run.yaml", finished / "run"
     before = {p: hash_file(p) for p in run_dir.rglob("*.html")}
     real = os.replace
 

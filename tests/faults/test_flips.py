@@ -26,18 +26,6 @@ FLIPS = 3  # per file of a checkpoint
 FOR_PEOPLE = (".html", ".md")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, hub):
-    from conftest import RECIPE
-
-    root = tmp_path_factory.mktemp("flips")
-    (root / "run.yaml").write_text(
-        RECIPE.format(run_dir=root / "run", teacher=hub["qwen3_moe"], student=hub["llama"])
-    )
-    assert main(["run", str(root / "run.yaml")]) == 0
-    return root
-
-
 def files_of(run: Path) -> list[str]:
     return sorted(
         str(p.relative_to(run)) for p in run.rglob("*") if p.is_file() and not p.suffix.endswith(FOR_PEOPLE)

@@ -526,19 +526,6 @@ def test_odd_words(word, text, place, tmp_path, capsys, monkeypatch):
 # ---- a finished run --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, hub):
-    """A finished run, to be refused in many ways."""
-    from conftest import RECIPE
-
-    root = tmp_path_factory.mktemp("finished")
-    (root / "run.yaml").write_text(
-        RECIPE.format(run_dir=root / "run", teacher=hub["qwen3_moe"], student=hub["llama"])
-    )
-    assert main(["run", str(root / "run.yaml")]) == 0
-    return root
-
-
 OTHER = {
     "run": ["seed=1", "prompts.levels.easy=13", "generate.samples=3", "filter.deduplicate=false", "train.steps=5",
             "train.learning_rate=0.5", "evaluate.seed=9", "student.lora.rank=3"],

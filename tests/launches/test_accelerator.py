@@ -8,7 +8,7 @@ import json
 
 import pytest
 from conftest import ROOT
-from warm import finished
+from warm import ran
 
 OBJECTIVES = (
     "cross_entropy", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl",
@@ -23,7 +23,7 @@ OBJECTIVES = (
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accelerator")
-    done = finished([folder], script=ROOT / "tests" / "fakegpu_worker.py", timeout=600)
+    done = ran([folder], script=ROOT / "tests" / "fakegpu_worker.py", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 

@@ -10,7 +10,6 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -327,6 +326,8 @@ def test_types_of_parquet_have_one_spelling(tmp_path, column, expected, monkeypa
     table = pa.table({"prompt": ["q"] * len(column), "answer": column})
     pq.write_table(table, tmp_path / "a.parquet")
     assert answers(tmp_path / "a.parquet") == expected
+    from datasets import Dataset
+
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: Dataset(table))
     assert answers("hub:org/name") == expected and answers("hub:org/name", limit=1) == expected[:1]
 
