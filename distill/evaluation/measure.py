@@ -121,7 +121,9 @@ def measure_model(
         return [], _unanswered(name, path, model, tokenizer, plan, reference, is_teacher)
     rows, answering = answer_problems(model, tokenizer, problems, name, section)
     with console.slow(f"evaluate {name}: routing"):
-        moe = routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}
+        moe = (
+            routing_section(model, tokenizer, rows, problems, section, routes) if find_routers(model) else {}
+        )
     # One context for all models, so that their FLOPs/token compare; the page states it.
     described = describe_model(model, context=section.max_new_tokens)
     flops = int(described["flops_per_token"] * (answering["prompt_tokens"] + answering["generated_tokens"]))

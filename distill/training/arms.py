@@ -112,7 +112,9 @@ def train_arm(
         say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
         read = matrices(student.model, head=recipe.train.head_precision == "same")
         lora = recipe.student.lora if recipe.student.adapter == "lora" else None
-        if recipe.student.quantize == "none" and (lost := lost_steps(recipe.train, precision.half, read, lora)):
+        if recipe.student.quantize == "none" and (
+            lost := lost_steps(recipe.train, precision.half, read, lora)
+        ):
             say(f"{arm}: {lost.text()}; {lost.fix}")
     accelerator.wait_for_everyone()
 

@@ -83,7 +83,9 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        alone = tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        alone = (
+            tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        )
         found[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         seen.add(storage.data_ptr())
     return found

@@ -25,7 +25,9 @@ CONFIG = LlamaConfig(
 
 
 def side() -> SimpleNamespace:
-    return SimpleNamespace(config=CONFIG, facts=describe_config(CONFIG), rows=CONFIG.vocab_size, tokenizer=range(300))
+    return SimpleNamespace(
+        config=CONFIG, facts=describe_config(CONFIG), rows=CONFIG.vocab_size, tokenizer=range(300)
+    )
 
 
 @pytest.mark.parametrize("low, length", [(4, 64), (2, 24), (2, 96)])

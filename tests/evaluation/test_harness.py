@@ -79,7 +79,10 @@ def test_likelihood_of_the_plain_form_is_the_harness_s_number(hub, tmp_path, mon
         for i in range(40)
     ]
     (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    forms = {"letter": (LETTERED, "{{['A', 'B', 'C']}}"), "text": ("Question: {{question}}\\nAnswer:", "{{choices}}")}
+    forms = {
+        "letter": (LETTERED, "{{['A', 'B', 'C']}}"),
+        "text": ("Question: {{question}}\\nAnswer:", "{{choices}}"),
+    }
     for name, (text, choice) in forms.items():
         task = PLAIN.format(name=name, data=tmp_path / "docs.jsonl", text=text, choice=choice)
         (tmp_path / f"{name}.yaml").write_text(task)
@@ -88,7 +91,12 @@ def test_likelihood_of_the_plain_form_is_the_harness_s_number(hub, tmp_path, mon
     theirs = run_harness(model, tokenizer, section)["tasks"]
     problems = [
         {"prompt_id": str(i), "messages": [{"role": "user", "content": row["question"]}], "level": "all"}
-        | {"answer": "ABC"[row["label"]], "verifier": "choice", "choices": row["choices"], "question": row["question"]}
+        | {
+            "answer": "ABC"[row["label"]],
+            "verifier": "choice",
+            "choices": row["choices"],
+            "question": row["question"],
+        }
         for i, row in enumerate(rows)
     ]
     ours = {f["options"]: f for f in likelihoods(model, tokenizer, problems)["all"] if f["form"] == "plain"}

@@ -94,10 +94,15 @@ def test_the_plain_form_is_the_harness_s_text(hub, options):
     for name, size in (("sum", lambda t: 1), ("per_character", len), ("per_byte", lambda t: len(t.encode()))):
         values = []
         for text in texts:
-            before, ids = tokenizer(context)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+            before, ids = (
+                tokenizer(context)["input_ids"],
+                tokenizer(text, add_special_tokens=False)["input_ids"],
+            )
             with torch.no_grad():
                 logs = model(torch.tensor([before + ids])).logits[0].double().log_softmax(-1)
-            values.append(sum(float(logs[len(before) - 1 + i, t]) for i, t in enumerate(ids)) / size(text[1:]))
+            values.append(
+                sum(float(logs[len(before) - 1 + i, t]) for i, t in enumerate(ids)) / size(text[1:])
+            )
         assert found[name]["accuracy"] == float(values[0] >= values[1]), name
 
 

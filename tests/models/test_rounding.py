@@ -118,7 +118,9 @@ def test_what_an_adapter_adds_is_lost_as_foretold():
     with torch.no_grad():
         for x in torch.randn(64, 1, 32):
             plain = nn.functional.linear(x.bfloat16(), before)
-            b.copy_(rate * (x @ a.T).sign().expand_as(b))  # as far as a step can push the outputs of this input
+            b.copy_(
+                rate * (x @ a.T).sign().expand_as(b)
+            )  # as far as a step can push the outputs of this input
             with torch.autocast("cpu", torch.bfloat16):
                 lost.append(float((layer(x) == plain).float().mean()))
     alone = unseen([("mlp", before, before.numel())], rate, lora=lora)
@@ -139,7 +141,9 @@ def coarse(tmp_path_factory):
 def test_files_say_what_the_loaded_model_says(coarse):
     model = AutoModelForCausalLM.from_pretrained(coarse, dtype=torch.float32)
     stored, loaded = unseen(stored_matrices(Path(coarse), model), 1e-5), unseen(matrices(model), 1e-5)
-    assert stored.share == pytest.approx(loaded.share, abs=0.02) and stored.groups.keys() == loaded.groups.keys()
+    assert (
+        stored.share == pytest.approx(loaded.share, abs=0.02) and stored.groups.keys() == loaded.groups.keys()
+    )
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
