@@ -190,9 +190,10 @@ def _cache(side: Side, tokens: int, each: float) -> float:
 def _activations(side: Side, tokens: int, low: float, layers: int) -> float:
     """Bytes that autograd keeps of so many tokens in so many layers; `low`: bytes of a number in products.
 
-    Of a block of width d, with m in its MLP. Both norms keep their float32 input and what they made of it, and the products
-    after them its cast: 2 (4 + 4 + low) d, of which in float32 the cast is nothing new. Queries, keys and values before and
-    after rotation, repeated for their groups, the attention's result, and its cast: 8 low d. The gated MLP: 4 low m.
+    Of a block of width d, with m in its MLP. Both norms keep their float32 input and what they made of it, and the
+    products after them its cast: 2 (4 + 4 + low) d, of which in float32 the cast is nothing new. Queries, keys and
+    values before and after rotation, repeated for their groups, the attention's result, and its cast: 8 low d. The
+    gated MLP: 4 low m.
     """
     facts = side.facts
     width, depth = facts["hidden_size"], facts["layers"]

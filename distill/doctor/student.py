@@ -198,8 +198,8 @@ def _balanced(pair: Pair) -> list[Finding]:
             found += failures("experts", error)
         if section.adapter == "lora":
             text = (
-                "train.expert_bias_step does nothing for the student that is saved: it moves a bias of the frozen base, "
-                "which no adapter carries, so the student would be used with other routing than it was trained with"
+                "train.expert_bias_step does nothing for the student that is saved: it moves a bias of the frozen "
+                "base, which no adapter carries, so the student would be used with other routing than it trained with"
             )
             found.append(Finding("experts", FAIL, text, "set it to 0, or student.adapter=full"))
     names = [o.name for o in train.objectives if o.signal == "own_routers"]

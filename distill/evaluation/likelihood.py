@@ -4,18 +4,19 @@ r"""Likelihoods of given text: which option of a multiple choice is most probabl
 
 Asked of every problem whose verifier is `choice` (MMLU, GPQA, C-Eval, or a file's own), in two forms:
 
-| form | what stands before the option | options: letter | options: text, where the problem brings a list |
-|---|---|---|---|
-| chat | the prompt, through the model's template | `Answer: B` | the words of the choice |
-| plain | as lm-evaluation-harness writes its tasks, without a template | ` B`, after question, lettered choices and `Answer:` (its mmlu) | ` ` and the words, after `Question: ...` and `Answer:` (its arc) |
+chat: the option is the model's answer to the prompt, through its template. The letter, as `Answer: B`, and where the
+problem brings its choices as a list, their words.
 
-Published numbers are mostly of the plain form. In the chat form the prompt is what the model would answer, so a prompt
-that asks for reasoning first gets none: these numbers stand beside written answers, they do not replace them. In the plain
-form the tokens are the harness's too: context and option are one text, cut where the context's own tokens end.
+plain: the option ends a text without a template, as lm-evaluation-harness writes its tasks. The letter, as ` B` after
+question, lettered choices and `Answer:` (its mmlu); the words, after `Question: ...` and `Answer:` (its arc). The
+tokens are the harness's too: context and option are one text, cut where the context's own tokens end.
+
+Published numbers are mostly of the plain form. In the chat form a prompt that asks for reasoning first gets none: these
+numbers stand beside written answers, they do not replace them.
 
 Four scores, because the usual ones differ and none is right for all: the sum log p(option), which favours short options
-(acc of the harness); per character (its acc_norm); per UTF-8 byte, which does not depend on the tokenizer (its acc_bytes);
-per token. Of equal options the first is taken.
+(acc of the harness); per character (its acc_norm); per UTF-8 byte, which does not depend on the tokenizer (its
+acc_bytes); per token. Of equal options the first is taken.
 
 Only the logits of option tokens are computed. Shapes: O options of all problems.
 

@@ -2,20 +2,20 @@
 
 A bf16 number has 8 bits: neighbours are 1/128 to 1/256 of their size apart (fp16: 11 bits).
 
-*All weights train.* They are float32, and autocast casts them to bf16 for every product. A weight that was *stored* in bf16
-lies on a bf16 number. An update of less than half the distance casts back to that number: the next step computes with the
-old weight, until the sum of the updates has passed that half. A weight that lies anywhere between two numbers (trained in
-float32, or dequantised) loses nothing on the average: a small update takes its share of them across.
+*All weights train.* They are float32, and autocast casts them to bf16 for every product. A weight that was *stored* in
+bf16 lies on a bf16 number. An update of less than half the distance casts back to that number: the next step computes
+with the old weight, until the sum of the updates has passed that half. A weight that lies anywhere between two numbers
+(trained in float32, or dequantised) loses nothing on the average: a small update takes its share of them across.
 
-*LoRA.* The adapter's small numbers are cast without harm. But what it adds to an output of its layer is added in bf16, to a
-number that is a bf16 number already: less than half the distance to the next adds nothing.
+*LoRA.* The adapter's small numbers are cast without harm. But what it adds to an output of its layer is added in bf16,
+to a number that is a bf16 number already: less than half the distance to the next adds nothing.
 
     found = unseen(matrices(model), rate=1e-5)          # AdamW: a weight moves by about the rate in a step
     found.share, found.steps, found.groups              # 0.83, 11 steps in one direction, {"attention": 0.86, ...}
     unseen(stored_matrices(folder, skeleton), rate)     # the same from the files, a sample of each tensor
 
-Counted are matrices that enter products. Norms, and embeddings that are looked up alone, are used in float32. For LoRA the
-outputs are those of random inputs, and the adapter is taken to push every one of them as far as a step can.
+Counted are matrices that enter products. Norms, and embeddings that are looked up alone, are used in float32. For LoRA
+the outputs are those of random inputs, and the adapter is taken to push every one of them as far as a step can.
 """
 
 import math
@@ -87,7 +87,8 @@ def lost_steps(
 ) -> Unseen | None:
     """What the first steps of this training lose, where it is worth saying; `tensors` as for `unseen`.
 
-    low: the 16-bit format of products, None for float32. Of sgd nothing is known: its steps are as large as its gradients.
+    low: the 16-bit format of products, None for float32. Of sgd nothing is known: its steps are as large as its
+    gradients.
     """
     if low is None or train.optimizer != "adamw":
         return None
@@ -130,7 +131,10 @@ def unseen(
 
 
 def _outputs(weights: Tensor) -> Tensor:
-    """Of up to SAMPLE numbers of a matrix [out, in], or of experts' [E, ...]: outputs [rows, INPUTS] for inputs of size 1."""
+    """Outputs [rows, INPUTS] of up to SAMPLE numbers of a matrix [out, in], or of experts' [E, ...].
+
+    The inputs are of size 1.
+    """
     flat = weights.reshape(-1, weights.shape[-1])
     rows = flat[:: max(1, flat.numel() // SAMPLE)].float()  # at least one
     draws = torch.Generator().manual_seed(0)
@@ -148,7 +152,7 @@ def _pushes(lora: Lora) -> Tensor:
 
 
 def matrices(model: nn.Module, head: bool = True) -> Iterator[tuple[str, Tensor, int]]:
-    """(group, weights, their number) of the matrices that train and that autocast casts; with LoRA those that carry one.
+    """(group, weights, their number) of the matrices that train and are cast; with LoRA those that carry an adapter.
 
     head: whether the output head is cast.
     """

@@ -105,8 +105,8 @@ class StudentStep(nn.Module):
         self.exact_head = exact_head
         if exact_head and not at.fusable:
             raise UserError(
-                "train.head_precision=fp32 is for an output head that is one plain matrix, and this one is not; leave it "
-                "out, or use train.precision=fp32"
+                "train.head_precision=fp32 is for an output head that is one plain matrix, and this one is not; "
+                "leave it out, or use train.precision=fp32"
             )
 
     @property

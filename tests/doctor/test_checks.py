@@ -15,6 +15,7 @@ from distill.doctor import memory as footprint
 from distill.doctor import pair
 from distill.doctor.checks import check_recipe, examine
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, format_findings
+from distill.doctor.tokens import turn_end
 from distill.errors import UserError
 from distill.models import lora as adapters
 from distill.models import precision
@@ -147,6 +148,31 @@ def test_another_end_of_turn(bare, recipe, tmp_path):
     assert "generation_config.json" in told.fix and "[1, 7]" in told.fix
 
 
+def test_only_a_special_token_ends_a_turn(bare, recipe):
+    """A line break that is an added token, as Gemma has, and a word that is one: neither is a mark of the template."""
+    folder = bare("gemma", extra=["<|endoftext|>"])
+    table = json.loads((folder / "tokenizer.json").read_text())
+    free = 1 + max(token["id"] for token in table["added_tokens"])
+    free = max(free, len(table["model"]["vocab"]))
+    newline = {"id": free, "content": "\n", "single_word": False, "lstrip": False, "rstrip": False}
+    word = {**newline, "content": "<b>"}
+    for added, special in ((newline, True), (newline, False), (word, False)):
+        table["added_tokens"] = [t for t in table["added_tokens"] if t["id"] < free]
+        table["added_tokens"].append({**added, "normalized": False, "special": special})
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        side = pair.model_side("student", str(folder))
+        template = (
+            "{% for m in messages %}{{ m['content'] + '"
+            + added["content"].replace("\n", "\\n")
+            + "' }}{% endfor %}"
+        )
+        side.tokenizer.chat_template = template
+        assert side.tokenizer("x" + added["content"])["input_ids"][-1] == free
+        assert turn_end(side) is None, added
+    side.tokenizer.chat_template = template.replace("<b>", "<b><|im_end|>")
+    assert side.token(turn_end(side)) == "'<|im_end|>'"
+
+
 def test_missing_chat_template(bare, recipe):
     findings = of(examine(recipe(bare("t", template=None), bare("s", template=None))), "chat template", WARN)
     assert len(findings) == 2 and all("chat_template" in f.fix for f in findings)
@@ -262,6 +288,20 @@ def test_experts_that_are_not_there(bare, recipe):
     assert "no layer that mxfp4 emulation knows" in of(four, "precision", FAIL)[0].text
     larger = bare("larger", **{**QWEN3_MOE, "num_experts": 8})
     assert "compares experts by number" in of(examine(recipe(larger, moe, route)), "experts", FAIL)[0].text
+
+
+def test_balancing_that_reaches_no_router_is_named(bare, recipe):
+    moe = bare("moe", **QWEN3_MOE)
+    balance = "train.objectives=[{name: cross_entropy}, {name: batch_balance, weight: 0.1}]"
+    (told,) = [f for f in of(examine(recipe(None, moe, balance)), "experts", WARN)]
+    assert "batch_balance balances nothing" in told.text and "student.lora.router=true" in told.fix
+    for reaches in ("student.lora.router=true", "student.adapter=full"):
+        assert not [f for f in examine(recipe(None, moe, balance, reaches)) if "balances nothing" in f.text]
+    biased = bare("biased", **DEEPSEEK)
+    step = "train.expert_bias_step=0.001"
+    told = of(examine(recipe(None, biased, step)), "experts", FAIL)[0]
+    assert "no adapter carries" in told.text and "student.adapter=full" in told.fix
+    assert not [f for f in examine(recipe(None, biased, step, "student.adapter=full")) if f.state == FAIL]
 
 
 # ---- the command, and the commands that ask it ---------------------------------------------------------
