@@ -9,8 +9,9 @@ sliding-window and PEFT models take the same path on CPU and CUDA:
 
 Prompts are sorted by length and decoded left-padded, `batch_size` at a time. Samples of one prompt share its
 prefill, and what all prompts of a batch begin with (a system prompt, worked examples) is read once. Finished rows
-leave the cache in groups. On an accelerator waiting prompts then take their place (continuous batching: Yu et al., "Orca", OSDI
-2022, section 3); on a CPU the batch shrinks, as old rows would make new ones wide and width is what costs.
+leave the cache in groups. On an accelerator waiting prompts then take their place (continuous batching: Yu et
+al., "Orca", OSDI 2022, section 3); on a CPU the batch shrinks, as old rows would make new ones wide and width is
+what costs.
 
 A row's random numbers come from its key and the step alone: batch size, order and neighbours never change
 what is drawn. The logits do carry the rounding of the batch they were computed in (1e-5 of their spread in
@@ -106,9 +107,10 @@ def decode(
     vocab_limit: ids at or above it are never produced (embeddings are often padded beyond the tokenizer).
     stopping: transformers' StopStringCriteria; the token that completes a stop string is the row's last.
 
-    A prompt that is asked several times, and what all prompts of a batch begin with, is read once: routing statistics
-    count it so. A row ends with `error` set when its logits are not finite (NaN, +inf, or -inf everywhere) or its prompt
-    is empty or does not fit the model's context; the others go on. Every module keeps its train or eval mode.
+    A prompt that is asked several times, and what all prompts of a batch begin with, is read once: routing
+    statistics count it so. A row ends with `error` set when its logits are not finite (NaN, +inf, or -inf
+    everywhere) or its prompt is empty or does not fit the model's context; the others go on. Every module keeps
+    its train or eval mode.
     Raises UserError for missing or miscounted keys, a batch size below 1, a model without a key-value cache.
     """
     problems = []
@@ -402,7 +404,9 @@ class _Decoder:
         """With how many tokens all of them begin, where that is worth a forward pass of its own; else 0."""
         if not self.elastic or len(prompts) < 2:
             return 0
-        length = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        first, last = min(prompts), max(prompts)  # what these two begin with, all between them do
+        length = min(map(len, prompts)) - 1
+        length = next((i for i in range(length) if first[i] != last[i]), length)
         return length if length * (len(prompts) - 1) >= _SHARED else 0
 
     def _choose(self, batch: _Batch, logits: torch.Tensor) -> None:
