@@ -23,7 +23,6 @@ Shapes: B rows in the batch, T cached columns (left-padding included), V vocabul
 
 import inspect
 import math
-import os.path
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
