@@ -154,6 +154,41 @@ def test_logprobs_are_those_of_a_full_forward_at_temperature_one(family, exchang
         np.testing.assert_allclose(row.logprobs, expected.numpy(), atol=2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_prompts_share_is_read_once_and_changes_nothing(family, exchange):
+    """A common beginning longer than the windows, ragged ends, and some prompts asked several times."""
+    model, rng = tiny(family), np.random.default_rng(3)
+    beginning = rng.integers(9, V, 24).tolist()
+    prompts = [beginning + rng.integers(9, V, n).tolist() for n in (1, 9, 4, 2, 9, 7, 12)]
+    prompts = [prompt for i, prompt in enumerate(prompts) for _ in range(1 + i % 3)]
+    fed = []
+    model.register_forward_pre_hook(
+        lambda _m, _a, named: fed.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    expected = [generate_alone(model, prompt, 12) for prompt in prompts]
+    fed.clear()
+    rows = decode(model, prompts, Sampling(max_new_tokens=12), eos_ids=EOS, pad_id=PAD, batch_size=16)
+    assert [row.ids for row in rows] == expected
+    plain = family not in ("qwen3_next", "deepseek_v32")  # those keep a cache that cannot be cut
+    assert not plain or fed[:2] == [24, 7 * 12]  # the beginning, and seven ends as long as the longest
+
+
+def test_samples_of_a_prompt_are_drawn_as_from_a_prefill_of_their_own(monkeypatch):
+    model, rng = tiny(initializer_range=0.15), np.random.default_rng(4)
+    beginning = rng.integers(9, V, 30).tolist()
+    prompts = [beginning + rng.integers(9, V, 1 + n % 5).tolist() for n in range(6)]
+    asked, keys = [p for p in prompts for _ in range(4)], [(0, i, s) for i in range(6) for s in range(4)]
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=15)
+    common = {"eos_ids": EOS, "pad_id": PAD, "keys": keys, "batch_size": 10}
+    together = decode(model, asked, sampling, **common)
+    assert len({tuple(row.ids) for row in together[:4]}) > 1
+    monkeypatch.setattr("distill.models.decode._SHARED", 10**9)
+    apart = [decode(model, [p], sampling, **{**common, "keys": [k]})[0] for p, k in zip(asked, keys)]
+    assert [row.ids for row in together] == [row.ids for row in apart]
+    for a, b in zip(together, apart):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
 def test_bfloat16_model_keeps_its_dtype_and_gives_float_logprobs():
     model = tiny().to(torch.bfloat16)
     rows = decode(model, ragged(5), Sampling(max_new_tokens=6), eos_ids=set(), pad_id=PAD, batch_size=5)
@@ -200,6 +235,36 @@ def test_choice_follows_the_filtered_distribution(seed, temperature, top_k, top_
     expected = brute_force(logits, sampling) * n
     assert (counts[expected == 0] == 0).all()
     np.testing.assert_allclose(counts, expected, atol=1.5)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_p": 0.9},
+        {"top_k": 40},
+        {"top_k": 40, "top_p": 0.8},
+        {"min_p": 0.02},
+        {"top_p": 0.999, "min_p": 0.001},
+        {},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_leaving_out_what_no_filter_keeps_changes_no_draw(filters, temperature, monkeypatch):
+    """A large vocabulary is cut to its candidates before it is sorted; the draws are those of the whole of it."""
+    rng = np.random.default_rng(5)
+    scores = torch.from_numpy((rng.normal(size=(48, 6000)) * 4).astype(np.float32))
+    scores[:, 100:160] = scores[:, 99:100]  # ties
+    scores[::3, ::2] = -math.inf  # forbidden tokens
+    scores[1] = torch.linspace(-200, 0, 6000)  # exp underflows
+    scores[2] = 0.0  # all the same
+    u = torch.from_numpy(rng.random((40, 48)))
+    u[0], u[1] = 0.0, 1 - 2.0**-53
+    sampling = Sampling(temperature, **filters)
+    found = [choose(scores, sampling, row) for row in u]
+    monkeypatch.setattr("distill.models.decode._WIDE", 10**9)
+    slow = [choose(scores, sampling, row) for row in u]
+    assert torch.equal(torch.stack(found), torch.stack(slow))
+    assert scores.gather(1, torch.stack(found).T).isfinite().all()
 
 
 def test_choice_at_the_ends_of_the_unit_interval_is_never_a_filtered_token():
@@ -359,7 +424,9 @@ def test_few_slots_are_spent_on_finished_rows(exchange):
     model.register_forward_pre_hook(tally, with_kwargs=True)
     for batch_size in (8, 64):
         fed = steps = 0
-        prompts = [[9, 9 + n] for n in lengths]
+        prompts = [
+            [9 + i // 8, 9 + i % 8, 9 + n] for i, n in enumerate(lengths)
+        ]  # no two alike: each is read
         run = {"eos_ids": {5}, "pad_id": PAD, "batch_size": batch_size}
         rows = decode(model, prompts, Sampling(max_new_tokens=60), **run)
         assert [len(row.ids) for row in rows] == lengths
@@ -468,7 +535,7 @@ def test_finished_rows_are_padding_to_routing_statistics():
     model = AutoModelForCausalLM.from_config(config).eval()
     model.register_forward_hook(count_down, with_kwargs=True)
     lengths = [1, 2, 3, 9, 9, 9, 9, 9, 14, 20]
-    prompts = [[5] * (1 + i % 4) + [_FIRST + n - 1] for i, n in enumerate(lengths)]
+    prompts = [[5 + i] * (1 + i % 4) + [_FIRST + n - 1] for i, n in enumerate(lengths)]  # no two alike
     with record_routing(model, keep="counts") as recording:
         found = decode(model, prompts, Sampling(max_new_tokens=30), eos_ids={1}, pad_id=0, batch_size=10)
     assert [len(c.ids) for c in found] == lengths
