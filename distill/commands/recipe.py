@@ -176,7 +176,7 @@ def _section_arguments(parser: argparse.ArgumentParser) -> None:
     add("--likelihood", action="store_true", default=None, help="multiple choice: options' likelihood too")
     add("--text", nargs="+", metavar="FILE", help=".txt or .jsonl: perplexity and bits per byte")
     add("--precision", dest="precisions", type=comma_separated, metavar="P,...",
-        help="again in each: fp32, bf16, fp16, fp8-emulated, fp8-emulated-tensor")  # fmt: skip
+        help="again in each: fp32, bf16, fp16, fp8-emulated, nvfp4-emulated, ... (docs/training.md)")  # fmt: skip
     add("--harness", type=comma_separated, metavar="TASK,...", help="tasks of lm-evaluation-harness (extra)")
     add("--harness-include", metavar="DIR", help="a folder with further harness task files")
     add("--harness-limit", type=whole, metavar="N", help="first documents of each harness task")
