@@ -36,22 +36,9 @@ import shutil
 import matplotlib.pyplot as plt
 import torch
 
-from distill import load_model, load_tokenizer
+from distill import load_model
 from distill.config import Lora
-from distill.evaluation.stats import wilson_interval
-from distill.lessons import (
-    accuracy,
-    ask,
-    begin,
-    exercise,
-    expect,
-    experiment,
-    held_out_problems,
-    scaled,
-    share,
-    slider,
-    step_log,
-)
+from distill.lessons import begin, exercise, expect, experiment, scaled, step_log
 from distill.models import add_lora, format_trainable
 
 folder = begin(3)
@@ -69,9 +56,9 @@ def trained(model):
 model = adapted(rank=16, alpha=32)
 print(format_trainable(model))
 whole = sum(p.numel() for p in load_model("checkpoints/base").parameters())
-size = trained(model) / whole
-expect("rank 16 on all linear layers: share of the base's size", size, 0.15, 0.22, short=True, without=1)
-slider("rank")
+expect(
+    "rank 16 on all linear layers: share of the base's size", trained(model) / whole, 0.15, 0.22, short=True
+)
 
 # %% [markdown] lang="en"
 # {{rank 16 on all linear layers: share of the base's size|%}} % of the base's size looks like a lot. It is: this base is tiny, its matrices 128 wide, and an adapter grows with width while a matrix grows with its square. On a 7B model the same rank is about 0.5 %.
@@ -80,7 +67,7 @@ slider("rank")
 #
 # ## Rank and placement
 #
-# One kind of problem, long additions, of which the base solves none: a student learns them in 50 steps. The same rows in the same order: rank 1 and rank 16 on all linear layers, rank 16 on attention alone, and full fine-tuning at two learning rates. And the control: rank 16 as well, with the right results and without the teacher's working.
+# The same rows in the same order: ranks 1, 4 and 16 on all linear layers, rank 16 on attention alone, and full fine-tuning. LoRA wants a learning rate about ten times that of full fine-tuning.
 
 # %% [markdown] lang="zh"
 # 相当于底座的 {{rank 16 on all linear layers: share of the base's size|%}}%，看起来不少。确实如此：这个底座很小，矩阵只有 128 宽；适配器随宽度增长，矩阵随宽度的平方增长。在 7B 模型上，同样的秩大约只占 0.5%。
@@ -89,17 +76,16 @@ slider("rank")
 #
 # ## 秩与位置
 #
-# 只用一种题：长加法。底座一道也不会，学生 50 步就能学会。同样的数据、同样的顺序：所有线性层上秩 1 和秩 16，仅注意力上秩 16，以及两种学习率的全量微调。还有对照组：同样是秩 16，有正确结果，没有教师的推导。
+# 同样的数据、同样的顺序：所有线性层上秩 1、4、16，仅注意力上秩 16，以及全量微调。LoRA 的学习率大约要取全量微调的十倍。
 
 # %%
 common = [
-    "prompts.families=[addition]",
-    f"prompts.levels={scaled('{easy: 30, hard: 220}', '{hard: 24}')}",
+    f"prompts.levels={scaled('{easy: 40, medium: 70, hard: 210}', '{hard: 16}')}",
     "generate.samples=1",
     "train.objectives=[{name: cross_entropy}]",
-    f"train.steps={scaled(50, 3)}",
+    f"train.steps={scaled(30, 3)}",
     "train.warmup_steps=2",
-    f"train.batch_size={scaled(32, 8)}",
+    f"train.batch_size={scaled(24, 8)}",
     "train.checkpoint_every=0",
     "train.precision=fp32",
     "control.enabled=false",
@@ -107,57 +93,32 @@ common = [
 data = experiment(folder / "data", common, command="generate")
 experiment(data, common, command="filter")
 arms = {
-    "rank 16": ["student.lora={rank: 16, alpha: 32}", "control.enabled=true"],
     "rank 1": ["student.lora={rank: 1, alpha: 2}"],
+    "rank 4": ["student.lora={rank: 4, alpha: 8}"],
+    "rank 16": ["student.lora={rank: 16, alpha: 32}"],
     "attention, rank 16": ["student.lora={rank: 16, alpha: 32, targets: attention}"],
-    "full, 0.001": ["student.adapter=full", "train.learning_rate=1e-3"],
-    "full, 0.003": ["student.adapter=full", "train.learning_rate=3e-3"],
+    "full": ["student.adapter=full", "train.learning_rate=1e-3"],
 }
-runs = {}
+runs, curves = {}, {}
 for name, settings in arms.items():
-    plain = name.replace(", ", "-").replace(" ", "-")
-    runs[name] = experiment(folder / plain, [*common, *settings], data=data) / "student"
-runs["control"] = runs["rank 16"].parent / "control"
-
-tokenizer = load_tokenizer("checkpoints/teacher")
-problems = held_out_problems({"hard": scaled(60, 14)}, families=["addition"])
-rows = {"base": ask(load_model("checkpoints/base"), tokenizer, problems)}
-for name, run in runs.items():
-    rows[name] = ask(load_model(str(run)), tokenizer, problems)
-curves = {name: [line["loss"] for line in step_log(run)] for name, run in runs.items()}
-last = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in curves.items()}
-for name, found in rows.items():
-    loss = f"{last[name]:.3f}" if name in last else "-"
-    print(f"{name:20} loss of the last steps {loss:>6}   right {share(found)}")
-for name in ("rank 1", "rank 16", "full, 0.001"):
-    size = sum(p.stat().st_size for p in runs[name].glob("*.safetensors"))
-    print(f"{name:20} {size / 1e6:.2f} MB on disk")
-
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
-for place, name in enumerate(rows):
-    colour, found = f"C{place}", accuracy(rows[name])
-    if name in curves and name != "control":  # the control's loss is of other text
-        left.plot(curves[name], color=colour)
-    low, high = wilson_interval(round(found * len(problems)), len(problems))
-    right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=3)
-    right.plot(100 * found, place, "o", color=colour)
-left.set(xlabel="optimizer step", ylabel="loss (nats per token)", yscale="log")
-right.set_yticks(range(len(rows)), rows)
-right.set(xlabel=f"right answers to {len(problems)} long additions, %, with 95 % interval", xlim=(-2, 102))
-right.invert_yaxis()
+    runs[name] = experiment(
+        folder / name.replace(", ", "-").replace(" ", "-"), [*common, *settings], data=data
+    )
+    curves[name] = [line["loss"] for line in step_log(runs[name] / "student")]
+    plt.plot(curves[name], label=name)
+plt.xlabel("optimizer step")
+plt.ylabel("loss (nats per token)")
+plt.legend()
 plt.show()
-gain = accuracy(rows["rank 16"]) - accuracy(rows["control"])
-expect("rank 16: right answers", accuracy(rows["rank 16"]), 0.5, 1, without=accuracy(rows["base"]))
-expect("rank 16 minus control", gain, 0.4, 1, without=accuracy(rows["base"]) - accuracy(rows["control"]))
-expect("rank 16: loss of the last 10 steps", last["rank 16"], 0, 0.2, short=(0.5, 6), without=last["rank 1"])
-expect("rank 1 over rank 16, loss", last["rank 1"] / last["rank 16"], 1.5, 1000, short=(0.8, 4), without=1)
+
+last = {name: sum(curve[-10:]) / len(curve[-10:]) for name, curve in curves.items()}
+for name, run in runs.items():
+    size = sum(p.stat().st_size for p in (run / "student").glob("*.safetensors"))
+    print(f"{name:20} loss of the last steps {last[name]:.3f}   weights on disk {size / 1e6:5.2f} MB")
+expect("rank 16: loss of the last 10 steps", last["rank 16"], 0.4, 1.1, short=(0.5, 6))
+expect("rank 1 over rank 16", last["rank 1"] / last["rank 16"], 1.05, 4, short=(0.8, 4))
 expect(
-    "attention alone over all layers, loss",
-    last["attention, rank 16"] / last["rank 16"],
-    1.02,
-    1000,
-    short=(0.8, 4),
-    without=1,
+    "attention alone over all layers", last["attention, rank 16"] / last["rank 16"], 1.0, 3, short=(0.8, 4)
 )
 
 # %% [markdown] lang="en"
@@ -186,7 +147,7 @@ expect(
 from peft import PeftModel
 
 before = load_model("checkpoints/base", "fp32").state_dict()
-student = PeftModel.from_pretrained(load_model("checkpoints/base", "fp32"), str(runs["rank 16"]))
+student = PeftModel.from_pretrained(load_model("checkpoints/base", "fp32"), str(runs["rank 16"] / "student"))
 after = {
     name.removeprefix("base_model.model.").replace(".base_layer", ""): value
     for name, value in student.state_dict().items()
@@ -194,9 +155,7 @@ after = {
 }
 same = sum(torch.equal(before[name], after[name]) for name in before)
 print(f"{same} of {len(before)} tensors of the base are bit for bit what they were")
-fully = load_model(str(runs["full, 0.001"]), "fp32").state_dict()
-moved = sum(torch.equal(before[name], fully[name]) for name in before) / len(before)
-expect("share of base tensors unchanged", same / len(before), 1.0, 1.0, short=True, without=moved)
+expect("share of base tensors unchanged", same / len(before), 1.0, 1.0, short=True)
 
 # %% [markdown] lang="en"
 # ## Merging
@@ -212,16 +171,13 @@ expect("share of base tensors unchanged", same / len(before), 1.0, 1.0, short=Tr
 from distill import merge_adapter
 from distill.training import format_errors
 
-change = {}
 for dtype in ("fp32", "bf16"):
     out = folder / f"merged-{dtype}"
     shutil.rmtree(out, ignore_errors=True)
-    manifest = merge_adapter(str(runs["rank 16"]), out, dtype)
-    change[dtype] = manifest["merge"]["stored"]["max_abs"]
+    manifest = merge_adapter(str(runs["rank 16"] / "student"), out, dtype)
     print(f"stored as {dtype}\n{format_errors(manifest)}\n")
-label = "largest change of a logit"
-expect(f"merged, stored as fp32: {label}", change["fp32"], 0, 1e-3, short=True, without=change["bf16"])
-expect(f"merged, stored as bf16: {label}", change["bf16"], 1e-3, 2, short=True, without=change["fp32"])
+    expect(f"merged, stored as {dtype}: largest change of a logit", manifest["merge"]["stored"]["max_abs"],
+           *((0, 1e-3) if dtype == "fp32" else (1e-3, 2)), short=True)  # fmt: skip
 
 # %% [markdown] lang="en"
 # ## The trap: mixtures of experts
@@ -244,11 +200,10 @@ trains = {
     n.partition(".lora_")[0].split("layers.")[-1] for n, p in wrapped.named_parameters() if p.requires_grad
 }
 print("asked for:", asked, "\ntrains:   ", sorted(trains))
+expect("tensors of shared experts that train", sum("shared" in n for n in trains), 0, 0, short=True)
+
 mine = add_lora(load_model("checkpoints/teacher", "fp32", training=True), Lora(rank=4, targets=tuple(asked)))
 print("\n" + format_trainable(mine))
-wanted = {n.partition(".lora_")[0] for n, p in mine.named_parameters() if p.requires_grad}
-found = sum("shared" in n for n in trains)
-expect("tensors of shared experts that PEFT trains", found, 0, 0, short=True, without=len(wanted))
 
 # %% [markdown] lang="en"
 # The toolkit sorts weights into groups by structure, sends such targets through another door of PEFT, compares what trains with what was asked, and stops if they differ. And "all linear layers" leaves the routed experts frozen, 73 % of this teacher: `student.lora.experts=true` adds them.
@@ -325,6 +280,7 @@ def energy(delta, r):
 
 
 # %%
+fully = load_model(str(runs["full"] / "student"), "fp32").state_dict()
 name = "model.layers.0.mlp.down_proj.weight"
 delta = fully[name] - before[name]
 

@@ -46,7 +46,7 @@ def inline(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The first sentences of a paragraph, of English or Chinese."""
-    found = re.findall(r".+?(?:[.!?:](?=\s|$)|[。！？：])", text.replace("\n", " ")) or [text]
+    found = re.findall(r".+?(?:[.!?](?=\s|$)|[。！？])", text.replace("\n", " ")) or [text]
     kept, letters = [], 0
     for sentence in found[:SENTENCES]:
         letters += len(sentence)
@@ -73,7 +73,7 @@ def of_lesson(lesson: Lesson, language: str, outputs: list[list[dict]] | None, f
             image = picture_of(outputs[ran]) if outputs and ran < len(outputs) else ""
             ran += 1
             if image and slides:
-                if slides[-1].picture:
+                if slides[-1].picture or slides[-1].kind == "title":
                     slides.append(Slide(slides[-1].title))
                 slides[-1].picture = image
         if cell.kind != "text":

@@ -336,6 +336,30 @@ def test_no_range_accepts_the_number_without_the_mechanism(number):
         assert not e["low"] <= broken <= e["high"], f"lesson {number}: {e['name']} cannot fail"
 
 
+def test_numbers_that_texts_type_are_right():
+    """What no lesson measures under a name: by the formula."""
+    import torch
+
+    from distill import generalized_jsd
+    from distill.moe.metrics import max_violation_noise_floor
+    from distill.training.losses import batch_balance
+
+    assert round(max_violation_noise_floor(64, 8, 2), 2) == 0.34  # lesson 5, what commonly goes wrong
+    for text in ("0.34 by chance", "0.34"):
+        assert any(text in cell.text["en"] for cell in workshop.read_lesson(5).cells if cell.kind == "text")
+
+    x = torch.linspace(-6, 6, 121)
+    bell = lambda centre, width: (-((x - centre) ** 2) / (2 * width**2))[None]  # noqa: E731
+    two = torch.logaddexp(torch.tensor(0.6).log() + bell(2, 0.5), torch.tensor(0.4).log() + bell(-2, 0.5))
+    covers, picks = (float(generalized_jsd(q, two, beta=0.5)) for q in (bell(0.41, 2.06), bell(2, 0.5)))
+    assert picks < covers and (round(picks, 2), round(covers, 2)) == (0.16, 0.2)  # lesson 2
+
+    scores = torch.full((1, 64, 2), 0.001)
+    scores[..., 0] = 0.999
+    both = torch.cat([scores, scores], 1), torch.zeros(1, 128, 1, dtype=torch.long)
+    assert abs(float(batch_balance(*both, torch.ones(1, 128))) - BROKEN[5]["pooled"]) < 0.01
+
+
 # ---- quizzes, slides, sliders ----------------------------------------------------------------------------------
 
 
