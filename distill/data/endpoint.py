@@ -322,13 +322,11 @@ class EndpointTeacher:
         await self._with_client(work, len(questions), key, most)
         return answers
 
-    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat | None) -> None:
+    def score(self, questions: list[Question], answers: list[Answer], form: SignalFormat) -> None:
         """Give every finished answer ids of the served model's tokenizer, its signal and its tokens' logprobs.
 
         One that the server does not score after its retries becomes a failed answer, with the reason.
         """
-        if form is None:
-            return
         due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason == "stop" and a.error is None]
         asyncio.run(self._score_all(due, form))
 

@@ -31,6 +31,7 @@ from distill.config.section import Signal
 from distill.data.batches import TokenRows
 from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
 from distill.data.teachers import Answer, LocalTeacher, Question, closed
+from distill.data.vllm import VllmTeacher
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
@@ -239,7 +240,8 @@ def score_answers(section: Signal, teacher, questions: list[Question], answers: 
     """
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
-        teacher.score(questions, answers, form)
+        if form or isinstance(teacher, VllmTeacher):
+            teacher.score(questions, answers, form)
         return
     due = [
         (question.key, answer)
