@@ -322,14 +322,12 @@ class EndpointTeacher:
         return answers
 
     def score(
-        self, questions: list[Question], answers: list[Answer], form: SignalFormat | None, reasons=("stop",)
+        self, questions: list[Question], answers: list[Answer], form: SignalFormat, reasons=("stop",)
     ) -> None:
         """Give every answer that ended so ids of the served model's tokenizer, its signal and its tokens' logprobs.
 
         One that the server does not score after its retries becomes a failed answer, with the reason.
         """
-        if form is None:
-            return
         due = [(q, a) for q, a in zip(questions, answers) if a.finish_reason in reasons and a.error is None]
         asyncio.run(self._score_all(due, form))
 

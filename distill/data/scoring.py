@@ -31,6 +31,7 @@ from distill.config.section import Signal
 from distill.data.batches import TokenRows
 from distill.data.signals import HIDDEN, SignalFormat, encode_hidden, encode_sampled, encode_top_k
 from distill.data.teachers import Answer, LocalTeacher, Question, closed, taught
+from distill.data.vllm import VllmTeacher
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import row_seed, uniforms
@@ -247,7 +248,8 @@ def score_answers(
     reasons = ("stop", "length") if cut else ("stop",)
     form = signal_format(section, teacher)
     if not isinstance(teacher, LocalTeacher):
-        teacher.score(questions, answers, form, reasons)
+        if form or isinstance(teacher, VllmTeacher):
+            teacher.score(questions, answers, form, reasons)
         return
     due = [
         (question.key, answer)

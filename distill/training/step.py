@@ -116,11 +116,6 @@ class StudentStep(nn.Module):
         return sorted({type(layer).__name__ for layer in decoder_layers(self.model)[1]})
 
     @property
-    def of_step(self) -> list["Balance"]:
-        """The objectives that are of a whole optimizer step (`whole_step`)."""
-        return [state for state in self.states if getattr(state, "of_step", False)]
-
-    @property
     def head_form(self) -> str:
         """For manifests and people: how the loss is computed."""
         if self.exact_head:
@@ -170,7 +165,7 @@ class StudentStep(nn.Module):
             self.at(lambda hidden: hidden, **inputs)
         else:
             self.model(use_cache=False, **inputs)
-        return [state.count(batch) for state in self.of_step]
+        return [state.count(batch) for state in of_step(self)]
 
     def ready(self, batch: Batch, device: torch.device) -> Batch:
         """The batch on the device, its stored signals held against the student's vocabulary while they are here.
@@ -279,6 +274,11 @@ def _chosen(layers: Sequence[RoutedLayer], mask: Tensor) -> Tensor:
     return torch.stack([chosen_experts(x.scores.detach(), x.indices, mask) for x in layers])
 
 
+def of_step(step: "StudentStep") -> list[Balance]:
+    """The objectives that are of a whole optimizer step."""
+    return [state for state in step.states if getattr(state, "of_step", False)]
+
+
 @contextlib.contextmanager
 def whole_step(
     step: "StudentStep",
@@ -293,7 +293,7 @@ def whole_step(
     (dropout) are those of the passes to come. `batches()`: this process's batches with their weights, 1 or 0;
     `reduce`: the sum over processes; `kept`: tokens of the step with a loss.
     """
-    states = step.of_step
+    states = of_step(step)
     if not states:
         yield
         return

@@ -42,7 +42,7 @@ from distill.training.checkpoint import Interrupts, Saver
 from distill.training.log import StepLog
 from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
 from distill.training.sources import Lot, Source
-from distill.training.step import StudentStep, state_objectives, whole_step
+from distill.training.step import StudentStep, of_step, state_objectives, whole_step
 from distill.training.validation import Validator
 
 
@@ -289,7 +289,7 @@ class MicroBatches:
                     # Gradients are averaged over processes, hence the world; one division by all kept tokens.
                     accelerator.backward(total * (weight * accelerator.num_processes / lot.tokens))
                 sums += terms * weight
-        if self.step.of_step and not alone:
+        if of_step(self.step) and not alone:
             self.counted += lot.read
         return sums
 
