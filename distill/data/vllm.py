@@ -102,10 +102,11 @@ def top_k_of(
     found, values, own = [], [], []
     for token, table in zip(ids, tables, strict=True):
         ranked = _ranked(table, vocabulary)
-        if len(ranked) < k:
+        likeliest = sum(rank <= k for rank, _, _ in ranked)  # the text's own token stands there too, at any rank
+        if likeliest < k:
             raise BadReply(
-                f"the server names {len(ranked)} tokens a place and {k} were asked for; raise its --max-logprobs, or "
-                "lower generate.signal.k",
+                f"the server names the {likeliest} likeliest tokens of a place and {k} were asked for; raise its "
+                "--max-logprobs, or lower generate.signal.k",
                 retry=False,
             )
         said = next((logprob for _, logprob, i in ranked if i == token), None)

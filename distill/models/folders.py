@@ -38,6 +38,7 @@ _LONG = (
     "vocab.json",
     "added_tokens.json",
 )  # a vocabulary, whose reader looks at every entry
+_TEXTS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 _MOST_JSON = 2**28  # bytes
 # Sizes in a config, and what nothing real exceeds. A list has one for each layer.
 _SIZES = {
@@ -47,6 +48,13 @@ _SIZES = {
     "num_local_experts": 10**5, "n_routed_experts": 10**5, "num_experts_per_tok": 10**5,
     "max_position_embeddings": 10**10,
 }  # fmt: skip
+# Numbers that every token's arithmetic goes through, and what they are between; outside they make NaN of all of it.
+_FACTORS = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"), (0.0, 1.0)),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1e-3, 1e15)),
+}  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")  # dtypes of safetensors
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TIMES = 32  # packed weights (4 bits and less) have fewer elements than parameters, but not so many fewer
 _CONVERSATIONS = (
@@ -107,6 +115,7 @@ def check_folder(folder: Path) -> None:
     elif any(folder.glob("*.safetensors")):
         check_weights(folder)
         _check_proportion(folder, found.get("config.json", {}))
+        _check_kinds(folder, found.get("config.json", {}))
 
 
 def _check_ordinary(folder: Path) -> None:
@@ -114,6 +123,12 @@ def _check_ordinary(folder: Path) -> None:
         kind = path.stat().st_mode if path.exists() else stat.S_IFREG
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
             raise UserError(f"{path} is no ordinary file, and reading it may never end; remove it")
+        if (
+            (path.suffix == ".jinja" or path.name in _TEXTS)
+            and path.exists()
+            and path.stat().st_size > _MOST_JSON
+        ):
+            raise UserError(f"{path} has more than {_MOST_JSON:,} bytes, and is read whole; {_AGAIN}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -157,8 +172,21 @@ def check_config(config: dict[str, Any], where: str) -> None:
                     raise UserError(
                         f"{where}: {key} is {str(value)[:60]}, not a whole number from 1 to {_SIZES[key]:,}; correct it"
                     )
-        if isinstance(value, dict) and key.endswith("_config"):
+        if (
+            key in _FACTORS
+            and type(value) in (int, float)
+            and not _FACTORS[key][0] <= value <= _FACTORS[key][1]
+        ):
+            low, high = _FACTORS[key]
+            raise UserError(
+                f"{where}: {key} is {str(value)[:60]}, not a number from {low:g} to {high:g}; correct it"
+            )
+        if isinstance(value, dict) and (key.endswith("_config") or key.startswith("rope_")):
             check_config(value, where)
+    experts = [config[key] for key in _EXPERTS if isinstance(config.get(key), int)]
+    chosen = config.get("num_experts_per_tok")
+    if experts and isinstance(chosen, int) and chosen > max(experts):
+        raise UserError(f"{where}: num_experts_per_tok is {chosen}, of {max(experts)} experts; correct it")
     family = config.get("model_type")
     if family is not None and not isinstance(family, str):
         raise UserError(f"{where}: model_type is {str(family)[:60]}, not a name; correct it")
@@ -220,9 +248,26 @@ def _check_index(index: Path, there: set[str]) -> None:
 
 def shapes(file: Path) -> dict[str, list[int]]:
     """{name: shape} of a safetensors file that `safe_open` accepts: its header alone is read."""
+    return {name: entry["shape"] for name, entry in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
     with open(file, "rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _check_kinds(folder: Path, config: dict[str, Any]) -> None:
+    """Whole numbers in place of weights are packed ones, and a config says so; else they are damage."""
+    if config.get("quantization_config"):
+        return
+    for file in folder.glob("*.safetensors"):
+        for name, entry in _header(file).items():
+            if name.endswith(".weight") and entry["dtype"] in _WHOLE_NUMBERS:
+                raise UserError(
+                    f"{file}: {name[:100]} is of {entry['dtype']}, whole numbers, and config.json has no "
+                    f"quantization_config that says how to read them; {_AGAIN}"
+                )
 
 
 def _check_proportion(folder: Path, config: dict[str, Any]) -> None:

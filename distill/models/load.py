@@ -119,6 +119,7 @@ def load_model(
         raise UserError(
             f"'{name}' lacks weights its config asks for (first: {key}); it would run on random numbers"
         )
+    _check_finite(model, name)
     if rounded:  # already on the device, and they refuse to be moved
         from distill.models.quantize import keep_differentiable
 
@@ -126,6 +127,26 @@ def load_model(
     else:
         model.to(device)
     return (model if training else fit_for_inference(model)).eval()
+
+
+def _check_finite(model: torch.nn.Module, name: str, only: str = "") -> None:
+    """Raises UserError for a weight that is NaN or infinite: all that it answers would be no number either.
+
+    Its least and its largest number are looked at. `only`: of tensors with this in their names.
+    """
+    for key, parameter in model.named_parameters():
+        if (
+            only in key
+            and parameter.is_floating_point()
+            and parameter.element_size() > 1
+            and parameter.numel()
+        ):
+            low, high = torch.aminmax(parameter.detach())
+            if not (low.isfinite() and high.isfinite()):
+                raise UserError(
+                    f"'{name}' has weights that are no numbers (NaN or infinite, first: {key}); copy the folder "
+                    "again, or train it anew with a lower learning rate"
+                )
 
 
 def check_adapter_base(folder: Path) -> str:
@@ -209,7 +230,8 @@ def _load_adapter(folder: Path, dtype: str, device, quantize: str) -> PreTrained
             raise ValueError(
                 f"{len(missing)} tensors are missing and {len(surplus)} have no place, first {(missing + surplus)[0]}"
             )
-        return model.to(device).eval()
+    _check_finite(model, str(folder), ".lora_")
+    return model.to(device).eval()
 
 
 def fit_for_inference(model: PreTrainedModel) -> PreTrainedModel:

@@ -300,6 +300,17 @@ def test_decontamination_is_on_for_files(make_recipe, run_cli, tmp_path):
     assert read_json(run_dir / "dataset" / "manifest.json")["counts"]["kept"] == 12
 
 
+def test_a_control_arm_needs_every_answer(tmp_path):
+    """By the stage itself: what is on the hub is not looked at before."""
+    from distill.data.filter import _write
+
+    row = {"prompt_id": "p", "sample_idx": 0, "prompt_ids": [1], "completion_ids": [2, 3], "text": "t"}
+    prompt = {"messages": [{"role": "user", "content": "q"}], "answer": ""}
+    with pytest.raises(UserError, match="1 rows lack it"):
+        _write([row], tmp_path / "a", {"p": prompt}, None, control=True)
+    assert _write([row], tmp_path / "b", {"p": prompt}, None, control=False)["kept"] == 1
+
+
 def test_parts_are_written_as_they_fill(tmp_path):
     from distill.data.filter import _Parts
     from distill.storage import DATASET_SCHEMA, parts

@@ -169,6 +169,19 @@ def test_the_table_is_read_by_rank_and_the_own_token_apart():
         {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": float("nan"), "rank": 2}},
         {"7": {"logprob": -2.0, "rank": 1}, "3": {"logprob": -1.0, "rank": 2}},  # the second is likelier
         {"7": {"logprob": -0.1, "rank": 1}, "3": {"logprob": -0.1, "rank": 2}},  # 1.8 in all
+        {
+            "7": {"logprob": -0.5, "rank": 9},
+            "3": {"logprob": -0.1, "rank": 1},
+        },  # the own token, not the second
+        {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -1.0, "rank": "2"}},
+        {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -1.0}},
+        {"7": {"logprob": -0.5, "rank": 1}, "3": -1.0},
+        {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": -(10**400), "rank": 2}},
+        {"7": {"logprob": -0.5, "rank": 1}, "": {"logprob": -1.0, "rank": 2}},
+        {"7": {"logprob": -0.5, "rank": 1}, "3.0": {"logprob": -1.0, "rank": 2}},
+        {"7": {"logprob": -0.5, "rank": 1}, "3": {"logprob": True, "rank": 2}},
+        [["7", -0.5]],
+        None,
     ],
 )
 def test_no_field_of_a_table_is_trusted(table):

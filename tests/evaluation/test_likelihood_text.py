@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.evaluation.likelihood import answers_nll, solutions_nll, text_names, text_nll, windows
+from distill.evaluation.likelihood import answers_nll, solutions_nll, text_names, text_nll, text_rows, windows
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
@@ -61,6 +61,15 @@ def test_one_window_is_the_library_s_own_loss(hub):
         loss = float(model(ids, labels=ids).loss)
     found = text_nll(model, tokenizer, ["one short text"], window=10_000)
     assert found["nll_per_token"] == pytest.approx(loss, rel=1e-5) and found["window"] == 512
+
+
+def test_a_document_begins_with_the_first_token_of_texts(hub):
+    """Where the tokenizer has one; else with the end of the text before."""
+    model, tokenizer = load_model(hub["llama"]), load_tokenizer(hub["llama"])
+    assert text_rows(model, tokenizer, ["ab"], 16)[0][0][0] == [tokenizer.eos_token_id]
+    tokenizer.bos_token = "<|im_start|>"
+    assert tokenizer.bos_token_id != tokenizer.eos_token_id
+    assert text_rows(model, tokenizer, ["ab"], 16)[0][0][0] == [tokenizer.bos_token_id]
 
 
 def test_batches_do_not_change_the_number(hub):

@@ -242,6 +242,34 @@ def test_a_flipped_bit_of_an_unfinished_evaluation_is_told(finished, tmp_path, c
         part.write_bytes(sound)
 
 
+def test_a_changed_line_of_an_unfinished_log_is_told(finished, tmp_path, capsys, monkeypatch):
+    """Each state has the hash of the log that belongs to it: one digit of a loss is another."""
+    from distill.training.step import StudentStep
+
+    run = Path(shutil.copytree(finished / "run", tmp_path / "run"))
+    for name in ("student", "control", "eval"):
+        shutil.rmtree(run / name)
+    words = ["train", str(finished / "run.yaml"), f"run_dir={run}", "control.enabled=false"]
+    real, calls = StudentStep.forward, []
+
+    def stops(self, *rest, **more):
+        calls.append(1)
+        if len(calls) > 5:  # two forward passes a step: three states are there
+            raise KeyboardInterrupt
+        return real(self, *rest, **more)
+
+    monkeypatch.setattr(StudentStep, "forward", stops)
+    assert main(words) == 130
+    monkeypatch.setattr(StudentStep, "forward", real)
+    log = run / "student" / "metrics.jsonl"
+    other = log.read_text().replace('"lr": 0.00', '"lr": 0.01', 1)
+    assert other != log.read_text()
+    log.write_text(other)
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "metrics.jsonl is not as training wrote it" in capsys.readouterr().err
+
+
 def test_licences_of_cards_that_are_a_bit_apart_say_the_same():
     """The one field of a card that is read: a flip must not turn a refusal into a permission."""
     import yaml

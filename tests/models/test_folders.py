@@ -56,6 +56,27 @@ def weights(change_bytes: Callable[[bytes], bytes], name: str = "model.safetenso
     return lambda folder: (folder / name).write_bytes(change_bytes((folder / name).read_bytes()))
 
 
+def tensors(part: str, change_tensor: Callable) -> Damage:
+    """Tensors with `part` in their names become others."""
+
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        changed = {k: change_tensor(t) if part in k else t for k, t in found.items()}
+        save_file(changed, folder / "model.safetensors")
+
+    return damage
+
+
+def sparse(name: str, size: int) -> Damage:
+    """A file of so many zeros, which takes no room on the disk."""
+
+    def damage(folder: Path) -> None:
+        with open(folder / name, "wb") as file:
+            file.truncate(size)
+
+    return damage
+
+
 def header(value: object) -> bytes:
     text = json.dumps(value).encode()
     return struct.pack("<Q", len(text)) + text + b"\0" * 64
@@ -132,6 +153,12 @@ MODELS: dict[str, Damage] = {
     "norm_text": config(rms_norm_eps="x"),
     "context_text": config(max_position_embeddings="x"),
     "quantised_list": config(quantization_config=[1]),
+    **{f"norm_{n}": config(rms_norm_eps=v) for n, v in {
+        "negative": -1.0, "infinite": float("inf"), "nan": float("nan")}.items()},
+    **{f"theta_{n}": config(rope_parameters={"rope_type": "default", "rope_theta": v}) for n, v in {
+        "zero": 0, "negative": -1.0, "infinite": float("inf")}.items()},
+    "more_experts_than_there_are": config(num_local_experts=4, num_experts_per_tok=9),
+    "key_twice": put("config.json", '{"model_type": "llama", "model_type": "qwen3"}'),
     "eos_text": config(eos_token_id="x"),
     "eos_nested": config(eos_token_id=[[1]]),
     "generation_list": put("generation_config.json", "[]"),
@@ -155,6 +182,9 @@ MODELS: dict[str, Damage] = {
         "a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 64]}})),
     "weights_others": lambda f: save_file(
         {f"other.{k}": t for k, t in load_file(f / "model.safetensors").items()}, f / "model.safetensors"),
+    **{f"weights_{n}": tensors("norm" if n == "nan" else "q_proj", c) for n, c in {
+        "nan": lambda t: t * float("nan"), "infinite": lambda t: t / 0, "bool": lambda t: t > 0,
+        "whole": lambda t: t.int()}.items()},
     "weights_pickled": renamed("model.safetensors", "pytorch_model.bin"),
     "weights_pickled_pt": renamed("model.safetensors", "consolidated.00.pth"),
     "weights_missing": removed("model.safetensors"),
@@ -174,6 +204,7 @@ MODELS: dict[str, Damage] = {
     "tokenizer_added_list": change("tokenizer_config.json", added_tokens_decoder=[1]),
     "special_tokens_list": put("special_tokens_map.json", "[]"),
     "added_tokens_list": put("added_tokens.json", "[1]"),
+    "template_of_gigabytes": sparse("chat_template.jinja", 3 * 10**9),
     "template_number": template(5),
     "template_list": template([5]),
     "template_loop": template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),

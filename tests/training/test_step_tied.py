@@ -63,6 +63,7 @@ def gradient(model: Tied, run, tied: TiedGradient | None) -> torch.Tensor:
 RUNS = {
     "once": lambda m, loss: loss(m(IDS)),
     "twice in one graph": lambda m, loss: loss(m(IDS)) + 2 * loss(m(IDS.flip(0))),
+    "two losses of one lookup": lambda m, loss: (lambda h: loss(h) + 2 * loss(0.5 * h))(m(IDS)),
     "two lookups, one loss": lambda m, loss: loss(m(IDS) + 0.3 * m(IDS * 2 % V)),
     "another lookup beside the loss": lambda m, loss: loss(m(IDS)) + m.embed(IDS).square().sum(),
     "checkpointed": lambda m, loss: loss(torch.utils.checkpoint.checkpoint(m, IDS, use_reentrant=False)),

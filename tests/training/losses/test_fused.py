@@ -10,7 +10,7 @@ from distill.errors import UserError
 from distill.models.head import Head
 from distill.training import losses
 from distill.training.losses import fused
-from distill.training.losses.fused import Given, Projected, Term, fused_loss, whole_loss
+from distill.training.losses.fused import Given, Projected, Term, fused_loss, match_vocabulary, whole_loss
 from distill.training.losses.gradients import RowFormula, closed
 
 N, V, D, DT, K = 37, 23, 6, 5, 4
@@ -391,3 +391,11 @@ def test_scratch_is_kept_from_step_to_step_and_shared_by_nobody():
     for _ in range(2):  # what is left in it from before is of no consequence
         found = fused_loss(hidden, Head(weight), [term("forward_kl")], signals, scratch)[0]
         assert torch.equal(found, expected)
+
+
+def test_padding_of_the_other_vocabulary_stands_for_no_token():
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    wider = match_vocabulary(logits, 5)
+    assert wider.tolist() == [[1, 2, 3, -torch.inf, -torch.inf]]
+    assert torch.equal(wider.softmax(-1)[:, :3], logits.softmax(-1)), "no probability goes there"
+    assert match_vocabulary(logits, 2).tolist() == [[1, 2]]
