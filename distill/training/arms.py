@@ -24,9 +24,9 @@ from distill.models.describe import describe_model
 from distill.models.head import output_head
 from distill.models.load import eos_ids, load_tokenizer, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
-from distill.models.precision import resolve_precision
+from distill.models.precision import Precision, resolve_precision
 from distill.models.quantize import logical_size
-from distill.models.rounding import lost_steps, matrices
+from distill.models.rounding import Unseen, lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json, read_rows
@@ -79,17 +79,9 @@ def train_arm(
     device = pick_device(recipe.device, recipe.threads)
     precision = resolve_precision(recipe.train.precision, device)
     needs_teacher = any(o.live for o in recipe.train.objectives)  # itself, or its stored states
-    config = {
-        "student": recipe.student.identity(),
-        "train": recipe.train.identity(exclude=NOT_IDENTITY),
-        "teacher": recipe.teacher.identity(exclude={"terms", "device", "engine", "engine_options"})
-        if needs_teacher and recipe.teacher
-        else None,
-        "seed": recipe.seed,
-    }
     data = recipe.path / "dataset" / ("control" if arm == "control" else "")
     inputs = {"dataset": input_fingerprint(recipe.path / "dataset", "filter RECIPE")}
-    stage = Stage(recipe.path, arm, config, inputs, text)
+    stage = Stage(recipe.path, arm, _identity(recipe, needs_teacher), inputs, text)
     accelerator = make_accelerator(recipe, precision, stage.folder)
 
     # ---- rank 0 decides whether there is anything to do, all processes follow ------------------------
@@ -113,11 +105,7 @@ def train_arm(
         stage.begin(redo)
         computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if teacher else ""
         say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
-        read = matrices(student.model, head=recipe.train.head_precision == "same")
-        lora = recipe.student.lora if recipe.student.adapter == "lora" else None
-        if recipe.student.quantize == "none" and (
-            lost := lost_steps(recipe.train, precision.half, read, lora)
-        ):
+        if lost := _lost(recipe, student, precision):
             say(f"{arm}: {lost.text()}; {lost.fix}")
     accelerator.wait_for_everyone()
 
@@ -161,6 +149,26 @@ def train_arm(
     )
     drop_states(stage.folder)  # not before the manifest: a kill until then continues from the newest one
     return manifest
+
+
+def _identity(recipe: Recipe, needs_teacher: bool) -> dict[str, Any]:
+    """What of the recipe a finished arm depends on."""
+    teacher = recipe.teacher if needs_teacher else None
+    return {
+        "student": recipe.student.identity(),
+        "train": recipe.train.identity(exclude=NOT_IDENTITY),
+        "teacher": teacher and teacher.identity(exclude={"terms", "device", "engine", "engine_options"}),
+        "seed": recipe.seed,
+    }
+
+
+def _lost(recipe: Recipe, student: BuiltStudent, precision: Precision) -> Unseen | None:
+    """Updates that a 16-bit copy of the weights would not see, where there are any."""
+    if recipe.student.quantize != "none":
+        return None
+    lora = recipe.student.lora if recipe.student.adapter == "lora" else None
+    read = matrices(student.model, head=recipe.train.head_precision == "same")
+    return lost_steps(recipe.train, precision.half, read, lora)
 
 
 def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
