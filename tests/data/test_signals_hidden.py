@@ -9,7 +9,7 @@ from training_example import losses_of
 from transformers import AutoModelForCausalLM
 
 import distill.training.arms
-import distill.training.live_teachers
+import distill.training.open_teachers
 from distill.data.batches import TokenRows
 from distill.data.scoring import score_rows
 from distill.data.signals import SignalFormat, StoredSignals, decode_hidden, encode_hidden
@@ -107,7 +107,7 @@ def test_a_student_of_stored_states_is_that_of_the_live_teacher(make_recipe, run
     made(run_cli, live_path)
     live = trained(run_cli, live_path, live_dir, *OPTIONS, KL)
     monkeypatch.setattr(
-        distill.training.live_teachers, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded")
+        distill.training.open_teachers, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded")
     )
     assert trained(run_cli, path, run_dir, EXACT, *OPTIONS, KL) == pytest.approx(live, abs=2e-6)
     assert trained(run_cli, short_path, short_dir, SHORT, *OPTIONS, KL) == pytest.approx(live, abs=1e-3)

