@@ -14,10 +14,10 @@ from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
 from distill.models.parameters import LINEAR, trainable_table, weight_groups
 from distill.models.precision import resolve_precision
-from distill.models.rounding import FEW_STEPS, lost_steps, stored_matrices
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.balance import ExpertBiasBalancer
+from distill.training.rounding import FEW_STEPS, lost_steps, stored_matrices
 
 _ROUTER_SIGNALS = ("own_routers", "routers")
 

@@ -24,12 +24,12 @@ from distill.models.load import eos_ids, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import resolve_precision
 from distill.models.quantize import logical_size
-from distill.models.rounding import lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.live_teachers import live_teachers
+from distill.training.rounding import lost_steps, matrices
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import make_accelerator, train_student
 from distill.training.validation import split_rows
