@@ -170,7 +170,8 @@ def _program(pair: Pair, stage: Side) -> dict[str, float]:
     """The process itself, where it shares memory with the models: the checks' tokenizers, and the stage's own."""
     if pair.device.type != "cpu":
         return {}
-    return {"program": _PROGRAM + _PER_TOKEN * sum(len(s.tokenizer) for s in [*pair.sides, stage])}
+    held = {id(side.tokenizer): len(side.tokenizer) for side in pair.sides}
+    return {"program": _PROGRAM + _PER_TOKEN * (sum(held.values()) + len(stage.tokenizer))}
 
 
 def _loading(side: Side, weights: float) -> float:

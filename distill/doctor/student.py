@@ -16,11 +16,11 @@ from distill.errors import UserError
 from distill.models.fp8 import emulate_fp8
 from distill.models.parameters import LINEAR, trainable_table, weight_groups
 from distill.models.precision import EMULATED, resolve_precision
-from distill.models.rounding import FEW_STEPS, lost_steps, stored_matrices
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import sample_experts, use_top_k
+from distill.training.rounding import FEW_STEPS, lost_steps, stored_matrices
 
 _ROUTER_SIGNALS = ("own_routers", "routers")
 

@@ -26,13 +26,13 @@ from distill.models.load import eos_ids, load_tokenizer, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
 from distill.models.precision import Precision, resolve_precision
 from distill.models.quantize import logical_size
-from distill.models.rounding import Unseen, lost_steps, matrices
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json, read_rows
 from distill.training.asked_otherwise import told
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.open_teachers import live_teachers
+from distill.training.rounding import Unseen, lost_steps, matrices
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import make_accelerator, train_student
 from distill.training.validation import split_rows

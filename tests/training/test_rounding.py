@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config.training import Lora, Objective, Train
 from distill.models.lora import add_lora
-from distill.models.rounding import _outputs, lost_steps, matrices, spacing, stored_matrices, unseen
+from distill.training.rounding import _outputs, lost_steps, matrices, spacing, stored_matrices, unseen
 from distill.training.step import StudentStep
 from distill.training.train import make_optimizer
 
