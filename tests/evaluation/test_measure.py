@@ -47,6 +47,8 @@ def alike(found, expected):
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for a, b in zip(found[key], value, strict=True):
                 alike(a, b)
+        elif value is None:
+            assert found[key] is None, key
         else:
             assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
 
