@@ -9,6 +9,9 @@ distillation is about: GKD, arXiv 2306.13649).
     fidelity(student, teacher, rows, pad_id)
     # {"answers": 200, "tokens": 9041, "top1_agreement": 0.998, "top1_agreement_stderr": ..., "forward_kl": ...}
 
+`read_rows` is the one pass behind it, which also brings the likelihood of the text, and `Reader` the teacher that
+reads a text once for all its students.
+
 Tokens of one answer are not independent, so standard errors and intervals have the answer as their unit.
 
 Shapes: N tokens of a batch, G answers, V vocabulary.
@@ -30,21 +33,24 @@ Shapes: N tokens, V vocabulary, M bins.
 """
 
 import math
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.batches import TokenRows
+from distill.data.batches import Batch, TokenRows
 from distill.data.scoring import BATCH_LOGITS, CHUNK_LOGITS, length_batches
 from distill.devices import dealt
 from distill.evaluation.stats import ratio
-from distill.models.head import KeptLogits
+from distill.models.head import AtHead, KeptLogits, at_places
 from distill.training.losses.divergences import forward_kl, reverse_kl
 from distill.training.losses.fused import match_vocabulary
 
 BINS = 15
+MOST_STATES = 2**28  # bytes that a reader remembers: 116,000 tokens of SmolLM2 in float32
 
 
 class Reliability:
@@ -141,7 +147,66 @@ def answer_calibration(rows: list[dict]) -> dict[str, Any] | None:
 _MEASURES = ("top1_agreement", "forward_kl", "reverse_kl")
 
 
-@torch.inference_mode()
+class Reader:
+    """A model that reads batches: logits [N, V] of their kept tokens.
+
+    With `keep` it remembers the hidden states [N, d] that its head saw, up to MOST_STATES bytes, and the same batch
+    costs the head alone when it comes again: the teacher reads its own answers once, whoever is compared with it. The
+    logits are the same bits. Nothing is remembered of a model whose head is more than one matrix.
+    """
+
+    def __init__(self, model):
+        self.model, self._at = model, AtHead(model)
+        self._plain = self._at.fusable and self._at.head().plain
+        self._states: dict[bytes, Tensor] = {}
+        self._held = 0
+
+    def __call__(self, batch: Batch, keep: bool = False) -> Tensor:
+        if not self._plain:
+            with KeptLogits(self.model) as kept:
+                return kept(batch.input_ids, batch.attention_mask, batch.places)
+        key = _content(batch) if keep or self._states else b""
+        states = self._states.get(key)
+        if states is None:
+            states = self._at(lambda hidden: at_places(hidden, batch.places), **batch.inputs())
+            if keep and self._held + states.nbytes <= MOST_STATES:
+                self._states[key], self._held = states, self._held + states.nbytes
+        return self._at.module(states)
+
+
+def _content(batch: Batch) -> bytes:
+    """What a batch says and which of it is kept, hashed."""
+    said = blake2b(repr(tuple(batch.input_ids.shape)).encode(), digest_size=16)
+    for part in (batch.input_ids, batch.attention_mask, batch.places):
+        said.update(part.cpu().contiguous().numpy().tobytes())
+    return said.digest()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over R rows brought. Without a teacher `sums` and `counts` are 0."""
+
+    logprobs: list[np.ndarray]  # of each row's completion tokens, natural log, float32
+    sums: np.ndarray  # [3, R] of _MEASURES over the tokens at which both models' logits are finite
+    counts: np.ndarray  # [R] how many those are
+
+    def agreement(self, rows: TokenRows, measured: np.ndarray | None = None) -> dict[str, Any]:
+        """`Agreement` of metrics.json over the rows `measured` [R] bool (all of them), with clustered errors."""
+        chosen = np.ones(len(rows), dtype=bool) if measured is None else measured
+        sums, counts = self.sums[:, chosen], self.counts[chosen]
+        result: dict[str, Any] = {
+            "answers": int(chosen.sum()),
+            "tokens": int(counts.sum()),
+            "not_finite": int(rows.completion_lengths[chosen].sum() - counts.sum()),
+        }
+        for name, totals in zip(_MEASURES, sums):
+            mean, stderr, interval = ratio(totals, counts)
+            top = 1.0 if name == "top1_agreement" else np.inf
+            clipped = None if interval is None else [max(0.0, interval[0]), min(top, interval[1])]
+            result |= {name: mean, f"{name}_stderr": stderr, f"{name}_ci95": clipped}
+        return result
+
+
 def fidelity(
     student,
     teacher,
@@ -155,50 +220,70 @@ def fidelity(
     top1_agreement: share of tokens at which both models' most likely next token is the same.
     forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher). In nats, both at temperature 1.
     Tokens at which either model's logits are not finite are left out and counted. `calibration`, where given,
-    is fed the student's logits and the tokens of `rows`. The two models hold BATCH_LOGITS each at most (512 MiB in
-    float32; a longer answer goes alone), and are compared CHUNK_LOGITS at a time. Processes of a launch read a share
-    each, and all get the same result.
+    is fed the student's logits and the tokens of `rows`.
     """
-    ask_student, ask_teacher = KeptLogits(student), KeptLogits(teacher)
-    device = next(student.parameters()).device
-    vocabulary = student.get_output_embeddings().weight.shape[0]
+    found = read_rows(student, rows, pad_id, Reader(teacher), batch_size, calibration=calibration)
+    return found.agreement(rows)
 
-    def read(picked: np.ndarray) -> tuple[np.ndarray, np.ndarray, TokenCalibration]:
+
+@torch.inference_mode()
+def read_rows(
+    model,
+    rows: TokenRows,
+    pad_id: int,
+    teacher: Reader | None = None,
+    batch_size: int = 64,
+    *,
+    calibration: TokenCalibration | None = None,
+    measured: np.ndarray | None = None,
+    keep: bool = False,
+) -> Reading:
+    """One forward pass of `model` (or its `Reader`) over `rows`, and one of the teacher: all that is said of them.
+
+    calibration: is fed the tokens of the rows `measured` [R] bool (all of them), where both models are finite. keep:
+    the teacher, or `model` where there is none, remembers what it read. The two models hold BATCH_LOGITS each at most
+    (512 MiB in float32; a longer answer goes alone), and are compared CHUNK_LOGITS at a time. Processes of a launch
+    read a share each, and all get the same result.
+    """
+    reader = model if isinstance(model, Reader) else Reader(model)
+    device = next(reader.model.parameters()).device
+    vocabulary = reader.model.get_output_embeddings().weight.shape[0]
+    wanted = np.ones(len(rows), dtype=bool) if measured is None else measured
+
+    def read(picked: np.ndarray) -> tuple[Any, ...]:
         batch = rows.collate(picked, pad_id).to(device)
-        q = ask_student(batch.input_ids, batch.attention_mask, batch.places)  # [N, V]
-        p = match_vocabulary(ask_teacher(batch.input_ids, batch.attention_mask, batch.places), q.shape[-1])
+        q = reader(batch, keep and teacher is None)  # [N, V]
+        p = match_vocabulary(teacher(batch, keep), q.shape[-1]) if teacher else None
         owners = np.repeat(picked, rows.completion_lengths[picked])  # [N]
-        found, known, counted = [], [], TokenCalibration()
+        asked = torch.from_numpy(wanted[owners]).to(device)
+        own, found, known, counted = [], [], [], TokenCalibration()
         for start in range(0, len(q), _chunk(vocabulary)):
             part = slice(start, start + _chunk(vocabulary))
+            own.append(q[part].float().log_softmax(-1).gather(1, batch.targets[part, None])[:, 0])
+            if p is None:
+                continue
             values, finite = _compared(q[part], p[part])
             found.append(values)
             known.append(finite)
             if calibration:
-                counted.add(q[part][finite], batch.targets[part][finite])
-        kept = torch.cat(known).cpu().numpy()
-        values = torch.cat(found, 1).cpu().numpy()
-        return owners[kept], values, counted
+                chosen = finite & asked[part]
+                counted.add(q[part][chosen], batch.targets[part][chosen])
+        logprobs = torch.cat(own).cpu().numpy()
+        if p is None:
+            return logprobs, owners[:0], np.zeros((3, 0)), counted
+        return logprobs, owners[torch.cat(known).cpu().numpy()], torch.cat(found, 1).cpu().numpy(), counted
 
     sums, counts = np.zeros((3, len(rows))), np.zeros(len(rows))
+    logprobs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
     pieces = list(length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)))
-    with ask_student, ask_teacher:
-        for answer, values, counted in dealt(pieces, read):
-            for into, column in zip([*sums, counts], [*values, np.ones(len(answer))]):
-                into += np.bincount(answer, weights=column, minlength=len(rows))
-            if calibration:
-                calibration.merge(counted)
-    result: dict[str, Any] = {
-        "answers": len(rows),
-        "tokens": int(counts.sum()),
-        "not_finite": int(rows.completion_lengths.sum() - counts.sum()),
-    }
-    for name, totals in zip(_MEASURES, sums):
-        mean, stderr, interval = ratio(totals, counts)
-        top = 1.0 if name == "top1_agreement" else np.inf
-        clipped = None if interval is None else [max(0.0, interval[0]), min(top, interval[1])]
-        result |= {name: mean, f"{name}_stderr": stderr, f"{name}_ci95": clipped}
-    return result
+    for picked, (own, answer, values, counted) in zip(pieces, dealt(pieces, read)):
+        for i, part in zip(picked, np.split(own, rows.completion_lengths[picked].cumsum()[:-1])):
+            logprobs[i] = part
+        for into, column in zip([*sums, counts], [*values, np.ones(len(answer))]):
+            into += np.bincount(answer, weights=column, minlength=len(rows))
+        if calibration:
+            calibration.merge(counted)
+    return Reading(logprobs, sums, counts)
 
 
 def _compared(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ Shapes: W window, S stride.
 
 import math
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,20 @@ def solutions_nll(
 
 def _score(model, tokenizer, rows: list[tuple], groups: list[int], batch_size: int) -> tuple:
     """(nats per group, finite tokens per group, tokens that are not)."""
-    scored = _logprobs(model, tokenizer, *zip(*rows), batch_size)
+    return _summed(_logprobs(model, tokenizer, *zip(*rows), batch_size), groups)
+
+
+def read_score(
+    logprobs: Sequence[Sequence[float]], groups: list[int], size: int, documents: int
+) -> dict[str, Any]:
+    """`TextScore`, but for its window, of rows that were read already: the log-probabilities of each row's tokens.
+
+    groups: the unit that each row belongs to, from 0; size: the text's bytes.
+    """
+    return _result(*_summed(logprobs, groups), size, documents)
+
+
+def _summed(scored: Sequence[Sequence[float]], groups: list[int]) -> tuple:
     nats, counts, lost = np.zeros(groups[-1] + 1), np.zeros(groups[-1] + 1), 0
     for group, row in zip(groups, scored):
         values = np.array(row, dtype=np.float64)

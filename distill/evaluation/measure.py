@@ -7,16 +7,18 @@
 Every process of a launch calls this, for the same model; what costs time is dealt out, and all get the same result.
 
 Always: answers with verdicts, scores per task and family, routing, cost of use, calibration of greedy answers.
-With a teacher of the same vocabulary: fidelity on both models' text and token calibration, one forward pass
-each over `fidelity_rows` answers. Asked for by the recipe, since they take time: likelihood, text, harness,
-interventions, precisions.
+With a teacher of the same vocabulary: fidelity on both models' text, token calibration and the likelihood of the
+teacher's answers, one forward pass each over `fidelity_rows` answers; the teacher reads its own once for all.
+Asked for by the recipe, since they take time: likelihood, text, harness, interventions, precisions.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distill import console
@@ -24,10 +26,18 @@ from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.devices import main_alone
 from distill.evaluation.answers import answer_problems, stop_strings
-from distill.evaluation.fidelity import TokenCalibration, answer_calibration, answer_rows, fidelity
+from distill.evaluation.fidelity import (
+    Reader,
+    Reading,
+    TokenCalibration,
+    answer_calibration,
+    answer_rows,
+    read_rows,
+)
 from distill.evaluation.likelihood import (
     answers_nll,
     likelihoods,
+    read_score,
     solutions_nll,
     text_names,
     text_nll,
@@ -70,7 +80,7 @@ class TeacherReference:
     def __init__(self, path: str, tokenizer, limit: int, device: torch.device):
         self.path, self.tokenizer, self.limit, self.device = path, tokenizer, limit, device
         self.answers: list[dict] = []  # its first answer to every problem, once it has answered
-        self._model = None
+        self._model = self._reader = None
 
     @property
     def model(self):
@@ -78,22 +88,85 @@ class TeacherReference:
             self._model = load_model(self.path, device=self.device)
         return self._model
 
+    @property
+    def reader(self) -> Reader:
+        """The teacher as one who remembers what it has read: its answers, and the text files."""
+        if self._reader is None:
+            self._reader = Reader(self.model)
+        return self._reader
+
+    def taught(self, problems: list[dict], answers: list[dict]) -> "_Taught | None":
+        """Its answers as rows to read: those that fidelity is measured on, and the finished ones; None without any."""
+        prompts = _prompts(self.tokenizer, problems)
+        written = [bool(a["completion_ids"]) and not a["error"] for a in answers]
+        finished = [a["finish_reason"] == "stop" for a in answers]
+        told, scored = _first(written, self.limit), _first(finished, self.limit)
+        chosen = np.flatnonzero(told | scored)
+        if not len(chosen):
+            return None
+        rows = TokenRows([prompts[i] for i in chosen], [answers[i]["completion_ids"] for i in chosen])
+        sizes = np.array([len(answers[i]["text"].encode()) for i in chosen])
+        return _Taught(rows, told[chosen], scored[chosen], sizes)
+
     def compare(self, model, tokenizer, problems: list[dict], own: list[dict]) -> dict[str, Any]:
-        """`fidelity` and token `calibration` of `model`, whose first answers are `own`.
+        """`fidelity` and token `calibration` of `model`, whose first answers are `own`; and as `teacher_answers` the
+        likelihood of the teacher's, where the model reads them behind the same prompts: all from one pass.
 
         Empty where they cannot be defined: another vocabulary, no answers, switched off.
         """
         if not self.limit or not same_vocabulary(self.tokenizer, tokenizer):
             return {}
-        found: dict[str, Any] = {}
-        pad = tokenizer.pad_token_id
-        if taught := answer_rows(_prompts(self.tokenizer, problems), self.answers, self.limit):
-            calibration = TokenCalibration()
-            found["fidelity"] = fidelity(model, self.model, taught, pad, calibration=calibration)
-            found["calibration"] = calibration.result()
-            if written := answer_rows(_prompts(tokenizer, problems), own, self.limit):
-                found["fidelity"]["own_text"] = fidelity(model, self.model, written, pad)
+        pad, prompts = tokenizer.pad_token_id, _prompts(tokenizer, problems)
+        taught = self.taught(problems, self.answers)
+        if taught is None or not taught.told.any():
+            return {}
+        calibration = TokenCalibration()
+        read = read_rows(
+            model, taught.rows, pad, self.reader, calibration=calibration, measured=taught.told, keep=True
+        )
+        found: dict[str, Any] = {"fidelity": read.agreement(taught.rows, taught.told)}
+        found["calibration"] = calibration.result()
+        same = prompts == _prompts(self.tokenizer, problems)
+        if same and (score := taught.likelihood(read, _context(model))):
+            found["teacher_answers"] = score
+        if written := answer_rows(prompts, own, self.limit):
+            found["fidelity"]["own_text"] = read_rows(model, written, pad, self.reader).agreement(written)
         return found
+
+    def own_likelihood(self, problems: list[dict], own: list[dict]) -> dict[str, Any] | None:
+        """`TextScore` of the teacher's answers in its own eyes; what it reads here it need not read again."""
+        taught = self.taught(problems, own)
+        read = taught and read_rows(self.reader, taught.rows, self.tokenizer.pad_token_id, keep=True)
+        return taught and taught.likelihood(read, _context(self.model))
+
+
+@dataclass(frozen=True)
+class _Taught:
+    """The teacher's answers as rows: which count for fidelity, which are finished (their likelihood), their bytes."""
+
+    rows: TokenRows
+    told: np.ndarray  # [R] bool
+    scored: np.ndarray  # [R] bool
+    sizes: np.ndarray  # [R]
+
+    def likelihood(self, read: Reading, context: float) -> dict[str, Any] | None:
+        """`TextScore` of the finished ones of at most `context` tokens; None without any."""
+        chosen = np.flatnonzero(self.scored & (self.rows.lengths <= context))
+        if not len(chosen):
+            return None
+        size = int(self.sizes[chosen].sum())
+        score = read_score([read.logprobs[i] for i in chosen], list(range(len(chosen))), size, len(chosen))
+        return score | {"window": None, "stride": None}
+
+
+def _context(model) -> float:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
+def _first(holds: list[bool], limit: int) -> np.ndarray:
+    """[R] bool: the first `limit` at which it holds."""
+    mask = np.array(holds, dtype=bool)
+    return mask & (mask.cumsum() <= limit)
 
 
 def _prompts(tokenizer, problems: list[dict]) -> list[list[int]]:
@@ -141,12 +214,15 @@ def measure_model(
     if moe.get("layers"):
         result["moe"] = moe
     first = [row for row in rows if row["sample_idx"] == 0]
+    told = {}
     if reference and not is_teacher:
         with console.slow(f"evaluate {name}: closeness to the teacher"):
-            result |= reference.compare(model, tokenizer, problems, first)
+            told = reference.compare(model, tokenizer, problems, first)
+    known = told.pop("teacher_answers", None)
+    result |= told
     if section.temperature == 0 and (answers := answer_calibration(rows)):
         result["calibration"] = {**result.get("calibration", {}), "answers": answers}
-    if text := _text(model, tokenizer, plan, reference, first if is_teacher else None):
+    if text := _text(model, tokenizer, plan, reference, first if is_teacher else None, known):
         result["text"] = text
     if section.solutions:
         console.say(f"evaluate {name}: worked solutions")
@@ -207,24 +283,45 @@ def _harness(name: str, model, tokenizer, section: Evaluate) -> dict[str, Any]:
     return main_alone(lambda: run_harness(model, tokenizer, section))
 
 
-def _text(model, tokenizer, plan: Plan, reference: TeacherReference | None, own: list[dict] | None) -> dict:
-    """`text` of metrics.json: the files asked for and, where there is a teacher, its answers."""
+def _text(
+    model,
+    tokenizer,
+    plan: Plan,
+    reference: TeacherReference | None,
+    own: list[dict] | None,
+    known: dict[str, Any] | None = None,
+) -> dict:
+    """`text` of metrics.json: the files asked for and, where there is a teacher, its answers.
+
+    own: the answers of the teacher, where this is it. known: the likelihood of its answers, where they were read.
+    """
     if plan.documents:
         console.say(f"evaluate: text, {', '.join(text_names(plan.section.text))}")
-    found = {
-        name: text_nll(model, tokenizer, documents, plan.section.text_window)
-        for name, documents in zip(text_names(plan.section.text), plan.documents)
-    }
-    if reference and own is None and same_vocabulary(reference.tokenizer, tokenizer):
-        for name, documents in zip(found, plan.documents):
-            rows, _, _ = text_rows(model, tokenizer, documents, plan.section.text_window)
-            read = TokenRows([context for context, _ in rows], [tokens for _, tokens in rows])
-            found[name]["teacher"] = fidelity(model, reference.model, read, tokenizer.pad_token_id)
+    follows = reference and own is None and same_vocabulary(reference.tokenizer, tokenizer)
+    teaches = reference and own is not None
+    found = {}
+    for name, documents in zip(text_names(plan.section.text), plan.documents):
+        if not (follows or teaches):
+            found[name] = text_nll(model, tokenizer, documents, plan.section.text_window)
+            continue
+        rows, groups, view = text_rows(model, tokenizer, documents, plan.section.text_window)
+        read = TokenRows([context for context, _ in rows], [tokens for _, tokens in rows])
+        heard = read_rows(
+            reference.reader if teaches else model, read, tokenizer.pad_token_id,
+            reference.reader if follows else None, 16, keep=True,
+        )  # fmt: skip
+        size = sum(len(document.encode()) for document in documents)
+        found[name] = read_score(heard.logprobs, groups, size, len(documents)) | view
+        if follows:
+            found[name]["teacher"] = heard.agreement(read)
     if reference and reference.limit and plan.problems:
-        same = own is not None or same_vocabulary(reference.tokenizer, tokenizer)
-        answers = reference.answers if own is None else own
-        if score := answers_nll(model, tokenizer, plan.problems, answers, same, reference.limit):
-            found["teacher_answers"] = score
+        if known is None and own is not None:
+            known = reference.own_likelihood(plan.problems, own)
+        elif known is None:
+            same = same_vocabulary(reference.tokenizer, tokenizer)
+            known = answers_nll(model, tokenizer, plan.problems, reference.answers, same, reference.limit)
+        if known:
+            found["teacher_answers"] = known
     return found
 
 

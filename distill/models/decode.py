@@ -156,8 +156,8 @@ def uniforms(seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return ((z >> 12) & (2**52 - 1)).double() * 2.0**-52
 
 
-def choose(scores: torch.Tensor, sampling: Sampling, u: torch.Tensor) -> torch.Tensor:
-    """Token ids [B] from float32 scores [B, V]: argmax, or the filtered distribution's inverse CDF at u."""
+def choose(scores: torch.Tensor, sampling: Sampling, u: torch.Tensor | None) -> torch.Tensor:
+    """Token ids [B] from float32 scores [B, V]: argmax, or the filtered distribution's inverse CDF at u [B]."""
     if sampling.temperature == 0:
         return scores.argmax(-1)
     scores = (scores - scores.amax(-1, keepdim=True)).div_(sampling.temperature).clamp_(min=_LEAST)
@@ -411,7 +411,7 @@ class _Decoder:
     def _choose(self, batch: _Batch, logits: torch.Tensor) -> None:
         logits, limit = logits.float(), self.sampling.max_new_tokens
         normaliser = logits.logsumexp(-1)
-        u = uniforms(batch.seeds, batch.made)
+        u = uniforms(batch.seeds, batch.made) if self.sampling.temperature > 0 else None
         token = choose(logits[:, : self.vocab_limit], self.sampling, u).unsqueeze(1)
         batch.done |= ~normaliser.isfinite()
         column = torch.where(batch.done, limit, batch.made).unsqueeze(1)

@@ -34,7 +34,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     """Inside, forward passes without gradient use packed weights; those are made when a layer is first called.
 
     The weights must not change meanwhile. Layers that something else has changed (quantized, parametrized, with a
-    forward of its own) are left alone, and so is a model on another device.
+    forward of its own) are left alone, and so is a model on another device, or one that torch.compile has seen.
     """
     with ExitStack() as stack:
         for layer in _packable(model):
@@ -44,6 +44,8 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
 
 def _packable(model: nn.Module) -> list[nn.Linear]:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return []
+    if any(_compiled(module) for module in model.modules()):  # it packs by itself, and traces what it finds
         return []
     found = [
         layer
@@ -58,6 +60,10 @@ def _packable(model: nn.Module) -> list[nn.Linear]:
     free, local = free_memory(torch.device("cpu")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = sum(layer.weight.nbytes for layer in found)
     return found if free is None or needed * local <= SHARE * free else []
+
+
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 class _PackedForward:

@@ -1,12 +1,17 @@
 """How fast the toolkit decodes, against `model.generate` in the same run, as ratios.
 
     python recipes/benchmarks/decoding.py [--quick] [--rounds N] [--out FILE] [--json]
+    python recipes/benchmarks/decoding.py --model checkpoints/smollm2 [--dtype bf16]      a real model, one thread
 
 256 prompts of the embedded tasks, sampled answers of 16 to 192 tokens, the embedded teacher (MLA, MoE) and a
 GQA model of its size. Lengths are forced, and the same for everyone: a hook on the model makes each row count
 down from its own number of tokens to the end token, so that no peer can be lucky. Useful tokens are those up to a
 row's end; what a static batch computes for rows that have ended is its own loss. Machines are noisy: every
 figure is the median of `rounds` interleaved rounds, and the ratio is what carries over.
+
+With `--model` (dense models): prompts of 52 to 92 tokens from Python's own documentation, answers of 8 to 96, CPU
+seconds on one thread, transformers' `generate_batch` as well, four samples a prompt together and apart, and the floor:
+what the products alone would take at the speed of this model's largest layer at 512 rows.
 """
 
 import random
@@ -14,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,15 +37,27 @@ from distill.tasks.problems import LEVELS, sample_problems
 LENGTHS = (16, 192)  # tokens of an answer, uniform
 _END = 1  # the embedded tokenizer's end token
 _FIRST = 190  # ids from here on count down: _FIRST + n is followed by _FIRST + n - 1, and at last by _END
+_SPAN = 201  # ids that count down, the last ones of a vocabulary
+_SURE = (
+    25.0  # by which the forced token leads: certain, and without logits that nobody has (exp would underflow)
+)
+REAL_LENGTHS = (8, 96)
 _SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
-def count_down(_module, _args, kwargs: dict, output):
-    """Forward hook: the next token is one less than the last, whatever the model thinks of it."""
-    last = kwargs["input_ids"][:, -1]
-    following = torch.where(last > _FIRST, last - 1, _END)
-    output.logits[:, -1].scatter_(1, following.unsqueeze(1), 1e4)
-    return output
+def counting(first: int, end: int) -> Callable:
+    """Forward hook: the next token is one less than the last, whatever the model thinks of it, and at last `end`."""
+
+    def hook(_module, _args, kwargs: dict, output):
+        last, logits = kwargs["input_ids"][:, -1], output.logits[:, -1]
+        following = torch.where((last > first) & (last < first + _SPAN), last - 1, end)
+        logits.scatter_(1, following.unsqueeze(1), logits.amax(-1, keepdim=True) + _SURE)
+        return output
+
+    return hook
+
+
+count_down = counting(_FIRST, _END)
 
 
 def workload(prompts: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
@@ -52,7 +70,9 @@ def workload(prompts: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
     return [[*i, _FIRST + length - 1] for i, length in zip(ids, lengths)], lengths
 
 
-def static_batches(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: int) -> None:
+def static_batches(
+    model: nn.Module, prompts: list[list[int]], lengths: list[int], size: int, end: int = _END
+) -> None:
     """The peer: `model.generate`, left-padded batches in the given order, each as long as its longest row."""
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
@@ -61,16 +81,16 @@ def static_batches(model: nn.Module, prompts: list[list[int]], lengths: list[int
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
         out = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, **_SAMPLING,
-            max_new_tokens=LENGTHS[1], eos_token_id=_END, pad_token_id=0,
+            max_new_tokens=max(lengths), eos_token_id=end, pad_token_id=0,
         )  # fmt: skip
         for row, length in zip(out[:, width:].tolist(), lengths[start : start + size]):
-            if row[length - 1] != _END:
+            if row[length - 1] != end:
                 raise RuntimeError("the peer did not produce the forced lengths")
 
 
-def ours(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: int) -> None:
+def ours(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: int, end: int = _END) -> None:
     found = decode(
-        model, prompts, Sampling(**_SAMPLING, max_new_tokens=LENGTHS[1]), eos_ids={_END}, pad_id=0,
+        model, prompts, Sampling(**_SAMPLING, max_new_tokens=max(lengths)), eos_ids={end}, pad_id=0,
         keys=[(0, i, 0) for i in range(len(prompts))], batch_size=size,
     )  # fmt: skip
     if [len(c.ids) for c in found] != lengths:
@@ -123,6 +143,114 @@ def generation_speed(prompts: int = 256, rounds: int = 3) -> dict[str, Any]:
     }
 
 
+def real_workload(folder: str, prompts: int, seed: int = 0) -> tuple[list[list[int]], list[int], int, int]:
+    """(prompts of ordinary English, lengths of their answers, first id that counts down, end token)."""
+    import pydoc_data.topics
+
+    tokenizer, rng = load_tokenizer(folder), random.Random(seed)
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids = tokenizer(text[: 1000 * prompts], add_special_tokens=False, verbose=False)["input_ids"]
+    first = len(tokenizer) - _SPAN
+    ids = [i for i in ids if i < first]
+    questions, lengths = [], [rng.randint(*REAL_LENGTHS) for _ in range(prompts)]
+    for length in lengths:
+        size = rng.randint(51, 91)
+        start = rng.randrange(len(ids) - size)
+        questions.append([*ids[start : start + size], first + length - 1])
+    return questions, lengths, first, tokenizer.eos_token_id
+
+
+def continuous(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: int, end: int) -> None:
+    """The other peer: transformers' continuous batching. Its hooks see packed tokens, so it is told the lengths."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    blocks = sum(-(-(len(p) + n) // 32) for p, n in zip(prompts, lengths))
+    how = ContinuousBatchingConfig(page_size=32, num_blocks=blocks + 64, max_batch_tokens=4 * size)
+    chosen = GenerationConfig(do_sample=True, top_k=0, **_SAMPLING, eos_token_id=-1, pad_token_id=0)
+    with model.continuous_batching_context_manager(chosen, continuous_batching_config=how) as manager:
+        for prompt, length in zip(prompts, lengths):
+            manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
+        made = 0
+        for _ in prompts:
+            result = manager.get_result(timeout=600)
+            if result is None or result.error:
+                raise RuntimeError(f"generate_batch: {result and result.error}")
+            made += len(result.generated_tokens)
+    if made != sum(lengths):
+        raise RuntimeError("generate_batch did not produce the forced lengths")
+
+
+def floor_seconds(model: nn.Module, prompt_tokens: int, answer_tokens: int) -> float:
+    """CPU seconds of the products alone, each at the speed of the largest layer of the body at 512 rows."""
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    largest = max(linears, key=lambda m: m.weight.numel())
+    x = torch.randn(512, largest.in_features, dtype=largest.weight.dtype)
+    seconds = min(_cpu_seconds(lambda: [largest(x) for _ in range(8)]) for _ in range(5)) / 8
+    rate = 2 * 512 * largest.weight.numel() / seconds
+    body = 2 * sum(m.weight.numel() for m in linears)
+    return (body * (prompt_tokens + answer_tokens) + 2 * head.weight.numel() * answer_tokens) / rate
+
+
+def _cpu_seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def real_speed(folder: str, dtype: str, prompts: int = 256, rounds: int = 3) -> dict[str, Any]:
+    """Useful tokens per CPU second on one thread, ratios to static batches of 32, and to the floor."""
+    torch.set_num_threads(1)
+    model = load_model(folder, dtype, torch.device("cpu"))
+    questions, lengths, first, end = real_workload(folder, prompts)
+    few = max(1, prompts // 16)
+    four = [[item for item in column[:few] for _ in range(4)] for column in (questions, lengths)]
+    methods: dict[str, tuple[Callable[[], Any], int]] = {
+        "model.generate, batches of 32": (lambda: static_batches(model, questions, lengths, 32, end), sum(lengths)),
+        "generate_batch": (lambda: continuous(model, questions, lengths, 64, end), sum(lengths)),
+        "distill, 32 slots": (lambda: ours(model, questions, lengths, 32, end), sum(lengths)),
+        "distill, 256 slots": (lambda: ours(model, questions, lengths, 256, end), sum(lengths)),
+        "distill, 4 samples a prompt": (lambda: ours(model, *four, 256, end), sum(four[1])),
+        "distill, the same apart": (
+            lambda: [ours(model, questions[:few], lengths[:few], 256, end) for _ in range(4)], sum(four[1]),
+        ),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    floors = []
+    hook = model.register_forward_hook(counting(first, end), with_kwargs=True)
+    try:
+        for _ in range(rounds):
+            floors.append(floor_seconds(model, sum(map(len, questions)), sum(lengths)))
+            for method, (run, _) in methods.items():
+                if method == "generate_batch":
+                    hook.remove()
+                with torch.inference_mode():
+                    seconds[method].append(_cpu_seconds(run))
+                if method == "generate_batch":
+                    hook = model.register_forward_hook(counting(first, end), with_kwargs=True)
+    finally:
+        hook.remove()
+    median = {method: statistics.median(times) for method, times in seconds.items()}
+    floor, peer = statistics.median(floors), median["model.generate, batches of 32"] / sum(lengths)
+    found = {
+        method: {
+            "tokens_per_second": round(tokens / median[method], 1),
+            "ratio": round(peer * tokens / median[method], 2),
+            "times_the_floor": round(median[method] / floor, 2) if tokens == sum(lengths) else None,
+            "seconds": [round(t, 3) for t in seconds[method]],
+        }
+        for method, (_, tokens) in methods.items()
+    }
+    return {
+        "prompts": prompts,
+        "answer_tokens": {"total": sum(lengths), "shortest": min(lengths), "longest": max(lengths)},
+        "results": {f"{Path(folder).name}, {dtype}, CPU seconds": found},
+        "floor_seconds": round(floor, 3),
+        "device": describe_device(torch.device("cpu")),
+        "versions": versions(),
+    }
+
+
 def _gqa_model(device):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -146,11 +274,16 @@ def format_speed(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
+    parser.add_argument("--model", metavar="FOLDER", help="a dense model of yours instead, on one CPU thread")
+    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"], help="with --model")
     arguments = parser.parse_args(argv)
     check(arguments)
     quick = {"prompts": 64, "rounds": 1} if arguments.quick else {}
     rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
-    found = generation_speed(**{**quick, **rounds})
+    if arguments.model:
+        found = real_speed(arguments.model, arguments.dtype, **{**quick, **rounds})
+    else:
+        found = generation_speed(**{**quick, **rounds})
     leave(found, format_speed(found), arguments)
     return 0
 

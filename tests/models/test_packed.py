@@ -71,6 +71,14 @@ def test_layers_that_somebody_changed_are_left_alone():
         assert packed_dtypes(model) == {}
 
 
+def test_compiled_models_are_left_alone():
+    inside, around = Two(), Two()
+    inside.large.compile()
+    for model in (inside, torch.compile(around)):
+        with packed_linears(model):
+            assert packed_dtypes(model) == {}
+
+
 @torch.inference_mode()
 def test_without_memory_or_the_operators_nothing_changes(monkeypatch):
     model, x = Two(), torch.randn(6, 160)

@@ -1,0 +1,122 @@
+"""One pass for all that is said of a text: equal to a pass for each, and the teacher reads a text once."""
+
+import pytest
+import torch
+
+from distill.config.evaluation import Evaluate
+from distill.evaluation.fidelity import Reader, TokenCalibration, answer_rows, fidelity
+from distill.evaluation.likelihood import answers_nll, text_nll
+from distill.evaluation.measure import Plan, TeacherReference, _text
+from distill.models.chat import prompt_ids
+from distill.models.hooks import Hooks
+from distill.models.layers import decoder_layers
+from distill.models.load import load_model, load_tokenizer
+
+REASONS = ["stop", "length", "stop", "error", "stop", "length", "stop", "stop"]
+
+
+@pytest.fixture
+def case(hub):
+    """(teacher's reference with answers of every kind, student, tokenizer, problems, the student's answers)."""
+    tokenizer = load_tokenizer(hub["llama"])
+    problems = [{"messages": [{"role": "user", "content": f"{i} + {10**i}"}]} for i in range(len(REASONS))]
+
+    def answers(shift: int) -> list[dict]:
+        found = []
+        for i, reason in enumerate(REASONS):
+            ids = [(shift + 7 * i + 3 * t) % 40 + 20 for t in range(1 + (i * 5) % 7)]
+            error = "non-finite logits" if reason == "error" else None
+            text = tokenizer.decode(ids)
+            found.append({"completion_ids": ids, "text": text, "finish_reason": reason, "error": error})
+        return found
+
+    reference = TeacherReference(hub["llama"], tokenizer, 5, torch.device("cpu"))
+    reference.answers = answers(0)
+    torch.manual_seed(1)
+    student = load_model(hub["llama"], "fp32")
+    with torch.no_grad():
+        student.lm_head.weight.add_(torch.randn_like(student.lm_head.weight) * 0.3)
+    return reference, student, tokenizer, problems, answers(5)
+
+
+def alike(found, expected):
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        if isinstance(value, dict):
+            alike(found[key], value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for a, b in zip(found[key], value, strict=True):
+                alike(a, b)
+        elif value is None:
+            assert found[key] is None, key
+        else:
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+
+
+def test_one_pass_says_what_a_pass_for_each_says(case):
+    reference, student, tokenizer, problems, own = case
+    prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
+    calibration = TokenCalibration()
+    teacher = load_model(reference.path, "fp32")
+    expected = fidelity(
+        student, teacher, answer_rows(prompts, reference.answers, 5), 0, calibration=calibration
+    )
+    expected["own_text"] = fidelity(student, teacher, answer_rows(prompts, own, 5), 0)
+    found = reference.compare(student, tokenizer, problems, own)
+    alike(found["fidelity"], expected)
+    alike(found["calibration"], calibration.result())
+    # Five finished answers reach further than the first five answers with text.
+    alike(found["teacher_answers"], answers_nll(student, tokenizer, problems, reference.answers, True, 5))
+    taught = reference.own_likelihood(problems, reference.answers)
+    alike(taught, answers_nll(teacher, tokenizer, problems, reference.answers, True, 5))
+    assert taught["documents"] == 5 != found["fidelity"]["answers"] - 1
+
+
+def test_the_teacher_reads_a_text_once_for_all(case):
+    reference, student, tokenizer, problems, own = case
+    read, _ = [], reference.reader  # which asks its head once what it does
+    with Hooks() as hooks:
+        hooks.before(
+            decoder_layers(reference.model)[1][0], lambda _layer, args: read.append(args[0].shape[0])
+        )
+        reference.own_likelihood(problems, reference.answers)
+        assert sum(read) == 7  # not the one that failed
+        for _ in range(2):
+            found = reference.compare(student, tokenizer, problems, own)
+        # Each time the student's own text, and the teacher's not again.
+        assert sum(read) == 7 + 2 * found["fidelity"]["own_text"]["answers"]
+
+
+def test_a_reader_gives_the_same_bits_and_forgets_nothing_else(case):
+    student = case[1]
+    rows = answer_rows([[5, 6], [7]], [{"completion_ids": [8, 9], "error": None}] * 2, 2)
+    batch, other = rows.collate([0, 1], 0), rows.collate([1], 0)
+    reader = Reader(student)
+    with torch.inference_mode():
+        first = reader(batch, keep=True)
+        again, fresh = reader(batch), reader(other)
+        assert torch.equal(first, again)
+        torch.testing.assert_close(fresh, first[2:])
+        with torch.no_grad():
+            student.model.embed_tokens.weight.zero_()
+        assert torch.equal(reader(batch), first) and not torch.equal(reader(other), fresh)
+
+
+def test_text_files_are_read_once_too(case):
+    reference, student, tokenizer, _, own = case
+    documents = [["one two three four five six", "seven eight"]]
+    section = Evaluate(text=["a.txt"], text_window=16)
+    plan = Plan([], section, torch.device("cpu"), documents)
+    alone = _text(student, tokenizer, plan, None, None)["a.txt"]
+    with Hooks() as hooks:
+        read = []
+        hooks.before(
+            decoder_layers(reference.model)[1][0], lambda _layer, args: read.append(args[0].shape[0])
+        )
+        taught = _text(reference.model, tokenizer, plan, reference, own)["a.txt"]
+        passes = sum(read)
+        told = _text(student, tokenizer, plan, reference, None)["a.txt"]
+        assert passes and sum(read) == passes
+    alike({k: v for k, v in told.items() if k != "teacher"}, alone)
+    alike(taught, text_nll(reference.model, tokenizer, documents[0], 16))
+    assert told["teacher"]["tokens"] == alone["tokens"]
