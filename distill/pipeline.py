@@ -80,7 +80,8 @@ def stage_line(folder: Path, state: str) -> str:
     if "parameters_before" in counts:
         did = manifest.get("did") or [f"{len(manifest['layers'])} layers"]
         kept = f"{'; '.join(did)} of {manifest['config']['from']['model']}"
-        return f"{folder.name}: {state}, {kept}, {counts['parameters']:,} of {counts['parameters_before']:,} parameters"
+        sizes = f"{counts['parameters_before']:,} parameters before, {counts['parameters']:,} after"
+        return f"{folder.name}: {state}, {kept}, {sizes}"
     shown = [f"{counts['rows']:,} rows", f"{counts['tokens']:,} tokens" if counts.get("tokens") else ""]
     if counts.get("dropped"):
         rules = ", ".join(f"{v:,} {k}" for k, v in counts["dropped_by_rule"].items())

@@ -313,7 +313,8 @@ def sample_experts(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     They are weighted as the family weights chosen experts (knowledge augmentation, arXiv 2502.12947). Where the
     family chooses by probabilities, or by sigmoids plus a bias, those are the scores; the bias counts for nothing.
-    Draws are a function of `seed`, layer, token id and position alone, as in `route`.
+    Groups that the family rules out for a token stay ruled out. Draws are a function of `seed`, layer, token id and
+    position alone, as in `route`.
 
     Raises UserError for a dense or compiled model, and for families without a top-k over scores.
     """
