@@ -10,15 +10,15 @@ from conftest import PYTHON, ROOT
 PACKAGE = ROOT / "distill"
 # A folder imports itself and what stands before it. Modules of the root that are not named stand at the bottom.
 ORDER = (
-    "(root)", "tasks", "config", "models", "moe", "data", "convert", "training/losses", "training", "evaluation",
-    "report", "pipeline", "doctor", "bench", "cost", "play", "lessons", "commands",
+    "(root)", "workers", "tasks", "config", "models", "moe", "data", "convert", "training/losses", "training",
+    "evaluation", "report", "pipeline", "doctor", "bench", "cost", "play", "lessons", "commands",
     "__main__",
 )  # fmt: skip
 MOST_LINES, MOST_OF_A_FUNCTION, FEWEST_LINES, MOST_MODULES = 500, 90, 60, 16
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 FACES = sorted(PACKAGE.rglob("__init__.py"))
 # A process of its own is started by its path, and what all stand on may be short.
-SHORT = {"distill/tasks/math_worker.py", "distill/__main__.py", "distill/errors.py"}
+SHORT = {"distill/workers/math_worker.py", "distill/__main__.py", "distill/errors.py"}
 
 
 def dotted(path: Path) -> str:

@@ -102,7 +102,9 @@ def top_k_of(
     found, values, own = [], [], []
     for token, table in zip(ids, tables, strict=True):
         ranked = _ranked(table, vocabulary)
-        likeliest = sum(rank <= k for rank, _, _ in ranked)  # the text's own token stands there too, at any rank
+        likeliest = sum(
+            rank <= k for rank, _, _ in ranked
+        )  # the text's own token stands there too, at any rank
         if likeliest < k:
             raise BadReply(
                 f"the server names the {likeliest} likeliest tokens of a place and {k} were asked for; raise its "

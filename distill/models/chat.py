@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.errors import UserError
 from distill.models.folders import conversation_problem
-from distill.models.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
+from distill.workers.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
 
 # For tokenizers that bring no chat template: stated in the README, and saved with the student so that
 # plain transformers renders prompts exactly as they were trained.

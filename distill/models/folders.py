@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from distill.errors import UserError
 from distill.integrity import verify_folder
-from distill.models.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
+from distill.workers import template_worker
+from distill.workers.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -345,7 +346,7 @@ def conversation_problem(template: str, tokens: dict[str, str | None], messages:
 
 
 def _stopped(asked: dict[str, Any]) -> str | None:
-    command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
+    command = [sys.executable, "-P", template_worker.__file__]
     try:
         done = subprocess.run(
             command, input=json.dumps(asked), capture_output=True, text=True, timeout=30 + SECONDS

@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 from distill.errors import RunError
 from distill.tasks import numeric
@@ -32,6 +31,7 @@ from distill.tasks.statements import (
     phrase_marks,
     stands,
 )
+from distill.workers import math_worker
 
 LONGEST = 2_000  # characters of a formula that is compared
 
@@ -356,7 +356,7 @@ class _MathWorker:
             return reply == "1\n"
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+        command = [sys.executable, "-P", math_worker.__file__]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         self._process = process

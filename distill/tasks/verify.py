@@ -158,7 +158,7 @@ def math_equal(answer: str, reference: str) -> bool:
     r"""Equal as mathematics by the package math-verify: `\frac{1}{2}` and 0.5, `x+1` and `1+x`, intervals.
 
     The formula is what the answer states (distill/tasks/formulas.py). The package runs in a process of its own that
-    ends after a second, whatever it is computing (distill/tasks/math_worker.py). UserError where it is missing.
+    ends after a second, whatever it is computing (distill/workers/math_worker.py). UserError where it is missing.
     """
     found = formulas.stated_formula(answer)
     return found is not None and _same_formula(found, reference)

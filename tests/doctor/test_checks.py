@@ -1,6 +1,5 @@
 """`distill doctor`: every trap seeded into a pair is told with its fix, from configs and tokenizers alone."""
 
-import re
 import json
 import shutil
 from pathlib import Path
