@@ -119,15 +119,28 @@ def verify_folder(folder: Path, but: str | None = None) -> None:
 def remove_changed(folder: Path) -> None:
     """For --redo: files that `verify_folder` would name are deleted, so that they are made again."""
     if (folder / MANIFEST).is_file():
-        for path in _changed(folder, read_json(folder / MANIFEST)):
+        manifest = read_json(folder / MANIFEST)
+        for path in _changed(folder, manifest if isinstance(manifest, dict) else {}):
             path.unlink()
 
 
 def _changed(folder: Path, manifest: dict[str, Any], but: str | None = None) -> list[Path]:
-    recorded = {**manifest.get("files", {}), **manifest.get("records", {})}
+    lists = [manifest.get(name, {}) for name in ("files", "records")]
+    recorded = {**lists[0], **lists[1]} if all(isinstance(files, dict) for files in lists) else {"": None}
+    # A stranger's manifest must not have other files read, or with --redo deleted.
+    if not all(_is_entry(name, entry) for name, entry in recorded.items()):
+        raise UserError(
+            f"{folder / MANIFEST} names a file outside its folder, or one without its hash; delete it and "
+            f"{_remake(folder, None)}"
+        )
     found = {folder / name: entry for name, entry in recorded.items()}
     read = {path: entry for path, entry in found.items() if not (but and path.name.endswith(but))}
     return [path for path, entry in read.items() if path.is_file() and not same(path, entry)]
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    inside = bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    return inside and isinstance(entry, dict) and ("content" in entry or {"bytes", "hash"} <= entry.keys())
 
 
 def _problem(path: Path, folder: Path, stage: str | None) -> str:

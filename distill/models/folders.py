@@ -54,6 +54,20 @@ _FACTORS = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"), (0.0, 1.0)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1e-3, 1e15)),
 }  # fmt: skip
+# Sizes that may be 0: a config makes as many labels, layers or experts of them as they say, when it is read.
+_MOST = {
+    **dict.fromkeys(("d_model", "n_inner", "ffn_dim", "d_ff", "d_inner"), 10**7),
+    **dict.fromkeys(("n_layers", "num_nextn_predict_layers", "decoder_layers", "encoder_layers"), 2000),
+    **dict.fromkeys(("n_shared_experts", "q_lora_rank", "kv_lora_rank", "v_head_dim", "state_size"), 10**6),
+    "num_labels": 10**5,
+}  # fmt: skip
+_DROPOUTS = (
+    "attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "router_jitter_noise",
+)  # fmt: skip
+_FACTORS |= dict.fromkeys(_DROPOUTS, (0.0, 1.0))
+# What runs a part of the model: names of transformers' own ways. With a slash it is a repository of compiled code.
+_KERNELS = ("attn_implementation", "experts_implementation")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")  # dtypes of safetensors
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -173,6 +187,12 @@ def check_config(config: dict[str, Any], where: str) -> None:
                     raise UserError(
                         f"{where}: {key} is {str(value)[:60]}, not a whole number from 1 to {_SIZES[key]:,}; correct it"
                     )
+        if key in _MOST and (
+            isinstance(value, str | float) or (isinstance(value, int) and not 0 <= value <= _MOST[key])
+        ):
+            raise UserError(
+                f"{where}: {key} is {str(value)[:60]}, not a whole number from 0 to {_MOST[key]:,}; correct it"
+            )
         if (
             key in _FACTORS
             and type(value) in (int, float)
@@ -181,6 +201,10 @@ def check_config(config: dict[str, Any], where: str) -> None:
             low, high = _FACTORS[key]
             raise UserError(
                 f"{where}: {key} is {str(value)[:60]}, not a number from {low:g} to {high:g}; correct it"
+            )
+        if key.strip("_").removesuffix("_internal") in _KERNELS and "/" in str(value):
+            raise UserError(
+                f"{where}: {key} is {str(value)[:60]}, code from a hub, which is never run; take this key out"
             )
         if isinstance(value, dict) and (key.endswith("_config") or key.startswith("rope_")):
             check_config(value, where)

@@ -77,7 +77,8 @@ def load_tokenizer(name: str, template_arguments: dict[str, Any] | None = None) 
         brought = tokenizer.chat_template
         set_template(tokenizer, template_arguments)
         tokenizer.padding_side = "left"
-        tokenizer.encode("2+2")
+        if not tokenizer.encode("2+2"):
+            raise UserError(f"the tokenizer of '{name}' reads no token in a text; copy its folder again")
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     if brought and brought not in _OWN_TEMPLATES:
         check_template(tokenizer.chat_template, f"'{name}'", tokens)

@@ -15,9 +15,9 @@ import torch
 from distill.commands.cli import main
 from distill.errors import DistillError, RunError, UserError
 from distill.evaluation.interventions import _keep, _read_kept
-from distill.integrity import verify_folder
+from distill.integrity import remove_changed, verify_folder
 from distill.models.load import check_model, load_model, load_tokenizer
-from distill.storage import hash_file, read_json, read_table, same
+from distill.storage import hash_file, read_json, read_table, same, write_json
 from distill.training.checkpoint import load_trained, save_trained, saved_step
 
 FLIPS = 3  # per file of a checkpoint
@@ -268,6 +268,17 @@ def test_a_changed_line_of_an_unfinished_log_is_told(finished, tmp_path, capsys,
     capsys.readouterr()
     assert main(words) == 0
     assert "metrics.jsonl is not as training wrote it" in capsys.readouterr().err
+
+
+def test_a_manifest_cannot_have_other_files_deleted(tmp_path):
+    """--redo deletes what is not as the manifest says: inside its folder alone."""
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "mine").write_text("kept")
+    for name in ("../mine", str(tmp_path / "mine")):
+        write_json(tmp_path / "stage" / "manifest.json", {"files": {name: {"bytes": 1, "hash": "x"}}})
+        with pytest.raises(UserError, match="names a file outside its folder"):
+            remove_changed(tmp_path / "stage")
+    assert (tmp_path / "mine").read_text() == "kept"
 
 
 def test_licences_of_cards_that_are_a_bit_apart_say_the_same():

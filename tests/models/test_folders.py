@@ -158,9 +158,18 @@ MODELS: dict[str, Damage] = {
     **{f"theta_{n}": config(rope_parameters={"rope_type": "default", "rope_theta": v}) for n, v in {
         "zero": 0, "negative": -1.0, "infinite": float("inf")}.items()},
     "more_experts_than_there_are": config(num_local_experts=4, num_experts_per_tok=9),
+    "labels_huge": config(num_labels=10**9),
+    "dropout_five": config(attention_dropout=5),
+    "kernel_of_a_stranger": config(_attn_implementation="evil/kernel"),
+    "kernel_of_each_part": config(attn_implementation={"": "evil/kernel"}),
     "key_twice": put("config.json", '{"model_type": "llama", "model_type": "qwen3"}'),
     "eos_text": config(eos_token_id="x"),
     "eos_nested": config(eos_token_id=[[1]]),
+    **{f"manifest_{n}": put("manifest.json", json.dumps(v)) for n, v in {
+        "list": [], "no_entry": {"files": {"model.safetensors": 5}}, "files_list": {"files": [1]},
+        "outside": {"files": {"../model/config.json": {"bytes": 1, "hash": "a"}}},
+        "absolute": {"records": {"/etc/passwd": {"bytes": 1, "hash": "a"}}},
+        "no_hash": {"files": {"model.safetensors": {"bytes": 1}}}}.items()},
     "generation_list": put("generation_config.json", "[]"),
     "generation_broken": put("generation_config.json", "{"),
     "generation_deep": put("generation_config.json", DEEP),
@@ -196,6 +205,8 @@ MODELS: dict[str, Damage] = {
         "list": "[]", "broken": "{", "object": "{}", "deep": DEEP, "number": "5", "model_text": '{"model": "x"}',
         "nested": NESTED}.items()},
     "tokenizer_model_odd": change("tokenizer.json", model={"type": "BPE", "vocab": [], "merges": 5}),
+    "tokenizer_without_tokens": change(
+        "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
     "tokenizer_missing": removed("tokenizer.json"),
     **{f"tokenizer_config_{n}": put("tokenizer_config.json", t) for n, t in {
         "list": "[]", "broken": "{", "deep": DEEP, "text": '"x"'}.items()},
