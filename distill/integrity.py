@@ -79,7 +79,12 @@ def sealed_text(text: str) -> str:
 def unsealed(text: str) -> tuple[str, bool]:
     """(the text without its seal, whether it is as it was written); one that was never sealed is."""
     body, seal, checksum = text.rpartition(_SEAL)
-    return (body, checksum.strip() == fingerprint(body)) if seal else (text, True)
+    if seal:
+        return body, checksum.strip() == fingerprint(body)
+    body, _, last = text.rstrip("\n").rpartition("\n")
+    # A seal whose own words are damaged is no text that was never sealed.
+    damaged = len(last) == len(_SEAL) + 32 and sum(a != b for a, b in zip(last, _SEAL)) <= 2
+    return (f"{body}\n", False) if damaged else (text, True)
 
 
 # ---- reading -----------------------------------------------------------------------------------------

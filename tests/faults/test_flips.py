@@ -15,7 +15,7 @@ import torch
 from distill.commands.cli import main
 from distill.errors import DistillError, RunError, UserError
 from distill.evaluation.interventions import _keep, _read_kept
-from distill.integrity import remove_changed, verify_folder
+from distill.integrity import remove_changed, sealed_text, unsealed, verify_folder
 from distill.models.load import check_model, load_model, load_tokenizer
 from distill.storage import hash_file, read_json, read_table, same, write_json
 from distill.training.checkpoint import load_trained, save_trained, saved_step
@@ -294,3 +294,18 @@ def test_licences_of_cards_that_are_a_bit_apart_say_the_same():
                 other = f"{name[:place]}{chr(ord(name[place]) ^ (1 << bit))}{name[place + 1 :]}".lower()
                 if other in table and other != name:
                     assert table[other]["train_other_models"] == entry["train_other_models"], (name, other)
+
+
+def test_a_flipped_bit_in_the_words_of_a_seal_is_told():
+    """Such a text is not one that was never sealed."""
+    text = sealed_text("run_dir: x\nseed: 0\n")
+    assert unsealed(text) == ("run_dir: x\nseed: 0\n", True) and unsealed("a: 1\n# b\n") == (
+        "a: 1\n# b\n",
+        True,
+    )
+    words = text.rindex("# checksum")
+    for place in range(words + 1, len(text) - 1):
+        for bit in range(7):
+            flipped = text[:place] + chr(ord(text[place]) ^ 1 << bit) + text[place + 1 :]
+            if "\n" not in flipped[place]:
+                assert unsealed(flipped)[1] is False, (place - words, bit)
