@@ -22,7 +22,7 @@ from distill.errors import UserError
 from distill.models.describe import describe_model
 from distill.models.load import eos_ids, tokenizer_fingerprint
 from distill.models.parameters import format_trainable, trainable_table
-from distill.models.precision import resolve_precision
+from distill.models.precision import Precision, resolve_precision
 from distill.models.quantize import logical_size
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
@@ -108,14 +108,8 @@ def train_arm(
     source = make_source(recipe, rows, student, ends)
     if accelerator.is_main_process:
         stage.begin(redo)
-        computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if teacher else ""
-        say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
-        read = matrices(student.model, head=recipe.train.head_precision == "same")
-        lora = recipe.student.lora if recipe.student.adapter == "lora" else None
-        if recipe.student.quantize == "none" and (
-            lost := lost_steps(recipe.train, precision.half, read, lora)
-        ):
-            say(f"{arm}: {lost.text()}; {lost.fix}")
+        for line in first_lines(recipe, student, precision, numerics):
+            say(f"{arm}: {line}")
     accelerator.wait_for_everyone()
 
     # ---- train, save -----------------------------------------------------------------------------------
@@ -158,6 +152,21 @@ def train_arm(
     )
     drop_states(stage.folder)  # not before the manifest: a kill until then continues from the newest one
     return manifest
+
+
+def first_lines(
+    recipe: Recipe, student: BuiltStudent, precision: Precision, numerics: dict[str, Any]
+) -> list[str]:
+    """What an arm says before its first step: what it computes in, what trains, and which updates would vanish."""
+    computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if "teacher" in numerics else ""
+    lines = [f"{precision.reason}{computes}\n{format_trainable(student.model)}"]
+    section = recipe.student
+    if section.quantize == "none":
+        read = matrices(student.model, head=recipe.train.head_precision == "same")
+        lora = section.lora if section.adapter == "lora" else None
+        if lost := lost_steps(recipe.train, precision.half, read, lora):
+            lines.append(f"{lost.text()}; {lost.fix}")
+    return lines
 
 
 def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
