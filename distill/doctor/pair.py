@@ -135,8 +135,11 @@ class Pair:
         )
         start = recipe.student
         # One tokenizer of 260,000 tokens takes seconds and a quarter of a gigabyte.
-        shared = named and start.model == recipe.teacher.model
-        shared &= start.chat_template_kwargs == recipe.teacher.chat_template_kwargs if named else False
+        shared = (
+            bool(named)
+            and start.model == recipe.teacher.model
+            and start.chat_template_kwargs == recipe.teacher.chat_template_kwargs
+        )
         self.student = Side(
             "student",
             start.model,

@@ -32,7 +32,7 @@ from distill.storage import MANIFEST, read_json, read_rows
 from distill.training.asked_otherwise import told
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.open_teachers import live_teachers
-from distill.training.rounding import Unseen, lost_steps, matrices
+from distill.training.rounding import lost_steps, matrices
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import make_accelerator, train_student
 from distill.training.validation import split_rows
@@ -103,10 +103,8 @@ def train_arm(
     source = make_source(recipe, rows, student, ends)
     if accelerator.is_main_process:
         stage.begin(redo)
-        computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if teacher else ""
-        say(f"{arm}: {precision.reason}{computes}\n{format_trainable(student.model)}")
-        if lost := _lost(recipe, student, precision):
-            say(f"{arm}: {lost.text()}; {lost.fix}")
+        for line in first_lines(recipe, student, precision, numerics):
+            say(f"{arm}: {line}")
     accelerator.wait_for_everyone()
 
     # ---- train, save -----------------------------------------------------------------------------------
@@ -162,13 +160,19 @@ def _identity(recipe: Recipe, needs_teacher: bool) -> dict[str, Any]:
     }
 
 
-def _lost(recipe: Recipe, student: BuiltStudent, precision: Precision) -> Unseen | None:
-    """Updates that a 16-bit copy of the weights would not see, where there are any."""
-    if recipe.student.quantize != "none":
-        return None
-    lora = recipe.student.lora if recipe.student.adapter == "lora" else None
-    read = matrices(student.model, head=recipe.train.head_precision == "same")
-    return lost_steps(recipe.train, precision.half, read, lora)
+def first_lines(
+    recipe: Recipe, student: BuiltStudent, precision: Precision, numerics: dict[str, Any]
+) -> list[str]:
+    """What an arm says before its first step: what it computes in, what trains, and which updates would vanish."""
+    computes = f"; the teacher computes in {', '.join(numerics['teacher'])}" if "teacher" in numerics else ""
+    lines = [f"{precision.reason}{computes}\n{format_trainable(student.model)}"]
+    section = recipe.student
+    if section.quantize == "none":
+        read = matrices(student.model, head=recipe.train.head_precision == "same")
+        lora = section.lora if section.adapter == "lora" else None
+        if lost := lost_steps(recipe.train, precision.half, read, lora):
+            lines.append(f"{lost.text()}; {lost.fix}")
+    return lines
 
 
 def training_rows(recipe: Recipe, folder: Path) -> TokenRows:

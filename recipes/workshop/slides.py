@@ -144,7 +144,7 @@ def page(slides: list[Slide], language: str) -> str:
         + "</section>\n"
         for slide in (first, *slides)
     )
-    text = (FOLDER / "slides_page.html").read_text(encoding="utf-8")
+    text = (FOLDER / "deck.html").read_text(encoding="utf-8")
     for name, value in (("lang", words["lang"]), ("title", html.escape(words["title"])), ("slides", shown)):
         text = text.replace(f"{{{{{name}}}}}", value)
     return text
