@@ -120,9 +120,9 @@ class TeacherReference:
         taught = self.taught(problems, self.answers)
         if taught is None or not taught.told.any():
             return {}
-        calibration = TokenCalibration()
+        calibration, reader = TokenCalibration(), Reader(model)
         read = read_rows(
-            model, taught.rows, pad, self.reader, calibration=calibration, measured=taught.told, keep=True
+            reader, taught.rows, pad, self.reader, calibration=calibration, measured=taught.told, keep=True
         )
         found: dict[str, Any] = {"fidelity": read.agreement(taught.rows, taught.told)}
         found["calibration"] = calibration.result()
@@ -130,7 +130,7 @@ class TeacherReference:
         if same and (score := taught.likelihood(read, _context(model))):
             found["teacher_answers"] = score
         if written := answer_rows(prompts, own, self.limit):
-            found["fidelity"]["own_text"] = read_rows(model, written, pad, self.reader).agreement(written)
+            found["fidelity"]["own_text"] = read_rows(reader, written, pad, self.reader).agreement(written)
         return found
 
     def own_likelihood(self, problems: list[dict], own: list[dict]) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ PREFILL_TOKENS = 512
 DECODE_TOKENS = 32
 _DECODE_PROMPT = 16
 _REPEATS = 3
+_WARM_TOKENS = 4
 
 
 def usage_cost(
@@ -71,23 +72,25 @@ def measure_speed(model, tokenizer) -> dict[str, Any]:
     prompt = ids[0, : min(_DECODE_PROMPT, context // 2)].tolist()
     tokens = min(DECODE_TOKENS, context - len(prompt))
 
-    def write() -> None:
+    def write(length: int = tokens) -> None:
         # No end tokens: the answer has its full length whatever the model thinks of random ids.
-        decode(model, [prompt], Sampling(max_new_tokens=tokens), eos_ids=set(), pad_id=0, batch_size=1)
+        decode(model, [prompt], Sampling(max_new_tokens=length), eos_ids=set(), pad_id=0, batch_size=1)
 
     return {
         "prefill_tokens": ids.shape[1],
         "prefill_tokens_per_second": round(ids.shape[1] / prefill, 1),
-        "decode_tokens_per_second_batch_1": round(tokens / _seconds(write, device), 1),
+        "decode_tokens_per_second_batch_1": round(
+            tokens / _seconds(write, device, lambda: write(min(tokens, _WARM_TOKENS))), 1
+        ),
     }
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Median wall time of `work`, after one unmeasured call."""
+def _seconds(work: Callable[[], Any], device: torch.device, warm: Callable[[], Any] | None = None) -> float:
+    """Median wall time of `work`, after one unmeasured call of it, or of what is shorter and warms as well."""
     times = []
-    for _ in range(1 + _REPEATS):
+    for call in (warm or work, *[work] * _REPEATS):
         start = time.perf_counter()
-        work()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
