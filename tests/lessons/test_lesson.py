@@ -28,7 +28,7 @@ def test_ranges_are_kept_and_printed(monkeypatch, capsys):
     assert first == "inside: 0.5   (expected 0 to 1: ok; if it did not work: 2)"
     assert "OUTSIDE" in second and "short budget" in third
     lessons.NOW["language"] = "zh"
-    lessons.expect("inside", 0.5, 0, 1)
+    lessons.expect("inside", 0.5, 0, 1, short=True)
     assert "预期 0 到 1：符合" in capsys.readouterr().out
     monkeypatch.setenv(lessons.BUDGET, "tiny")
     with pytest.raises(UserError, match="use full"):

@@ -20,7 +20,7 @@ from distill.report.report import build_report
 from distill.report.words import called, say, speaking, spoken
 
 PAGES = ("parts", "dossier", "dossier_experts", "dossier_viewer", "report")
-FOLDERS = ("report", "play")
+FOLDERS = ("report", "play", "lessons")
 # What a Chinese reader reads in Latin letters too: units, symbols, names of methods, of formats and of products.
 LATIN = frozenset(
     re.findall(
