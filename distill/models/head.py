@@ -87,8 +87,10 @@ def save_head(path: Path, head: Head) -> None:
 
 def load_head(path: Path, device: torch.device) -> Head:
     """What `save_head` wrote. Raises UserError for a file that it did not."""
+    # A process of a launch on CPUs is told "cpu:1", which safetensors takes for no device.
+    where = device.type if device.type == "cpu" else str(device)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=where) as file:
             scale, softcap = json.loads(file.metadata()["transform"])
             bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 - not a dict
             finite = bias is None or bool(bias.isfinite().all())

