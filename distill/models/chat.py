@@ -152,6 +152,8 @@ def _limits(template: str, tokenizer: PreTrainedTokenizerBase, messages: list[di
     with contextlib.suppress(OSError, ValueError):  # elsewhere than on Linux; or a lower limit stands already
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + 2 * MEMORY
+        if allowed[0] != resource.RLIM_INFINITY:
+            room = min(room, allowed[0])
         resource.setrlimit(resource.RLIMIT_AS, (room, allowed[1]))
     signal.signal(signal.SIGVTALRM, _too_long)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
