@@ -35,8 +35,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from distill.errors import UserError
 from distill.models.head import output_head
 from distill.models.hooks import Hooks
-from distill.models.packed import packed_linears
 from distill.models.load import cache_name
+from distill.models.packed import packed_linears
 
 _DROP_AT = 0.25  # finished rows leave once they are this share of the batch
 _REFILL = {"cpu": False}  # whether waiting prompts take the places of those rows; elsewhere they do
@@ -45,7 +45,7 @@ _LEAST = (
     -80.0
 )  # of a score below the best: e^-80 is never drawn, and exp takes 30 times as long where it underflows
 _SHARED = 128  # prompt tokens that reading a common beginning once must save; below, the call costs more
-_PACKED = 8  # tokens of an answer from which packing the weights for it pays (distill/models/layers.py)
+_PACKED = 8  # tokens of an answer from which packing the weights for it pays (distill/models/packed.py)
 _BLOCK = 64  # columns by which a cache buffer grows: copies are rare, the spare room is small
 
 

@@ -84,11 +84,11 @@ def test_without_memory_or_the_operators_nothing_changes(monkeypatch):
     model, x = Two(), torch.randn(6, 160)
     expected = model(x)
     needed = model.large.weight.nbytes
-    monkeypatch.setattr(layers, "free_memory", lambda device: 3 * needed - 3)
+    monkeypatch.setattr(packed, "free_memory", lambda device: 3 * needed - 3)
     with packed_linears(model):
         assert packed_dtypes(model) == {}
-    monkeypatch.setattr(layers, "free_memory", lambda device: 3 * needed + 3)
-    monkeypatch.setattr(layers, "_pack", lambda weight, dtype: None)
+    monkeypatch.setattr(packed, "free_memory", lambda device: 3 * needed + 3)
+    monkeypatch.setattr(packed, "_pack", lambda weight, dtype: None)
     with packed_linears(model):
         assert packed_dtypes(model) and torch.equal(model(x), expected)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
