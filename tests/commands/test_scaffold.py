@@ -35,8 +35,14 @@ def test_uncommenting_a_key_changes_nothing(here, run_cli):
     """What stands behind a # is the default: with all of them active the recipe is the same one."""
     run_cli("init", "mine")
     text = (here / "mine.yaml").read_text()
-    # A server has an address, and a model to make a student from a name, that have no default.
-    for first, behind in (("  # endpoint:", "  # terms:"), ("  # from:", "  # config: null  ")):
+    # A server has an address, a model to make a student from a name, and what a teacher is told words, that have no
+    # default.
+    kept = (
+        ("  # endpoint:", "  # terms:"),
+        ("  # from:", "  # config: null  "),
+        ("    # context:", "    # remember_gb:"),
+    )
+    for first, behind in kept:
         start = text.index(first)
         text = text[:start] + text[text.index(behind, start) :]
     active = re.sub(r"^(\s*)# (\w+:)", r"\1\2", text.partition("\n\n")[2], flags=re.M)

@@ -1,12 +1,16 @@
 """metrics.json: the schema file is that of the models, every key is explained, and what does not fit is named."""
 
 import json
+from typing import get_args
 
 import pytest
+import torch
 
 from distill.config.evaluation import Evaluate
+from distill.config.section import BlockPrecision
 from distill.errors import RunError
 from distill.evaluation.schema import METRICS_VERSION, SCHEMA_FILE, check, json_schema
+from distill.models.precision import resolve_precision
 
 SCORE = {"n": 2, "accuracy": 0.5, "stderr": 0.35, "ci95": [0.1, 0.9]}
 TASK = {
@@ -94,7 +98,8 @@ def test_a_missing_key_is_named():
 
 def test_the_recipe_s_precisions_are_those_that_can_be_swept():
     sweep = pytest.importorskip("distill.evaluation.precision")
-    (listed,) = [
-        set(f.annotation.__args__[0].__args__) for n, f in Evaluate.model_fields.items() if n == "precisions"
-    ]
-    assert listed == set(sweep.PRECISIONS)
+    (element,) = get_args(Evaluate.model_fields["precisions"].annotation)
+    listed, by_blocks = set(get_args(element)), set(get_args(BlockPrecision))
+    assert listed == set(sweep.PRECISIONS) | by_blocks and not by_blocks & set(sweep.PRECISIONS)
+    cpu = torch.device("cpu")
+    assert all(resolve_precision(name, cpu).name == name for name in by_blocks)
