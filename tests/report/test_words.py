@@ -19,14 +19,14 @@ from distill.report.pages import TEMPLATES, page_environment
 from distill.report.report import build_report
 from distill.report.words import called, say, speaking, spoken
 
-PAGES = ("parts", "dossier", "dossier_experts", "dossier_viewer", "report")
+PAGES = ("parts", "dossier", "dossier_experts", "dossier_viewer", "other_scores", "report")
 FOLDERS = ("report", "play")
 # What a Chinese reader reads in Latin letters too: units, symbols, names of methods, of formats and of products.
 LATIN = frozenset(
     re.findall(
         r"\w+",
-        """AIME Brier CUDA DeepSeek ECE FLOP GFLOP GPU H800 Holm JavaScript KL KV MB MFLOP MaxVio McNemar Qwen R1
-        TFLOP Tango USD V3 bf16 bfloat16 cpu demo distill float16 float32 float8 fp16 fp32 fp8 emulated json kB lm
+        """acc acc_norm AIME Brier CUDA DeepSeek ECE FLOP GFLOP GPU H800 Holm JavaScript KL KV MB MFLOP MaxVio McNemar Qwen R1
+        TFLOP Tango USD V3 bf16 bfloat16 cpu demo distill float16 float32 float8 fp16 fp32 fp8 emulated json kB lm norm
         evaluation harness log metrics nat pass recipe threads top yaml""",
     )
 )
