@@ -79,6 +79,6 @@ def _nv(blocks: Tensor, largest: Tensor) -> Tensor:
     peak = torch.where(largest.isfinite(), largest, 0).amax()
     of_tensor = torch.where(peak > 0, peak / (_E4M3_LARGEST * _E2M1_LARGEST), 1.0).clamp(min=_SMALLEST)
     of_block = (largest / _E2M1_LARGEST / of_tensor).clamp(_E4M3_TINY, _E4M3_LARGEST).to(_E4M3).float()
-    # By the reciprocal, as kernels do it: a division would round some numbers the other way.
+    # By the reciprocal, as the reference and the kernels do it.
     scaled = blocks * ((1.0 / of_tensor) / of_block)
     return e2m1(scaled) * (of_tensor * of_block)
