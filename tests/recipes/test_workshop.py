@@ -114,7 +114,7 @@ def test_a_lesson_runs_and_its_solutions_hold(number, short, capsys):
     unsolved = [name for name, solved in told["exercises"].items() if not solved]
     assert 2 <= len(told["exercises"]) <= 3 and not unsolved, capsys.readouterr().out
     outside = [e for e in told["expected"] if e["checked"] and not e["met"]]
-    assert sum(e["checked"] for e in told["expected"]) >= 3 and not outside
+    assert sum(e["checked"] for e in told["expected"]) >= 2 and not outside
 
 
 @pytest.mark.parametrize("number", NUMBERS)
