@@ -63,7 +63,7 @@ axis.invert_yaxis()
 plt.show()
 
 gain = results["student"]["hard"]["accuracy"] - results["control"]["hard"]["accuracy"]
-expect("student minus control, hard problems", gain, 0.5, 0.95, without=0)
+expect("student minus control, hard problems", gain, 0.5, 0.95, short=True, without=0)
 
 # %% [markdown] lang="en"
 # - **base** is the student before training. It knows problems of two digits; these have four.
@@ -103,7 +103,7 @@ show(asked, playground)
 for name, one in asked.answers.items():
     print(f"{name:8} {one.verdict:10} {one.text[:70]}")
 right = {name: one.verdict == "correct" for name, one in asked.answers.items()}
-expect("the student is right on this problem", right["student"], 1, 1, without=right["base"])
+expect("the student is right on this problem", right["student"], 1, 1, short=True, without=right["base"])
 
 # %% [markdown] lang="en"
 # ## Take an expert away

@@ -87,8 +87,15 @@ axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(1.01, 0.3))
 plt.show()
 kept = [students[0][i + 1] / r1[i] for i in range(4)]
 alone = [only_rl[i] / r1[i] for i in range(4)]
-expect("the 32B student keeps of R1's AIME score", students[4][1] / r1[0], 0.9, 0.92, without=alone[0])
-expect("the 1.5B student keeps of R1's MATH-500 score", kept[1], 0.86, 0.87, without=kept[0])
+expect(
+    "the 32B student keeps of R1's AIME score",
+    students[4][1] / r1[0],
+    0.9,
+    0.92,
+    short=True,
+    without=alone[0],
+)
+expect("the 1.5B student keeps of R1's MATH-500 score", kept[1], 0.86, 0.87, short=True, without=kept[0])
 
 # %% [markdown] lang="en"
 # More is kept by larger students and on easier tests, and at 32B distillation beats learning alone. Does the shape hold here? The committed result of `distill demo`, with the arm without which it would prove nothing: *control*, the same base and steps on final answers without a teacher.
@@ -114,6 +121,7 @@ expect(
     sure,
     0.3,
     0.9,
+    short=True,
     without=hard["base"]["accuracy"] - hard["control"]["ci95"][1],
 )
 
@@ -151,6 +159,7 @@ expect(
     100 * taught["effect"]["ci95"][0],
     5,
     40,
+    short=True,
     without=100 * again["effect"]["ci95"][0],
 )
 
@@ -176,7 +185,7 @@ print(f"{'sum':18} {bill['gpu_hours']:>10,.0f} H800 hours   ${bill['usd']:>10,.0
 for item in bill["not_counted"]:
     print("  -", item["item"])
 pre_training = 2 * 14.8 * 180_000 / 1e6  # 14.8 trillion tokens, 180,000 hours a trillion, 2 USD an hour
-expect("the bill, million USD", bill["usd"] / 1e6, 5.576, 5.576, without=pre_training)
+expect("the bill, million USD", bill["usd"] / 1e6, 5.576, 5.576, short=True, without=pre_training)
 
 # %% [markdown] lang="en"
 # ## When does distilling pay?
@@ -227,7 +236,7 @@ for model in (
     answers[model] = decision["allowed"]
     print(f"{model:28} {decision['answer']:14} {decision.get('name') or '-'}")
 allowed = [name for name, fine in answers.items() if fine]
-expect("teachers of these five that allow it", len(allowed), 3, 3, without=len(answers))
+expect("teachers of these five that allow it", len(allowed), 3, 3, short=True, without=len(answers))
 
 # %% [markdown] lang="en"
 # ## Claim 4: models inherit flaws
@@ -249,7 +258,14 @@ for flaw in ("wrong_rule", "hidden_step"):
     print(f"{flaw}: {some[0].question}\n   clean   {some[0].clean}\n   flawed  {some[0].flawed}\n")
     passes[flaw] = sum(judge("exact", case.flawed, case.answer) == "correct" for case in some) / len(some)
     print(f"   the verifier lets {100 * passes[flaw]:.0f} % of 80 flawed answers pass\n")
-expect("flawed sorts that pass the verifier", passes["hidden_step"], 0.99, 1, without=passes["wrong_rule"])
+expect(
+    "flawed sorts that pass the verifier",
+    passes["hidden_step"],
+    0.99,
+    1,
+    short=True,
+    without=passes["wrong_rule"],
+)
 
 # %% [markdown] lang="en"
 # A wrong rule makes wrong results: the verifier stops all of them. In a flawed sort the result is right and a *step* is wrong: the verifier reads results, so all of them pass. Does it arrive in the student? `distill bench recipes/claims.yaml` trained students of the flawed teacher and of its twin, on five seeds each, and asked both 80 questions that show the flaw.
@@ -291,7 +307,14 @@ for label, name, low, high in (
     ("refusal arrives in spite of the check", "verifier-misses-refusal-300", 70, 100),
 ):
     lower = by_name[name]["effect"]["ci95"][0]
-    expect(f"{label}: lower end of the interval (points)", 100 * lower, low, high, without=100 * stopped[0])
+    expect(
+        f"{label}: lower end of the interval (points)",
+        100 * lower,
+        low,
+        high,
+        short=True,
+        without=100 * stopped[0],
+    )
 
 # %% [markdown] lang="en"
 # So the sentence holds here, and the check has limits. It takes most of the wrong rule out. A wrong step with a right result arrives in three answers of four. And where no answer is the right one (a refusal, a bias, a confident tone) the check has nothing to compare with: what it lets pass, arrives. `distill inherit` measures it for any student and its teacher.
