@@ -58,7 +58,8 @@ def test_a_loss_takes_the_memory_that_its_module_says(found):
 def test_an_optimizer_step_waits_once(found, optimizer):
     """Four micro-batches, a teacher, batch_balance, clipping; resumed from a file in the middle."""
     step = found[f"optimizer steps {optimizer}"]
-    assert step["difference"] < 2e-5
+    # Adam's first steps have the size of the rate, 0.01, whatever the gradient: roundings of attention show.
+    assert step["difference"] < (1e-4 if optimizer == "adamw" else 2e-5)
     assert step["waits"] == 1 and "train.py" in next(iter(step["where"])), step["where"]
 
 
