@@ -369,12 +369,14 @@ def conversation_problem(template: str, tokens: dict[str, str | None], messages:
     return _stopped({"template": template, "conversations": [messages], "tokens": tokens})
 
 
+# Seconds by the clock. The worker itself ends after SECONDS of work; on a busy machine those take minutes.
+_WAIT = 600
+
+
 def _stopped(asked: dict[str, Any]) -> str | None:
     command = [sys.executable, "-P", template_worker.__file__]
     try:
-        done = subprocess.run(
-            command, input=json.dumps(asked), capture_output=True, text=True, timeout=30 + SECONDS
-        )
+        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, timeout=_WAIT)
     except subprocess.TimeoutExpired:
         return f"does not end within {SECONDS} s"
     said = done.stdout.strip()
