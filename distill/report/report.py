@@ -158,16 +158,23 @@ def _text_tables(metrics: dict, models: list[str]) -> list[list[list[str]]]:
     texts = [name for model in models for name in metrics["models"][model].get("text", {})]
     found = []
     for text in dict.fromkeys(texts):
-        rows = [[f"text: {text.replace('_', ' ')}", "nats per token", "KL from the teacher", "same top-1"]]
-        for model in models:
-            if score := metrics["models"][model].get("text", {}).get(text):
-                close = score.get("teacher") or {}
-                values = [score["nll_per_token"], close.get("forward_kl")]
-                cells = ["-" if value is None else f"{value:.3f}" for value in values]
-                same = close.get("top1_agreement")
-                rows.append([model, *cells, "-" if same is None else f"{same:.1%}"])
+        rows = [[f"text: {text.replace('_', ' ')}", "nats per token"]]
+        scores = [(model, metrics["models"][model].get("text", {}).get(text)) for model in models]
+        close = any(score and score.get("teacher") for _, score in scores)
+        rows[0] += ["KL from the teacher", "same top-1"] if close else []
+        for model, score in scores:
+            if score:
+                said = score.get("teacher") or {}
+                cells = [_cell(score["nll_per_token"], ".3f")]
+                if close:
+                    cells += [_cell(said.get("forward_kl"), ".3f"), _cell(said.get("top1_agreement"), ".1%")]
+                rows.append([model, *cells])
         found.append(rows)
     return found
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _aligned(rows: list[list[str]]) -> str:

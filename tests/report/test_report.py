@@ -413,6 +413,23 @@ def test_smoothing_is_the_mean_of_the_finite_neighbours(values, window):
         assert np.isnan(got[i]) if not near else abs(got[i] - np.mean(near)) < 1e-9
 
 
+def test_the_summary_of_a_text_has_the_columns_that_somebody_fills():
+    model = {"tasks": {}, "text": {"a.txt": {"nll_per_token": 1.23456}}}
+    alone = summary_table({"models": {"student": model}}).splitlines()
+    assert [line.split() for line in alone] == [
+        ["text:", "a.txt", "nats", "per", "token"],
+        ["student", "1.235"],
+    ]
+    close = {"nll_per_token": 2.0, "teacher": {"forward_kl": 0.5, "top1_agreement": 0.25}}
+    both = {"student": {"tasks": {}, "text": {"a.txt": close}}, "teacher": model}
+    lines = summary_table({"models": both}).splitlines()
+    assert lines[0].endswith("KL from the teacher  same top-1")
+    assert [line.split() for line in lines[1:]] == [
+        ["student", "2.000", "0.500", "25.0%"],
+        ["teacher", "1.235", "-", "-"],
+    ]
+
+
 def test_summary_table(whole):
     metrics = json.loads((whole / "eval" / "metrics.json").read_text())
     lines = summary_table(metrics).splitlines()
