@@ -169,11 +169,14 @@ def memory() -> None:
         dense = fused.Projected(made(chunk, width), Head(made(vocabulary, width)))
         signals = {"dense": dense, "targets": fused.Given((OnDevice(torch.randint(vocabulary, (chunk,))),))}
         form = "targets" if name == "cross_entropy" else "dense"
-        gc.collect()
-        start = HELD.reset()
-        fused.fused_loss(hidden, head, [fused.Term(name, form, 1.0, options)], {form: signals[form]})
         chunks = (1 if form == "targets" else 2) * chunk * vocabulary * 2
-        found[name] = (HELD.peak - start - chunks) / (4 * piece * vocabulary)
+        peaks = []
+        for _ in range(3):  # the least: when Python collects what it no longer needs is chance
+            gc.collect()
+            start = HELD.reset()
+            fused.fused_loss(hidden, head, [fused.Term(name, form, 1.0, options)], {form: signals[form]})
+            peaks.append(HELD.peak - start - chunks)
+        found[name] = min(peaks) / (4 * piece * vocabulary)
     fused.ACCELERATOR_CHUNK = before
     FOUND["memory"] = found
 
