@@ -25,7 +25,7 @@ from distill.report import drawing
 from distill.report import figures as draw
 from distill.report.findings import headline
 from distill.report.heat import expert_load
-from distill.report.numbers import NB, absent, percent
+from distill.report.numbers import NB, absent, number, percent, share
 from distill.report.pages import page_environment
 from distill.report.runs import MODEL_ORDER, Run, families, ordered, other_scores, read_run, tasks_in_order
 from distill.report.words import called, say, speaking
@@ -165,16 +165,15 @@ def _text_tables(metrics: dict, models: list[str]) -> list[list[list[str]]]:
         for model, score in scores:
             if score:
                 said = score.get("teacher") or {}
-                cells = [_cell(score["nll_per_token"], ".3f")]
+                cells = [number(score["nll_per_token"])]
                 if close:
-                    cells += [_cell(said.get("forward_kl"), ".3f"), _cell(said.get("top1_agreement"), ".1%")]
+                    cells += [
+                        number(said.get("forward_kl")),
+                        share(said.get("top1_agreement")).replace(NB, " "),
+                    ]
                 rows.append([model, *cells])
         found.append(rows)
     return found
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _aligned(rows: list[list[str]]) -> str:

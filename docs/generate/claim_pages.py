@@ -10,7 +10,6 @@ registration, whose words stand in the results themselves, and no verdict of the
 today's recipes/claims.yaml. The checklist is of today's file, whatever has been measured of it.
 """
 
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
 from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size
 from distill.bench.results import shown_commit
+from distill.bench.verdicts import mean_interval
 from distill.report.numbers import si
 from distill.storage import PROJECT_ROOT, hash_yaml, read_json
 
@@ -260,14 +260,10 @@ def language_section(results: dict[str, Any], language: str = "en") -> str:
 
 def _mean(values: Iterable[float], scale: int) -> str:
     """Mean and Student's 95 % interval of it, as text; one value is exact and has none."""
-    from scipy import stats
-
-    sample, digits = [scale * value for value in values], 1 if scale == 100 else 2
-    mean = statistics.fmean(sample)
-    if len(sample) < 2:
-        return f"{mean:.{digits}f}"
-    half = stats.t.ppf(0.975, len(sample) - 1) * statistics.stdev(sample) / len(sample) ** 0.5
-    return f"{mean:.{digits}f} [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
+    found, digits = mean_interval([scale * value for value in values]), 1 if scale == 100 else 2
+    low, high = found["ci95"] or (None, None)
+    interval = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{found['mean']:.{digits}f}{interval}"
 
 
 def checklist(bench: Bench, file: str = BENCH) -> list[str]:

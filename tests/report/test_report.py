@@ -425,8 +425,8 @@ def test_the_summary_of_a_text_has_the_columns_that_somebody_fills():
     lines = summary_table({"models": both}).splitlines()
     assert lines[0].endswith("KL from the teacher  same top-1")
     assert [line.split() for line in lines[1:]] == [
-        ["student", "2.000", "0.500", "25.0%"],
-        ["teacher", "1.235", "-", "-"],
+        ["student", "2.000", "0.500", "25.0", "%"],
+        ["teacher", "1.235", "–", "–"],
     ]
 
 
