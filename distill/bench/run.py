@@ -292,15 +292,21 @@ class _Clock:
 # ------------------------------------------------------------------------------------------------ dry run
 
 
-def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
-    """What a budget would run, for --dry-run: arms, seeds, tasks, steps and rows, from recipes alone."""
+def describe_plan(path: str, budget: str | None = None, tuning: bool = False) -> dict[str, Any]:
+    """What a budget would run, for --dry-run: arms, seeds, tasks, steps and rows, from recipes alone.
+
+    `tuning`: the grid of learning rates instead, which has no claims.
+    """
     recipe, file = load_bench(path)
-    budget = pick_budget(recipe, budget)
-    apply_rates(recipe)
+    if tuning:
+        recipe, budget = tuning_bench(recipe), BUDGET
+    else:
+        budget = pick_budget(recipe, budget)
+        apply_rates(recipe)
     tasks = plan(recipe, budget, file)
     runs = [t for t in tasks.values() if t.kind == "run"]
     trained = [t for t in runs if not t.checkpoint]
-    return {
+    found = {
         "budget": budget,
         "seeds": recipe.budgets[budget].seeds,
         "arms": {arm: sum(t.arm == arm for t in runs) for arm in dict.fromkeys(t.arm for t in runs)},
@@ -310,10 +316,13 @@ def describe_plan(path: str, budget: str | None = None) -> dict[str, Any]:
         "optimizer_steps": sum(t.recipe.train.steps for t in trained),
         "rows_trained": sum(t.recipe.train.steps * t.recipe.train.batch_size for t in trained),
         "forecast": describe(recipe, file, tasks),
-        "registered": sum(c.registered is not None for c in recipe.claims if recipe.within(budget, c)),
         "finished": sum((t.folder / "eval" / MANIFEST).is_file() for t in runs),
-        "claims": [c.id for c in recipe.claims if recipe.within(budget, c)],
     }
+    claims = [c for c in recipe.claims if recipe.within(budget, c)]
+    if not tuning:
+        found["registered"] = sum(c.registered is not None for c in claims)
+        found["claims"] = [c.id for c in claims]
+    return found
 
 
 _LINKED = ("prompts", "generations", "dataset")

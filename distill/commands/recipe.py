@@ -328,7 +328,7 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
     if arguments.dry_run:
         import yaml
 
-        found = describe_plan(arguments.recipe, arguments.budget)
+        found = describe_plan(arguments.recipe, arguments.budget, arguments.tune)
         return found, yaml.safe_dump(found, sort_keys=False, allow_unicode=True).rstrip()
     # With --json, standard output is the JSON alone.
     say = (lambda line: print(line, file=sys.stderr, flush=True)) if arguments.json else console.say

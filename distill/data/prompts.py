@@ -118,9 +118,12 @@ def task_prompts(split: str, levels: dict[str, int], section: Prompts, seed: int
 def held_out(section: Evaluate, prompts: Prompts, seed: int) -> list[dict]:
     """Problems no training set of ours can contain (a split by content), or those of the recipe's own source.
 
-    Without a preset of their own they are read as `prompts` says.
+    Without a preset of their own they are read as `prompts` says. Embedded tasks bring their worked solutions where
+    `section.solutions` reads them.
     """
     if not section.source:
+        if section.solutions:
+            prompts = prompts.model_copy(update={"solutions": True})
         return task_prompts(section.split, section.levels, prompts, seed)
     names = {
         "preset": section.preset,

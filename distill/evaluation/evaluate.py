@@ -101,10 +101,7 @@ def _stage_of(
     redo: bool,
     sources: list[tuple[dict[str, Any], str]] = (),
 ) -> dict:
-    prompts = recipe.prompts
-    if recipe.evaluate.solutions:
-        prompts = prompts.model_copy(update={"solutions": True})
-    problems = held_out(recipe.evaluate, prompts, recipe.seed)
+    problems = held_out(recipe.evaluate, recipe.prompts, recipe.seed)
     device = pick_device(recipe.device, recipe.threads)
     plan = _plan(problems, recipe.evaluate, device, recipe.prices.usd_per_device_hour)
     asked = {BASE: recipe.student.chat_template_kwargs}  # control and student were saved with theirs

@@ -12,8 +12,11 @@ from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
 from distill.bench.plan import plan
 from distill.bench.run import describe_plan, run_bench, run_tasks
+from distill.bench.tuning import BUDGET, tuning_bench
 from distill.commands.cli import main
+from distill.data.prompts import held_out
 from distill.errors import RunError, UserError
+from distill.evaluation.evaluate import check_measured
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +192,30 @@ def test_the_shipped_claims_hold_together():
     ]
     bases = {t.seed for t in full.values() if t.arm == "base-moe"}
     assert len(bases) == 6, "a base of each kind per seed"
+
+
+@pytest.mark.parametrize("name", ["claims", "claims_combination"])
+def test_what_the_shipped_claims_evaluate_can_be_measured(name):
+    """Doctor looks at every arm before a budget begins, and an arm that it refuses stops them all."""
+    bench, file = load_bench(str(ROOT / "recipes" / f"{name}.yaml"))
+    grids = [(bench, budget) for budget in bench.budgets]
+    if bench.tuning:
+        grids.append((tuning_bench(bench), BUDGET))
+    sections = {}
+    for grid, budget in grids:
+        for task in plan(grid, budget, file).values():
+            section = task.recipe.evaluate
+            if task.kind == "run" and not section.source:  # a file that `prepare` makes first
+                sections[section.model_dump_json()] = (section, task.recipe)
+    for section, recipe in sections.values():
+        few = section.model_copy(update={"levels": {level: 2 for level in section.levels}})
+        check_measured(held_out(few, recipe.prompts, recipe.seed), few)
+    assert len(sections) >= 2
+
+
+def test_a_dry_run_of_the_learning_rates_is_of_their_grid():
+    found = describe_plan(str(ROOT / "recipes" / "claims.yaml"), tuning=True)
+    assert found["arms"]["sequence=0.01"] == 2 and "claims" not in found and found["runs"] > 88
 
 
 def test_the_shipped_claims_are_what_a_referee_asked_for():
