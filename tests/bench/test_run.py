@@ -208,7 +208,7 @@ def test_what_the_shipped_claims_evaluate_can_be_measured(name):
             if task.kind == "run" and not section.source:  # a file that `prepare` makes first
                 sections[section.model_dump_json()] = (section, task.recipe)
     for section, recipe in sections.values():
-        few = section.model_copy(update={"levels": {level: 2 for level in section.levels}})
+        few = section.model_copy(update={"levels": dict.fromkeys(section.levels, 2)})
         check_measured(held_out(few, recipe.prompts, recipe.seed), few)
     assert len(sections) >= 2
 
