@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from distill.storage import fingerprint
+from distill.storage import fingerprint, parse_yaml
 
 RESULTS = "recipes/results"  # where results are committed: what could have been looked at
 TEXT = (
@@ -112,7 +112,7 @@ def _arm(arms: Mapping[str, Any], name: str) -> dict[str, Any]:
 def texts(content: str) -> dict[str, str]:
     """{claim id: fingerprint of its text} of a bench file's content; {} if it is none."""
     try:
-        data = yaml.safe_load(content)
+        data = parse_yaml(content)
     except yaml.YAMLError:
         return {}
     claims = data.get("claims") if isinstance(data, dict) else None
@@ -156,7 +156,7 @@ def unregistered(
     claim, the commits whose code trained and measured its runs; HEAD for those about to be made.
     """
     content = (history.root / path).read_text(encoding="utf-8")
-    data = yaml.safe_load(content)
+    data = parse_yaml(content)
     named = {c["id"]: c.get("registered") for c in data["claims"]}
     if not history.available or not any(named.values()):
         return {}

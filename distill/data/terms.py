@@ -22,7 +22,7 @@ from distill.config.data import TeacherSection
 from distill.config.recipe import Recipe
 from distill.config.training import StudentSection
 from distill.errors import UserError
-from distill.storage import find_file
+from distill.storage import find_file, parse_yaml
 
 NOTICE = "not legal advice"
 _TABLE = Path(__file__).with_name("terms.yaml")
@@ -213,4 +213,4 @@ def _providers(student: StudentSection) -> set[str]:
 
 @cache
 def _table() -> dict[str, Any]:
-    return yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    return parse_yaml(_TABLE.read_text(encoding="utf-8"))

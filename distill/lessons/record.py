@@ -16,7 +16,7 @@ from typing import Any
 from distill.errors import UserError
 from distill.lessons.lesson import EXERCISES, EXPECTED, NOW, lessons_folder
 from distill.report.pages import page_environment
-from distill.storage import PROJECT_ROOT, read_json, write_atomic, write_json
+from distill.storage import PROJECT_ROOT, parse_yaml, read_json, write_atomic, write_json
 
 QUESTIONS = PROJECT_ROOT / "recipes" / "workshop" / "quiz.yaml"
 LETTERS = "abc"
@@ -49,9 +49,7 @@ WORDS = {
 @cache
 def questions() -> dict[int, list[dict[str, Any]]]:
     """Of every lesson its questions: `right` (a letter), and per language `question`, `options`, `why`."""
-    import yaml
-
-    return yaml.safe_load(QUESTIONS.read_text(encoding="utf-8"))
+    return parse_yaml(QUESTIONS.read_text(encoding="utf-8"))
 
 
 def account() -> dict[str, Any]:

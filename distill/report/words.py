@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from distill.errors import UserError
+from distill.storage import parse_yaml
 
 LANGUAGES = {"en": "en", "zh": "zh-CN"}  # as an option, and as HTML says it
 CATALOGUE = Path(__file__).parent / "templates" / "zh.yaml"
@@ -56,8 +55,7 @@ def speaking(language: str) -> Iterator[None]:
 @cache
 def catalogue() -> dict[str, str]:
     """English to Chinese, as `%`-formats."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(CATALOGUE.read_text(encoding="utf-8"), loader)
+    return parse_yaml(CATALOGUE.read_text(encoding="utf-8"))
 
 
 def lookup(text: str) -> str:
