@@ -226,7 +226,9 @@ def parse_yaml(text: str) -> Any:
     """What a YAML text of ours says; one of a user goes through `config.recipe.load_yaml`. Raises YAMLError."""
     import yaml
 
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml, 8 times as fast, if it is there
+    return yaml.load(
+        text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )  # libyaml, 8 times as fast, if it is there
 
 
 # ---- row schemas, one per stage -------------------------------------------------------------------

@@ -13,7 +13,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """Widths and layers of two Qwen3 models with tied embeddings, and a batch that is half prompt."""
+    """Widths and layers of two models with tied embeddings, and a batch that is half prompt.
+
+    `attention`: (heads, heads of keys and values, width of a head, width of the MLP) of both. None: Qwen3 models with
+    heads of 32, half as many for keys and values, and an MLP three times as wide.
+    """
 
     name: str
     vocabulary: int
@@ -25,13 +29,34 @@ class Setting:
     timed: int  # steps at most
     patience: float  # seconds of timed steps after which no other begins
     repeats: int = 1  # processes a round: short steps are told apart by many of them
+    attention: tuple[int, int, int, int] | None = None
 
     @property
     def kept(self) -> int:
         return self.rows * (self.tokens - self.tokens // 2)
 
+    def attention_of(self, width: int) -> tuple[int, int, int, int]:
+        heads = width // 32
+        return self.attention or (heads, max(1, heads // 2), 32, 3 * width)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Of teacher and student, norms left out."""
+        return tuple(
+            self.vocabulary * width + layers * _layer_weights(width, *self.attention_of(width))
+            for width, layers in (self.teacher, self.student)
+        )
+
+
+def _layer_weights(width: int, heads: int, shared: int, head: int, mlp: int) -> int:
+    return 2 * width * head * (heads + shared) + 3 * width * mlp
+
 
 LARGE = Setting("large vocabulary", 151_936, 4, 512, (256, 4), (128, 2), warm_up=1, timed=3, patience=12.0)
+REAL = Setting(
+    "SmolLM2-135M to its first 8 layers", 49_152, 4, 256, (576, 30), (576, 8), warm_up=1, timed=4, patience=25.0,
+    attention=(9, 3, 64, 1536),
+)  # fmt: skip
 SMALL = Setting(
     "small models", 512, 32, 128, (192, 4), (96, 2), warm_up=3, timed=10, patience=10.0, repeats=3
 )
@@ -41,7 +66,7 @@ SMALL = Setting(
 class Method:
     """`runner` is "module:function" of a runner, `imports` the modules it needs in memory before it starts.
 
-    `held_to` says what of its first step must equal the definition's. `logits` are the float32 tensors of
+    `held_to` says what of its first two steps must equal the definition's. `logits` are the float32 tensors of
     [rows, tokens, V] at its peak, by objective: an estimate from above, to know whether it fits.
     """
 
@@ -50,13 +75,16 @@ class Method:
     imports: tuple[str, ...] = ()
     peer: bool = False
     live: bool = True
-    held_to: tuple[str, ...] = ("loss", "gradient_norm")
+    held_to: tuple[str, ...] = ("loss", "gradient_norm", "second_loss")
     logits: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 _OURS = "worker:distill_step_runner"
 OURS = Method("distill", _OURS, ("distill.training.train",))
 STORED = Method("distill, stored top-64", _OURS, ("distill.training.train",), live=False, held_to=())
+HIDDEN = Method(
+    "distill, stored hidden states", "worker:distill_hidden_runner", ("distill.training.train",),
+)  # fmt: skip
 LORA = Method(
     "distill, LoRA", "worker:distill_lora_runner", ("distill.training.train", "peft"), held_to=("loss",)
 )
@@ -69,6 +97,10 @@ NAIVE = Method(
 DISTILLATION = Method(
     "TRL DistillationTrainer", "trl_peers:distillation_runner", ("trl.trainer.distillation_trainer",),
     peer=True,
+)  # fmt: skip
+DISTILLATION_AUTOCAST = Method(
+    "TRL DistillationTrainer, its body under autocast", "trl_peers:autocast_distillation_runner",
+    ("trl.trainer.distillation_trainer",), peer=True,
 )  # fmt: skip
 GKD = Method(
     "TRL GKDTrainer", "trl_peers:gkd_runner", ("trl.experimental.gkd.gkd_trainer",), peer=True,
@@ -122,7 +154,7 @@ class Case:
         """Bytes, an estimate from above: logits at their peak, weights and optimizer, imports."""
         s = self.setting
         logits = self.method.logits.get(self.objective, self.method.logits.get("forward_kl", 1.5))
-        weights = 4 * s.vocabulary * (s.teacher[0] + 4 * s.student[0])
+        weights = 4 * (s.parameters[0] + 4 * s.parameters[1])
         return logits * 4 * s.rows * s.tokens * s.vocabulary + 1.5 * weights + 1e9
 
 
@@ -140,6 +172,8 @@ def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
         cases += [Case(LARGE, m, "forward_kl", allocator=allocator) for m in forward]
         others = [(name, m) for name in ("reverse_kl", "generalized_jsd") for m in ours_and_peers]
         cases += [Case(LARGE, m, name, allocator=allocator) for name, m in others]
+    stored = (NAIVE, OURS, HIDDEN, STORED, LORA, DISTILLATION)
+    cases = [Case(REAL, m, "forward_kl") for m in stored] + cases
     left_out = []
     for precision, gain in (
         ("bf16", rates["bf16"] / rates["fp32"]),
@@ -148,6 +182,9 @@ def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
         if gain >= 1.3:
             both = [(allocator, m) for allocator in ("glibc", "keeping") for m in short]
             cases += [Case(LARGE, m, "forward_kl", precision, allocator) for allocator, m in both]
+            if precision == "bf16":
+                more = (*stored, COMPILED, DISTILLATION_AUTOCAST)
+                cases += [Case(REAL, m, "forward_kl", "bf16") for m in more]
         else:
             what = "float32 matmul precision 'medium'" if precision == "medium" else "bf16"
             left_out.append(
@@ -166,10 +203,9 @@ def counted_work(setting: Setting) -> dict[str, float]:
     """FLOPs of one step by part: bodies of both models, heads on the N kept tokens, forward and backward."""
 
     def body(width: int, layers: int) -> float:
-        heads = width // 32
-        attention = width * width * 2 + 2 * width * 32 * max(1, heads // 2)
-        per_token = 2 * layers * (attention + 3 * width * 3 * width)
-        scores = 2 * layers * setting.tokens * width  # causal: half of 4 T d
+        shape = setting.attention_of(width)
+        per_token = 2 * layers * _layer_weights(width, *shape)
+        scores = 2 * layers * setting.tokens * shape[0] * shape[2]  # causal: half of 4 T d
         return setting.rows * setting.tokens * (per_token + scores)
 
     def head(width: int) -> float:
@@ -184,12 +220,17 @@ def counted_work(setting: Setting) -> dict[str, float]:
     }
 
 
-def floor_seconds(setting: Setting, rates: dict[str, float], method: Method) -> float:
-    """Seconds of the counted float32 matmuls of a step of `method`, at the measured rates [FLOP/s]."""
+def floor_seconds(
+    setting: Setting, rates: dict[str, float], method: Method, precision: str = "fp32"
+) -> float:
+    """Seconds of the counted matmuls of a step of `method`, at the rates measured for their dtype [FLOP/s]."""
     work = counted_work(setting)
+    if method is HIDDEN:  # the teacher's head, over states that are there
+        work["teacher_body"] = 0.0
     if not method.live:
         work = {part: flops for part, flops in work.items() if not part.startswith("teacher")}
     if method is LORA:  # frozen weights want no gradient: no weight gradient in the head, nor in the body
         work["student_head_back"] /= 2
         work["student_body"] *= 2 / 3
-    return sum(flops / rates[part] for part, flops in work.items())
+    kind = " bf16" if precision == "bf16" else ""
+    return sum(flops / rates[part + kind] for part, flops in work.items())

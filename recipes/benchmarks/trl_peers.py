@@ -96,6 +96,23 @@ def distillation_runner(work: Workload, objective: dict[str, Any], precision: st
     return _step(trainer, inputs, kept)
 
 
+def autocast_distillation_runner(
+    work: Workload, objective: dict[str, Any], precision: str
+) -> Callable[[], float]:
+    """The same with everything under autocast, as this toolkit's step is.
+
+    In one process TRL 1.16 calls the student's body around the `forward` that Accelerate has wrapped in autocast
+    (`_ForwardRedirection` puts its own function in that place), so its bf16 trains a float32 body.
+    """
+    step = distillation_runner(work, objective, precision)
+
+    def forward_backward() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return step()
+
+    return forward_backward
+
+
 def gkd_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
     """`trl.experimental.gkd.GKDTrainer` with lmbda = 0: all logits of both models, then its loss."""
     from datasets import Dataset

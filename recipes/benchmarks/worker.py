@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import Setting
 from torch import Tensor, nn
 
 STORED = 64  # K
@@ -52,44 +53,44 @@ class Workload:
         return torch.cat([self.prompts, self.completions], dim=1)  # [B, P + C]
 
 
-def make_model(vocabulary: int, hidden: int, layers: int, length: int, seed: int) -> nn.Module:
-    """A Qwen3 model with tied embeddings and random weights, float32.
+def make_model(setting: Setting, width: int, layers: int, seed: int) -> nn.Module:
+    """A Qwen3 model, or a Llama model where the setting names its heads: tied embeddings, random weights, float32.
 
     The embedding is scaled so that logits have a standard deviation of a few, as those of a trained model, and the
     last norm flips signs, or tied weights would make every model predict its own input.
     """
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-    heads = hidden // 32
+    heads, shared, head, mlp = setting.attention_of(width)
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2), head_dim=32, intermediate_size=3 * hidden,
-        max_position_embeddings=length, tie_word_embeddings=True, use_cache=False,
+    config = (LlamaConfig if setting.attention else Qwen3Config)(
+        vocab_size=setting.vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=shared, head_dim=head, intermediate_size=mlp,
+        max_position_embeddings=setting.tokens, tie_word_embeddings=True, use_cache=False,
         pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(10)
-        model.model.norm.weight.mul_(torch.randint(0, 2, (hidden,)) * 2 - 1)
+        model.model.norm.weight.mul_(torch.randint(0, 2, (width,)) * 2 - 1)
     return model
 
 
 def make_workload(setting: dict[str, Any], live: bool, precision: str) -> Workload:
-    """Models and batch of a setting (fields of `speed_cases.Setting`), the same in every process.
+    """Models and batch of a setting (fields of `cases.Setting`), the same in every process.
 
     Under bf16 the frozen teacher's weights are bfloat16, and the student's are float32 masters under autocast.
     """
-    vocabulary, tokens = setting["vocabulary"], setting["tokens"]
-    student = make_model(vocabulary, *setting["student"], tokens, seed=1).train()
+    shape = Setting(**setting)
+    student = make_model(shape, *shape.student, seed=1).train()
     teacher = None
     if live:
-        teacher = make_model(vocabulary, *setting["teacher"], tokens, seed=2).eval().requires_grad_(False)
+        teacher = make_model(shape, *shape.teacher, seed=2).eval().requires_grad_(False)
         if precision == "bf16":
             teacher = teacher.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, vocabulary, (setting["rows"], tokens), generator=generator)
-    prompt = tokens // 2
+    ids = torch.randint(2, shape.vocabulary, (shape.rows, shape.tokens), generator=generator)
+    prompt = shape.tokens // 2
     return Workload(teacher, student, ids[:, :prompt], ids[:, prompt:])
 
 
@@ -108,18 +109,24 @@ def stored_top_k(kept: int, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 def distill_step_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
     """This toolkit's step, as `distill train` makes it: live teacher, or stored signals where there is none."""
+    from distill.training.live_teachers import FrozenTeacher
+
+    teacher = FrozenTeacher(work.teacher) if work.teacher is not None else None
+    return _forward_backward(work, objective, precision, collated(work), teacher)
+
+
+def _forward_backward(
+    work: Workload, objective: dict[str, Any], precision: str, batch: Any, teacher: Any
+) -> Callable[[], float]:
     from accelerate import Accelerator
 
     from distill.config.training import Train
-    from distill.training.live_teachers import FrozenTeacher
     from distill.training.step import StudentStep
 
-    batch = collated(work)
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=True)
     model = accelerator.prepare(
         StudentStep(work.student, Train(objectives=[objective], steps=100).objectives)
     )
-    teacher = FrozenTeacher(work.teacher) if work.teacher is not None else None
 
     def forward_backward() -> float:
         total, sums = model(batch, teacher(batch) if teacher else {})
@@ -127,6 +134,22 @@ def distill_step_runner(work: Workload, objective: dict[str, Any], precision: st
         return float(sums.sum()) / work.kept
 
     return forward_backward
+
+
+def distill_hidden_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
+    """The same with the teacher's last hidden states as they are stored (16 bits): of it, the head alone is left."""
+    from distill.data.signals import SignalFormat, States, decode_hidden, encode_hidden
+    from distill.training.live_teachers import FrozenTeacher, StoredTeacher
+
+    batch = collated(work)
+    asked = FrozenTeacher(work.teacher)(batch)["dense"]
+    head, states = asked.head, asked.hidden.float().numpy()
+    form = SignalFormat("hidden", states.shape[1], asked.vocabulary, 1.0, 16, {})
+    batch.signal = States(torch.from_numpy(decode_hidden(form, len(states), *encode_hidden(form, states))[0]))
+    work.teacher = None
+    del asked
+    forget_peak()
+    return _forward_backward(work, objective, precision, batch, StoredTeacher(head))
 
 
 def distill_lora_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
@@ -213,6 +236,18 @@ def memory() -> tuple[int, int]:
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     now, most = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return now, most
+
+
+def forget_peak() -> None:
+    """From here on the peak is that of what is left: freed memory goes back first. Linux only; elsewhere nothing."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
 
 
 def time_steps(step: Callable[[], Any], warm_up: int, timed: int, patience: float) -> dict[str, Any]:
@@ -314,31 +349,39 @@ def _differences(times: Sequence[float]) -> list[float]:
 
 
 def measure_rates(spec: dict[str, Any]) -> dict[str, Any]:
-    """FLOP/s of the matmuls of a step, each at its best number of rows; and of the head in bf16 and "medium"."""
-    setting = spec["setting"]
-    vocabulary, tokens = setting["vocabulary"], setting["rows"] * setting["tokens"]
-    kept = tokens // 2
+    """FLOP/s of the matmuls of a step by part, each at its best number of rows; "PART bf16" where bf16 is faster."""
     rates: dict[str, float] = {}
-    for who in ("teacher", "student"):
-        width = setting[who][0]
-        rates[f"{who}_body"] = best_rate([(tokens, width, 3 * width)], torch.float32)
-        chunks = [n for n in (64, 128, 256, 512, 1024) if n <= kept and n * vocabulary <= 2**26]
-        rates[f"{who}_head"] = best_rate([(n, width, vocabulary) for n in chunks or [kept]], torch.float32)
-    width = setting["student"][0]
-    rates["student_head_back"] = max(
-        best_rate([(n, vocabulary, width) for n in chunks or [kept]], torch.float32),
-        best_rate([(vocabulary, n, width) for n in chunks or [kept]], torch.float32),
-    )
-    shape = [(min(64, kept), width, min(vocabulary, 16384))]
+    setting = Setting(**spec["setting"])
+    width = setting.student[0]
+    shape = [(min(64, setting.kept), width, min(setting.vocabulary, 16384))]
     rates["fp32"] = best_rate(shape, torch.float32)
     rates["bf16"] = best_rate(shape, torch.bfloat16)
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     rates["medium"] = best_rate(shape, torch.float32)
     torch.set_float32_matmul_precision(usual)
+    rates |= rates_of_parts(setting, torch.float32)
+    if rates["bf16"] > rates["fp32"]:
+        rates |= {f"{part} bf16": rate for part, rate in rates_of_parts(setting, torch.bfloat16).items()}
     from distill.devices import describe_device
 
     return {"rates": rates, "device": describe_device(torch.device("cpu"))}
+
+
+def rates_of_parts(setting: Setting, dtype: torch.dtype) -> dict[str, float]:
+    """{part of `cases.counted_work`: FLOP/s}."""
+    tokens, kept, vocabulary = setting.rows * setting.tokens, setting.kept, setting.vocabulary
+    rates: dict[str, float] = {}
+    chunks = [n for n in (64, 128, 256, 512, 1024) if n <= kept and n * vocabulary <= 2**26] or [kept]
+    for who, width in (("teacher", setting.teacher[0]), ("student", setting.student[0])):
+        rates[f"{who}_body"] = best_rate([(tokens, width, setting.attention_of(width)[3])], dtype)
+        rates[f"{who}_head"] = best_rate([(n, width, vocabulary) for n in chunks], dtype)
+    width = setting.student[0]
+    rates["student_head_back"] = max(
+        best_rate([(n, vocabulary, width) for n in chunks], dtype),
+        best_rate([(vocabulary, n, width) for n in chunks], dtype),
+    )
+    return rates
 
 
 def best_rate(shapes: list[tuple[int, int, int]], dtype: torch.dtype, repeats: int = 4) -> float:

@@ -10,11 +10,13 @@ import training as train_speed
 from cases import (
     DISTILLATION,
     GKD,
+    HIDDEN,
     LARGE,
     LORA,
     NAIVE,
     OBJECTIVES,
     OURS,
+    REAL,
     SMALL,
     STORED,
     Case,
@@ -27,6 +29,7 @@ from cases import (
 )
 from script import run_script
 from worker import (
+    distill_hidden_runner,
     distill_step_runner,
     make_workload,
     measure_loop,
@@ -39,14 +42,15 @@ from worker import (
 from distill.errors import RunError, UserError
 
 TINY = Setting("tiny", 200, 2, 16, (64, 2), (32, 1), warm_up=1, timed=2, patience=30.0)
+TINY_REAL = Setting("tiny", 200, 2, 16, (64, 2), (64, 1), 1, 2, 30.0, attention=(2, 1, 32, 100))
 FAST = dict.fromkeys(counted_work(TINY), 1e9)
 
 
-def measured(seconds, cpu=None, loss=2.0, norm=1.0, system=0.0):
+def measured(seconds, cpu=None, loss=2.0, norm=1.0, system=0.0, later=1.9):
     cpu = cpu or seconds
     return {
         "seconds": seconds, "cpu_seconds": cpu, "user_seconds": sum(cpu) - system, "system_seconds": system,
-        "page_faults": 10, "losses": [loss], "gradient_norms": [norm], "memory_peak": 10**9,
+        "page_faults": 10, "losses": [loss, later], "gradient_norms": [norm], "memory_peak": 10**9,
         "memory_after_imports": 10**8, "versions": {"torch": "2"},
     }  # fmt: skip
 
@@ -79,7 +83,9 @@ class TestRatios:
         assert group["clock"] == "step_cpu_seconds"
         assert rows["ours"]["times_faster_than"] == {DISTILLATION.name: 4.5}
 
-    @pytest.mark.parametrize("wrong", [{"loss": 2.1}, {"norm": 1.2}, {"loss": float("nan")}])
+    @pytest.mark.parametrize(
+        "wrong", [{"loss": 2.1}, {"norm": 1.2}, {"loss": float("nan")}, {"later": 1.903}]
+    )
     def test_other_arithmetic_gets_no_ratio(self, wrong):
         _, rows = compared(naive=measured([3.0]), ours=measured([2.0]), trl=measured([1.0], **wrong))
         assert rows["trl"]["agrees"] is False and rows["ours"]["agrees"] is True
@@ -176,6 +182,32 @@ def test_objectives_agree_with_the_plain_definition():
         assert expected > 0.05, name  # a loss near 0 would agree with anything
         assert loss == pytest.approx(expected, rel=1e-5), name
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_hidden_states_give_the_live_loss_and_only_the_head_of_the_teacher_stays():
+    losses = []
+    for runner in (distill_step_runner, distill_hidden_runner):
+        work = make_workload(vars(TINY_REAL), live=True, precision="fp32")
+        losses.append(runner(work, OBJECTIVES["forward_kl"], "fp32")())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and work.teacher is None
+    live, stored = (floor_seconds(TINY_REAL, FAST, method) for method in (OURS, HIDDEN))
+    assert live - stored == pytest.approx(counted_work(TINY_REAL)["teacher_body"] / 1e9)
+
+
+def test_the_real_shape_is_that_of_the_model():
+    """SmolLM2-135M: 134.5 million weights, of which the 61 norms of 576 are left out here."""
+    assert REAL.parameters[0] + 61 * 576 == 134_515_008
+    assert REAL.parameters[1] == 49_152 * 576 + 8 * (576 * 64 * 2 * (9 + 3) + 3 * 576 * 1536)
+    work = make_workload(vars(TINY_REAL), live=True, precision="fp32")
+    counted = sum(p.numel() for p in work.teacher.parameters() if p.dim() > 1)
+    assert counted == TINY_REAL.parameters[0] and work.teacher.config.model_type == "llama"
+
+
+def test_the_floor_of_bf16_is_at_the_rates_of_bf16():
+    rates = FAST | {f"{part} bf16": 4e9 for part in FAST}
+    assert floor_seconds(TINY, rates, OURS, "bf16") == pytest.approx(floor_seconds(TINY, rates, OURS) / 4)
+    found = measure_rates({"setting": vars(TINY)})["rates"]
+    assert ("teacher_body bf16" in found) == (found["bf16"] > found["fp32"]) and set(FAST) <= set(found)
 
 
 def test_stored_signals_are_a_distribution_without_repeats():
