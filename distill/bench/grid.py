@@ -114,6 +114,7 @@ class Tuned(Section):
         description="learning rates, three at least: the best should not be the first or the last",
     )
     serves: list[ArmName] = Field([], description="other arms that take over what is best for this one")
+    metric: str | None = Field(None, description="what is best for this arm; the section's if not given")
 
 
 class Tuning(Section):
@@ -126,9 +127,12 @@ class Tuning(Section):
     arms: dict[ArmName, Tuned] = Field(description="arm: learning rates to try")
     results: str = Field(description="where the choice is kept, and read from by every budget")
 
+    def metric_of(self, arm: str) -> str:
+        return self.arms[arm].metric or self.metric
+
     @model_validator(mode="after")
     def _known(self):
-        check_metrics(self.metric)
+        check_metrics(self.metric, *(tuned.metric for tuned in self.arms.values() if tuned.metric))
         served = [*self.arms, *(name for tuned in self.arms.values() for name in tuned.serves)]
         if twice := {name for name in served if served.count(name) > 1}:
             raise ValueError(f"two learning rates are chosen for {', '.join(sorted(twice))}")

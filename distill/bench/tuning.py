@@ -56,22 +56,24 @@ def rate_name(arm: str, rate: float) -> str:
 
 
 def choose(section: Tuning, values: dict[str, dict[int, float]]) -> dict[str, Choice]:
-    """{arm: rates with mean and value of every seed, `chosen`, `edge`, `serves`}.
+    """{arm: `metric`, `rates` with mean and value of every seed, `chosen`, `edge`, `serves`}.
 
     `values`: {"ARM=RATE@metric": {seed: value}}.
     """
-    best = max if metric(section.metric).unit == "%" else min
     found = {}
     for arm, tuned in section.arms.items():
+        of = section.metric_of(arm)
+        best = max if metric(of).unit == "%" else min
         tried = {}
         for rate in sorted(tuned.rates):
-            by_seed = values[f"{rate_name(arm, rate)}@{section.metric}"]
+            by_seed = values[f"{rate_name(arm, rate)}@{of}"]
             tried[rate] = {
                 "mean": statistics.fmean(by_seed.values()),
                 "values": {str(seed): value for seed, value in by_seed.items()},
             }
         chosen = best(tried, key=lambda rate: tried[rate]["mean"])
         found[arm] = {
+            "metric": of,
             "rates": {f"{rate:g}": of for rate, of in tried.items()},
             "chosen": chosen,
             "edge": chosen in (min(tried), max(tried)),
@@ -92,7 +94,8 @@ def apply_rates(bench: Bench) -> dict[str, Any] | None:
     tried = {arm: sorted(map(float, of["rates"])) for arm, of in kept["arms"].items()}
     asked = {arm: sorted(map(float, (f"{r:g}" for r in tuned.rates))) for arm, tuned in section.arms.items()}
     seeds = list(range(section.first_seed, section.first_seed + section.seeds))
-    if tried != asked or kept["metric"] != section.metric or kept["seeds"] != seeds:
+    by = {arm: of["metric"] for arm, of in kept["arms"].items()}
+    if tried != asked or by != {arm: section.metric_of(arm) for arm in asked} or kept["seeds"] != seeds:
         raise UserError(
             f"{section.results} was made for other learning rates, another metric or other seeds than `tuning` asks "
             "for; run `distill bench FILE --tune` again"
@@ -111,7 +114,6 @@ def tuning_results(bench: Bench, file: Path, values: dict, about: dict[str, Any]
     return {
         "bench": str(whole.relative_to(PROJECT_ROOT)) if inside else str(file),
         "recipe": hash_yaml(file),
-        "metric": section.metric,
         "seeds": list(range(section.first_seed, section.first_seed + section.seeds)),
         "arms": choose(section, values),
         **about,
@@ -120,13 +122,12 @@ def tuning_results(bench: Bench, file: Path, values: dict, about: dict[str, Any]
 
 def tuning_text(found: dict[str, Any]) -> str:
     """A line per arm for people."""
-    unit = metric(found["metric"]).unit
-    scale = 100 if unit == "%" else 1
     lines = []
     for arm, of in found["arms"].items():
+        scale = 100 if metric(of["metric"]).unit == "%" else 1
         tried = ", ".join(f"{rate} {scale * at['mean']:.3g}" for rate, at in of["rates"].items())
         edge = " (an edge: the best may lie beyond; give more rates)" if of["edge"] else ""
-        lines.append(f"  {arm:24} {of['chosen']:g}{edge}  ({found['metric']}: {tried})")
+        lines.append(f"  {arm:24} {of['chosen']:g}{edge}  ({of['metric']}: {tried})")
     return "\n".join(lines)
 
 

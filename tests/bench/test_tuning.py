@@ -36,7 +36,7 @@ def nll(best: float, seed: int) -> dict[str, dict[int, float]]:
 
 
 def tuned(bench, best: float = 0.01) -> dict:
-    return {"metric": "nll.easy", "seeds": [900, 901], "arms": choose(bench.tuning, nll(best, 0))}
+    return {"seeds": [900, 901], "arms": choose(bench.tuning, nll(best, 0))}
 
 
 def test_every_rate_is_a_run_on_seeds_and_problems_of_its_own(path):
@@ -76,6 +76,21 @@ def test_a_share_is_best_at_its_highest(path):
     assert choose(section, values)["more"]["chosen"] == 0.1
 
 
+def test_an_arm_may_be_chosen_by_a_metric_of_its_own(path):
+    """A control that reads no worked solutions is not judged by them."""
+    bench, _ = load_bench(path)
+    own = bench.tuning.arms["more"].model_copy(update={"metric": "accuracy.easy"})
+    section = bench.tuning.model_copy(update={"arms": {**bench.tuning.arms, "more": own}})
+    right = {0.001: 0.1, 0.01: 0.3, 0.1: 0.2}
+    values = nll(0.001, 0) | {
+        f"{rate_name('more', rate)}@accuracy.easy": {900: share, 901: share} for rate, share in right.items()
+    }
+    found = choose(section, values)
+    assert found["sequence"]["chosen"] == 0.001 and found["sequence"]["metric"] == "nll.easy"
+    assert found["more"]["chosen"] == 0.01 and not found["more"]["edge"]
+    assert "accuracy.easy: 0.001 10, 0.01 30, 0.1 20" in tuning_text({"arms": found})
+
+
 def test_a_chosen_rate_is_used_in_every_budget(path, tmp_path):
     bench, file = load_bench(path)
     assert apply_rates(bench) is None
@@ -88,9 +103,15 @@ def test_a_chosen_rate_is_used_in_every_budget(path, tmp_path):
     assert rates == {"sequence": 0.01, "control": 0.01, "more": 0.1}
 
 
-@pytest.mark.parametrize("change", [{"metric": "nll.hard"}, {"seeds": [900]}, {"arms": {}}])
+@pytest.mark.parametrize("change", ["metric", "seeds", "arms"])
 def test_a_choice_made_for_something_else_is_refused(path, tmp_path, change):
     bench, _ = load_bench(path)
+    arms = tuned(bench)["arms"]
+    change = {
+        "metric": {"arms": {**arms, "more": {**arms["more"], "metric": "nll.hard"}}},
+        "seeds": {"seeds": [900]},
+        "arms": {"arms": {}},
+    }[change]
     (tmp_path / "tuned.json").write_text(json.dumps({**tuned(bench), **change}))
     with pytest.raises(UserError, match="--tune"):
         apply_rates(bench)
