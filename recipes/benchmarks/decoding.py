@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/decoding.py [--quick] [--rounds N] [--out FILE] [--json]
     python recipes/benchmarks/decoding.py --model checkpoints/smollm2 [--dtype bf16]      a real model, one thread
+        [--vllm-python PATH]                      vLLM as well, from an interpreter in which it is installed
 
 256 prompts of the embedded tasks, sampled answers of 16 to 192 tokens, the embedded teacher (MLA, MoE) and a
 GQA model of its size. Lengths are forced, and the same for everyone: a hook on the model makes each row count
@@ -10,12 +11,15 @@ row's end; what a static batch computes for rows that have ended is its own loss
 figure is the median of `rounds` interleaved rounds, and the ratio is what carries over.
 
 With `--model` (dense models): prompts of 52 to 92 tokens from Python's own documentation, answers of 8 to 96, CPU
-seconds on one thread, transformers' `generate_batch` as well, four samples a prompt together and apart, and the floor:
+seconds on one thread, transformers' `generate_batch` and vLLM (`vllm_peer`) as well, four samples a prompt together
+and apart, and the floor:
 what the products alone would take at the speed of this model's largest layer at 512 rows.
 """
 
+import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.devices import describe_device, pick_device
+from distill.errors import RunError
 from distill.models.chat import prompt_ids
 from distill.models.decode import Sampling, decode
 from distill.models.load import load_model, load_tokenizer
@@ -97,6 +102,7 @@ def ours(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: i
         raise RuntimeError("decode did not produce the forced lengths")
 
 
+VLLM = "vLLM"
 METHODS: dict[str, tuple[Callable, int]] = {
     "model.generate, batches of 32": (static_batches, 32),
     "model.generate, batches of 256": (static_batches, 256),
@@ -180,6 +186,36 @@ def continuous(model: nn.Module, prompts: list[list[int]], lengths: list[int], s
         raise RuntimeError("generate_batch did not produce the forced lengths")
 
 
+class Vllm:
+    """vLLM in a process of another interpreter; like `continuous` it is told the lengths."""
+
+    def __init__(self, python: str, folder: str, dtype: str):
+        script = Path(__file__).with_name("vllm_peer.py")
+        form = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
+        self._process = subprocess.Popen(
+            [python, str(script), folder, form], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def seconds(self, prompts: list[list[int]], lengths: list[int]) -> float:
+        """CPU seconds of all its processes. Raises RunError where it ended (what it said stands above)."""
+        asked = {"prompts": prompts, "lengths": lengths, **_SAMPLING}
+        try:
+            print(json.dumps(asked), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RunError("vLLM's process ended; its own words stand above")
+        found = json.loads(line)
+        if found["tokens"] != sum(lengths):
+            raise RunError(f"vLLM wrote {found['tokens']} tokens where {sum(lengths)} were asked for")
+        return found["cpu_seconds"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
 def floor_seconds(model: nn.Module, prompt_tokens: int, answer_tokens: int) -> float:
     """CPU seconds of the products alone, each at the speed of the largest layer of the body at 512 rows."""
     head = model.get_output_embeddings()
@@ -198,8 +234,11 @@ def _cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def real_speed(folder: str, dtype: str, prompts: int = 256, rounds: int = 3) -> dict[str, Any]:
+def real_speed(
+    folder: str, dtype: str, prompts: int = 256, rounds: int = 3, vllm_python: str | None = None
+) -> dict[str, Any]:
     """Useful tokens per CPU second on one thread, ratios to static batches of 32, and to the floor."""
+    vllm = Vllm(vllm_python, folder, dtype) if vllm_python else None
     torch.set_num_threads(1)
     model = load_model(folder, dtype, torch.device("cpu"))
     questions, lengths, first, end = real_workload(folder, prompts)
@@ -228,8 +267,15 @@ def real_speed(folder: str, dtype: str, prompts: int = 256, rounds: int = 3) -> 
                     seconds[method].append(_cpu_seconds(run))
                 if method == "generate_batch":
                     hook = model.register_forward_hook(counting(first, end), with_kwargs=True)
+            if vllm is not None:
+                if VLLM not in methods:
+                    methods[VLLM], seconds[VLLM] = (vllm.seconds, sum(lengths)), []
+                    vllm.seconds(questions[:8], lengths[:8])  # the first ones compile
+                seconds[VLLM].append(vllm.seconds(questions, lengths))
     finally:
         hook.remove()
+        if vllm is not None:
+            vllm.close()
     median = {method: statistics.median(times) for method, times in seconds.items()}
     floor, peer = statistics.median(floors), median["model.generate, batches of 32"] / sum(lengths)
     found = {
@@ -276,12 +322,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--model", metavar="FOLDER", help="a dense model of yours instead, on one CPU thread")
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"], help="with --model")
+    parser.add_argument(
+        "--vllm-python", metavar="PATH", help="with --model: an interpreter in which vLLM is installed"
+    )
     arguments = parser.parse_args(argv)
     check(arguments)
     quick = {"prompts": 64, "rounds": 1} if arguments.quick else {}
     rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
     if arguments.model:
-        found = real_speed(arguments.model, arguments.dtype, **{**quick, **rounds})
+        found = real_speed(
+            arguments.model, arguments.dtype, vllm_python=arguments.vllm_python, **{**quick, **rounds}
+        )
     else:
         found = generation_speed(**{**quick, **rounds})
     leave(found, format_speed(found), arguments)
