@@ -25,7 +25,6 @@ would store a broken text: JSON, UTF-8, the presence of a text, why it stopped.
 
 import asyncio
 import itertools
-import json
 import math
 import os
 import random
@@ -34,6 +33,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -41,7 +41,7 @@ from typing import Any
 from distill import console
 from distill.config.data import Endpoint, TeacherSection
 from distill.data.signals import SignalFormat, encode_top_k
-from distill.data.teachers import HOPELESS, Answer, BadReply, Question, is_logprob
+from distill.data.teachers import HOPELESS, Answer, BadReply, Question, is_logprob, read_json_reply
 from distill.data.vllm import as_tokens, read_top_k, scoring_request
 from distill.errors import RunError, UserError
 from distill.models.chat import opening
@@ -53,6 +53,7 @@ FILTERED = "content_filter"
 
 # The last two: what text-generation-inference calls an end token and a stop string.
 _STOPPED = {"stop": "stop", "length": "length", "eos_token": "stop", "stop_sequence": "stop"}
+_OTHER_ROLES = ("user", "system", "developer", "tool", "function")
 _SHORTEST_SECRET = 8  # shorter keys are placeholders such as EMPTY, and may be words of an answer
 
 
@@ -62,27 +63,26 @@ def read_reply(body: bytes, key: str | None) -> Answer:
     Reasoning that the server split off (`reasoning_content`, or `reasoning`) is put back in <think> tags,
     where the verifier and the student expect it. Raises BadReply where there is no whole, storable text.
     """
-    try:
-        data = json.loads(body.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadReply("the answer is not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadReply("the answer is not JSON") from None
+    data = read_json_reply(body, "answer")
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise BadReply(f"the answer has no choice{server_message(data, key)}")
+    if len(choices) > 1:
+        raise BadReply(f"the answer has {len(choices)} choices, and one was asked for")
     choice = choices[0]
     reason = choice.get("finish_reason")
     if reason == FILTERED:
         return Answer("", "error", error=FILTERED, **_usage(data))
     if not isinstance(reason, str) or reason not in _STOPPED:
         raise BadReply(f"the answer ended with finish_reason {one_line(redact(repr(reason), key))}")
-    text = redact(_text(choice.get("message")), key)
-    return Answer(text, _STOPPED[reason], logprobs=_logprobs(choice), **_usage(data))
+    text, usage = redact(_text(choice.get("message"), key), key), _usage(data)
+    return Answer(text, _STOPPED[reason], logprobs=_logprobs(choice, usage["completion_tokens"]), **usage)
 
 
-def _text(message: Any) -> str:
+def _text(message: Any, key: str | None) -> str:
     message = message if isinstance(message, dict) else {}
+    if message.get("role") in _OTHER_ROLES:
+        raise BadReply(f"the answer is a message of the role {message['role']!r}")
     content = message.get("content")
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if content is None and isinstance(reasoning, str):
@@ -90,7 +90,7 @@ def _text(message: Any) -> str:
     elif isinstance(content, str) and isinstance(reasoning, str) and "</think>" not in content:
         content = f"<think>{reasoning}</think>{content}"
     if not isinstance(content, str):
-        raise BadReply("the answer has no text")
+        raise BadReply(f"the answer has no text{server_message(message.get('refusal'), key)}")
     if "</think>" in content and "<think>" not in content.partition("</think>")[0]:
         content = f"<think>{content}"  # the server's template opened the thinking, ahead of what it sent
     try:
@@ -106,11 +106,11 @@ def _usage(data: dict) -> dict[str, int]:
     return {name: n if type(n) is int and 0 <= n < 2**31 else 0 for name, n in counts.items()}
 
 
-def _logprobs(choice: dict) -> list[float]:
-    """Of the chosen tokens; [] unless the server gives a number for every one."""
+def _logprobs(choice: dict, counted: int) -> list[float]:
+    """Of the chosen tokens; [] unless there is a number for every one. counted: by its usage, the end token or not."""
     found = choice.get("logprobs")
     tokens = found.get("content") if isinstance(found, dict) else None
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or (counted and abs(len(tokens) - counted) > 1):
         return []
     values = [t.get("logprob") if isinstance(t, dict) else None for t in tokens]
     return [float(v) for v in values] if all(map(is_logprob, values)) else []
@@ -148,7 +148,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
             except Exception:  # the parser of dates has several
                 continue
         if math.isfinite(seconds):
-            return max(seconds, 0.0)
+            return min(max(seconds, 0.0), _FOR_EVER)
     return None
 
 
@@ -191,6 +191,8 @@ async def guard(response, most: int, key: str | None) -> None:
                 if max(sent, length) > most:
                     raise BadReply(f"the answer is longer than {most:,} bytes")
                 yield piece
+            if unpack and sent and not unpack.eof:
+                raise BadReply("the answer is not packed as it says")
 
         async def aclose(self):
             await source.aclose()
@@ -229,6 +231,7 @@ _RETRIED = {408, 409, 429}  # and 5xx: the same request may work later
 _FATAL = {401, 402, 403, 404, 405}  # no other request will work either
 _LONGEST_BACKOFF = 60.0  # seconds
 _LONGEST_WAIT = 600.0  # seconds a server may ask for; longer is a daily quota, not a pause
+_FOR_EVER = 1e9  # seconds, 32 years: all that a message needs to say
 
 
 def check_endpoint(endpoint: Endpoint) -> None:
@@ -355,11 +358,13 @@ class EndpointTeacher:
         """`work(client)` as often at a time as the recipe allows, until all of them end; no body above `most` bytes."""
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # they tie one question to the next
         hooks = {"response": [lambda response: guard(response, most, key)]}
         async with AsyncOpenAI(
             base_url=self._endpoint.base_url,
-            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, max_redirects=3),
-            default_headers={"Accept-Encoding": "identity"},
+            http_client=DefaultAsyncHttpxClient(event_hooks=hooks, max_redirects=3, cookies=no_cookies),
+            # A connection each: what a server sends too much would be read as the answer to the next question.
+            default_headers={"Accept-Encoding": "identity", "Connection": "close"},
             api_key=key or "none",  # the client wants one; servers without keys ignore it
             max_retries=0,
             timeout=self._endpoint.timeout,

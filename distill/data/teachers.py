@@ -8,6 +8,7 @@ gives token ids and log-probabilities; an endpoint (distill/data/endpoint.py) gi
 """
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -81,6 +82,23 @@ class BadReply(Exception):
     def __init__(self, reason: str, retry: bool = True, wait: float | None = None):
         self.reason, self.retry, self.wait = reason, retry, wait
         super().__init__(reason)
+
+
+def read_json_reply(body: bytes, what: str) -> Any:
+    """The JSON in a server's reply; `what` it is stands in the reason. Raises BadReply."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # either of the two would be the answer
+            raise BadReply(f"the {what} has a field twice")
+        return found
+
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError:
+        raise BadReply(f"the {what} is not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadReply(f"the {what} is not JSON") from None
 
 
 def is_logprob(value: Any) -> bool:

@@ -25,7 +25,6 @@ Shapes: N completion tokens of one answer, K stored tokens, V ids of the tokeniz
 
 import gc
 import itertools
-import json
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +35,7 @@ from transformers import GenerationConfig
 
 from distill.config.data import TeacherSection
 from distill.data.signals import SignalFormat, encode_top_k
-from distill.data.teachers import Answer, BadReply, Prompts, Question, is_logprob, taught
+from distill.data.teachers import Answer, BadReply, Prompts, Question, is_logprob, read_json_reply, taught
 from distill.errors import RunError, UserError
 from distill.models.chat import continuation, opening, prompt_ids, text_ids, whole_turn
 from distill.models.decode import Sampling, row_seed
@@ -81,9 +80,9 @@ def read_top_k(
     Raises BadReply, not to be tried again, where the server gives no such table or another number of places.
     """
     try:
-        tables = json.loads(body)["choices"][0].get("prompt_logprobs")
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise BadReply("the scores are not JSON with a choice") from None
+        tables = read_json_reply(body, "scoring")["choices"][0].get("prompt_logprobs")
+    except (LookupError, TypeError, AttributeError):
+        raise BadReply("the scoring has no choice") from None
     if tables is None:
         raise BadReply(
             "the server gives no prompt_logprobs (vLLM does): no signal can be stored", retry=False
