@@ -3,8 +3,8 @@
     with LogprobServer(model, reply=lambda question: "text") as server: server.base_url; server.scored
 
 `POST /v1/completions` takes ids and gives `prompt_logprobs`: null for the first, then {id: {logprob, rank,
-decoded_token}} of the `prompt_logprobs` likeliest ids and of the one that stands there. `most`: as `--max-logprobs`;
-`broken` changes a reply before it is sent.
+decoded_token}} of the `prompt_logprobs` likeliest ids and of the one that stands there. `most`: as `--max-logprobs`, and
+refused above it in vLLM's words; `broken` changes a reply before it is sent.
 """
 
 import json
@@ -64,18 +64,22 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path.endswith("/chat/completions"):
             return self.send(completion(self.server.reply(body["messages"][-1]["content"])))
+        wanted = body["prompt_logprobs"]
+        if wanted > self.server.most:
+            said = f"Requested prompt logprobs of {wanted}, which is greater than max allowed: {self.server.most}"
+            return self.send({"error": {"message": said, "code": 400}}, 400)
         with self.server.lock:  # one model, one pass at a time
             self.server.scored += 1
-            tables = self.server.tables(body["prompt"], min(body["prompt_logprobs"], self.server.most))
+            tables = self.server.tables(body["prompt"], wanted)
         choice = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": None}
         choice["prompt_logprobs"] = self.server.broken(tables)
         return self.send(
             {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
         )
 
-    def send(self, body: dict) -> None:
+    def send(self, body: dict, status: int = 200) -> None:
         data = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

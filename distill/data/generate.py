@@ -23,7 +23,14 @@ from distill.config.section import Signal
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
 from distill.data.provenance import teacher_source
-from distill.data.scoring import given_answers, measured_signal, score_answers, signal_format, signal_head
+from distill.data.scoring import (
+    check_scores,
+    given_answers,
+    measured_signal,
+    score_answers,
+    signal_format,
+    signal_head,
+)
 from distill.data.signals import HEAD
 from distill.data.teachers import Answer, LocalTeacher, Question, Teacher
 from distill.data.terms import require_permission
@@ -78,6 +85,7 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
             "teacher.engine_options={tensor_parallel_size: N}), then what comes after it with accelerate launch"
         )
     teacher.open()
+    check_scores(form, teacher)
     head = signal_head(form, teacher)
     if ranks.is_main_process:
         stage.begin(redo)  # removes the claims of a run that was killed

@@ -277,6 +277,19 @@ def score_answers(
         answer.signal_ids, answer.signal_values = score.signal_ids, score.signal_values
 
 
+def check_scores(form: SignalFormat | None, teacher) -> None:
+    """Have an endpoint score a short text before any answer is paid for. Raises UserError with its reason."""
+    if form is None or isinstance(teacher, LocalTeacher | VllmTeacher):
+        return
+    tried = Answer("1", "stop")
+    teacher.score([Question([{"role": "user", "content": "1"}], (0, "", 0))], [tried], form)
+    if tried.error:
+        raise UserError(
+            f"'{teacher.name}' scores no text for generate.signal: {tried.error}. Lower generate.signal.k, start the "
+            "server anew (vllm serve ... --max-logprobs K), or set generate.signal.kind=none"
+        )
+
+
 def measured_signal(form: SignalFormat | None, folder: Path) -> dict | None:
     """What a manifest says of its signal columns: the format, and the bytes a token really takes."""
     if form is None:

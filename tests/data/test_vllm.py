@@ -1,6 +1,7 @@
 """Signals of a served teacher are those of the same teacher here, and what a server gets wrong is never stored."""
 
 import importlib.util
+import itertools
 import json
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_a_served_teacher_leaves_the_signals_of_a_local_one(make_recipe, run_cli
             *read_from(plain),
             f"teacher.endpoint={endpoint}",
         )
-        assert server.scored == 14
+        assert server.scored == 15, "each answer once, and a short text before any of them"
     assert local.keys() == served.keys()
     for key, mine in local.items():
         theirs = served[key]
@@ -94,28 +95,48 @@ def test_a_served_teacher_leaves_the_signals_of_a_local_one(make_recipe, run_cli
     assert losses(there) == pytest.approx(losses(here), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options, broken, message",
-    [
-        ({}, lambda _tables: None, "gives no prompt_logprobs"),
-        ({"most": 3}, lambda tables: tables, "raise its --max-logprobs"),
-        ({}, lambda tables: tables[:-1], "another number of tokens"),
-        ({}, lambda tables: [t and {i: {"logprob": 0.5, "rank": 1} for i in t} for t in tables], "above 0"),
-    ],
-)
-def test_what_a_server_gets_wrong_is_a_failed_row(
-    make_recipe, run_cli, hub, prompts, options, broken, message
+WRONG = [
+    (lambda _tables: None, "gives no prompt_logprobs"),
+    (lambda tables: [t and dict(list(t.items())[:3]) for t in tables], "raise its --max-logprobs"),
+    (lambda tables: tables[:-1], "another number of tokens"),
+    (lambda tables: [t and {i: {"logprob": 0.5, "rank": 1} for i in t} for t in tables], "above 0"),
+]
+
+
+def generate(run_cli, hub, path, file, **server) -> tuple[int, str, int]:
+    """(exit code, errors, questions answered) of `generate` against such a server."""
+    asked = []
+    with LogprobServer(
+        load_model(hub["qwen3_moe"]), lambda q: asked.append(q) or said(q), **server
+    ) as running:
+        endpoint = f"{{base_url: '{running.base_url}', api_key_env: null, tokenizer: {hub['qwen3_moe']}}}"
+        code, _, err = run_cli("generate", path, *OPTIONS, *read_from(file), f"teacher.endpoint={endpoint}")
+    return code, err, len(asked)
+
+
+@pytest.mark.parametrize("broken, message", WRONG)
+def test_what_a_server_gets_wrong_is_told_before_an_answer_is_paid_for(
+    make_recipe, run_cli, hub, prompts, broken, message
 ):
     path, run_dir = make_recipe(student="qwen3_moe")
-    with LogprobServer(load_model(hub["qwen3_moe"]), said, broken=broken, **options) as server:
-        endpoint = f"{{base_url: '{server.base_url}', api_key_env: null, tokenizer: {hub['qwen3_moe']}}}"
-        run_cli(
-            "generate",
-            path,
-            *OPTIONS,
-            *read_from(prompts[0]),
-            f"teacher.endpoint={endpoint}",
-        )
+    code, err, asked = generate(run_cli, hub, path, prompts[0], broken=broken)
+    assert code == 2 and message in err and asked == 0 and not (run_dir / "generations").exists()
+
+
+def test_more_tokens_than_the_server_names_are_told_with_the_fix(make_recipe, run_cli, hub, prompts):
+    path, _ = make_recipe(student="qwen3_moe")
+    code, err, asked = generate(run_cli, hub, path, prompts[0], most=5)
+    assert code == 2 and asked == 0
+    assert (
+        "greater than max allowed: 5" in err and "Lower generate.signal.k" in err and "--max-logprobs" in err
+    )
+
+
+@pytest.mark.parametrize("broken, message", WRONG)
+def test_what_a_server_gets_wrong_later_is_a_failed_row(make_recipe, run_cli, hub, prompts, broken, message):
+    path, run_dir = make_recipe(student="qwen3_moe")
+    replies = itertools.count()
+    generate(run_cli, hub, path, prompts[0], broken=lambda t: broken(t) if next(replies) else t)
     rows = list(read_rows(run_dir / "generations"))
     assert rows and all(message in row["error"] and row["signal_ids"] is None for row in rows)
 
