@@ -31,6 +31,7 @@ class Question:
 
     messages: list[dict]
     key: tuple
+    tag: str = ""  # of the row, where teachers are chosen by it
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Answer:
     completion_tokens: int = 0
     signal_ids: bytes | None = None  # the teacher's distribution at every token (distill/data/signals.py)
     signal_values: bytes | None = None
+    teacher: str | None = None  # who answered, where several may
 
 
 class Teacher(Protocol):
@@ -203,3 +205,53 @@ class LocalTeacher:
         tokens = prompt_tokens + completion_tokens
         context = max(1, tokens // (2 * max(rows, 1)))
         return int(describe_model(self.model, context)["flops_per_token"] * tokens)
+
+
+class TeachersByTag:
+    """Several local teachers of one tokenizer: each answers the questions of its tags, `default` all others."""
+
+    def __init__(self, default: LocalTeacher, by_tag: dict[str, LocalTeacher]):
+        """Raises UserError where their prompts or tokens differ: rows are read with one tokenizer."""
+        self.default, self.by_tag = default, by_tag
+        for teacher in by_tag.values():
+            if teacher.identity() != default.identity():
+                raise UserError(
+                    f"generate.by_tag: {teacher.name} has another tokenizer or chat template than {default.name}; "
+                    "specialists and teacher.model need the same"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.default.name
+
+    @property
+    def opened(self) -> str:
+        return self.default.opened
+
+    @property
+    def _all(self) -> list[LocalTeacher]:
+        return list(dict.fromkeys([self.default, *self.by_tag.values()]))
+
+    def open(self) -> None:
+        for teacher in self._all:
+            teacher.open()
+
+    def identity(self) -> dict[str, Any]:
+        names = {tag: teacher.name for tag, teacher in self.by_tag.items()}
+        return {**self.default.identity(), "by_tag": names}
+
+    def answer(self, questions, sampling, on_finish) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(questions)
+        owners = [self.by_tag.get(question.tag, self.default) for question in questions]
+        for teacher in self._all:
+            places = [i for i, owner in enumerate(owners) if owner is teacher]
+            found = teacher.answer([questions[i] for i in places], sampling, on_finish) if places else []
+            for place, answer in zip(places, found):
+                answer.teacher = teacher.name
+                answers[place] = answer
+        return answers
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int:
+        """Of the mean teacher: each answers some of the questions."""
+        each = [teacher.flops(prompt_tokens, completion_tokens, rows) for teacher in self._all]
+        return sum(each) // len(each)

@@ -177,12 +177,13 @@ def first_lines(
 
 def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
     """The arm's rows, with what the recipe's objectives and teachers need to know of them besides tokens."""
-    columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
+    section = recipe.train.teachers
+    columns = {"tags": section.by} if section.models or section.balance else {}
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         columns["messages"] = "messages"
         theirs = load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs)
         check_prompts(theirs, read_rows(folder, ["prompt_id", "messages"]), "teacher")
-    context = recipe.train.teachers.context
+    context = section.context
     if context:
         columns["messages"] = "messages"
     rows = TokenRows.from_folder(folder, stored_signals(recipe), columns)
@@ -197,7 +198,7 @@ def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: se
     """Stored text, or with `train.on_policy` text that the student writes while it trains."""
     train = recipe.train
     if not train.on_policy.fraction:
-        return StoredRows(rows, train.batch_size, recipe.seed)
+        return StoredRows(rows, train.batch_size, recipe.seed, train.teachers.balance)
     return OnPolicyRows(
         rows,
         train.batch_size,
@@ -207,6 +208,7 @@ def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: se
         student.tokenizer,
         ends,
         gather=from_all,
+        balance=train.teachers.balance,
     )
 
 

@@ -50,7 +50,7 @@ from distill.models.hooks import replaced_forward
 from distill.models.layers import decoder_layers, rows_apart
 from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher
-from distill.training.losses.fused import CHECKS, Given, Scratch, Term, fused_loss, whole_loss
+from distill.training.losses.fused import CHECKS, Drawn, Given, Scratch, Term, fused_loss, whole_loss
 from distill.training.losses.hidden import (
     HiddenTap,
     hidden_cosine,
@@ -72,7 +72,7 @@ from distill.training.losses.routers import (
 
 # Measured beside the objectives, never trained on.
 _CROSS_ENTROPY = Term("cross_entropy", "targets", weight=0.0)
-ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
+ON_LOGITS = ("targets", "dense", "drawn", "sparse", "sampled", "aligned")
 
 
 class StudentStep(nn.Module):
@@ -139,7 +139,11 @@ class StudentStep(nn.Module):
         given |= {form: signal for form, signal in signals.items() if form in ON_LOGITS}
         if batch.from_teacher is not None:
             given["from_teacher"] = Given((batch.from_teacher,))
-        needed = {term.form for term in terms} | {"from_teacher"}
+        if batch.weights is not None:
+            given["weights"] = Given((batch.weights,))
+        if batch.drawn is not None and "dense" in given:
+            given["drawn"] = Drawn(given["dense"], batch.targets, batch.drawn)
+        needed = {term.form for term in terms} | {"from_teacher", "weights"}
         given = {form: signal for form, signal in given.items() if form in needed}
         inputs = batch.inputs()
         if self.at:
