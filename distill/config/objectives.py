@@ -64,7 +64,8 @@ class ObjectiveSpec:
     [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K] · "drawn": the
     teacher's logits, the token that the student drew [N] and its log-probability when it did [N] · "aligned":
     logits [N, V'] of a teacher with another tokenizer · "hidden", "routers": what a live teacher does on the way
-    to its logits · "own_routers": what the student's routers do, no teacher.
+    to its logits · "own_routers": what the student's routers do, no teacher · "ahead": what a module beside the student
+    says of the token after the next, no teacher.
     """
 
     name: str
@@ -126,6 +127,12 @@ OBJECTIVES: MappingProxyType[str, ObjectiveSpec] = MappingProxyType(
             _objective("router_distillation", "routers", temperature=TEMPERED["temperature"], layers=LAYERS),
             _objective("sequence_balance", "own_routers"),
             _objective("batch_balance", "own_routers"),
+            _objective(
+                "multi_token",
+                "ahead",
+                target=Option(str, "tokens", choices=("tokens", "model")),
+                frozen=Option(bool, False),
+            ),
         )
     )
 )

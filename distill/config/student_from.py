@@ -4,8 +4,8 @@
     student: {from: {model: checkpoints/teacher, experts: {drop: 0.5, how: reap}}}
     student: {from: {model: checkpoints/base, mixture: {experts: 4, experts_per_token: 2}}}
 
-Models are averaged first, then layers are dropped, then widths are cut, then experts are taken out, joined or copied. What chooses by activation
-reads prompts of the recipe, with answers that the model itself writes to them.
+Models are averaged first, then layers are dropped, then widths are cut, then experts are taken out, joined or copied.
+What chooses by activation reads prompts of the recipe, with answers that the model itself writes to them.
 """
 
 from typing import Annotated, Any, ClassVar, Literal

@@ -144,6 +144,11 @@ class Objective(Section):
     def live(self) -> bool:
         return objectives.OBJECTIVES[self.name].live
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it trains something beside the student, and the student not at all."""
+        return bool(self.options.get("frozen"))
+
 
 class OnPolicy(Section):
     """The student writes some of the rows, the teacher scores them (GKD, arXiv 2306.13649)."""
@@ -209,8 +214,8 @@ class LiveTeachers(Section):
     models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
     balance: bool = Field(
         False,
-        description="every tag of a step counts as much as any other, however many tokens its rows have: a token's loss "
-        "is divided by its tag's share of them",
+        description="every tag of a step counts as much as any other, however many tokens its rows have: a token's "
+        "loss is divided by its tag's share of them",
     )
     own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
     experts_per_token: Count | None = Field(
@@ -381,6 +386,11 @@ class Train(Section):
             raise ValueError(
                 f"{drawn} is of tokens that the student drew from its own distribution: set `on_policy.fraction`, "
                 "`temperature` and `top_p` to 1 and `validation.rows` to 0, or use reverse_kl"
+            )
+        alone = next((o.name for o in self.objectives if o.frozen), None)
+        if alone and len(self.objectives) > 1:
+            raise ValueError(
+                f"{alone} with `frozen` trains its module alone: leave out the other objectives, or `frozen`"
             )
         weighed = self.teachers.balance or self.on_policy.weighs
         if weighed and (unfit := [o.name for o in self.objectives if o.signal not in WEIGHED]):

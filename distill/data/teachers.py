@@ -17,6 +17,7 @@ from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
 from distill.errors import RunError, UserError
+from distill.models.ahead import decode_ahead, load_ahead
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
@@ -149,7 +150,7 @@ class LocalTeacher:
         self.name = section.model
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
-        self._section, self._device, self._model = section, device, None
+        self._section, self._device, self._model, self._ahead = section, device, None, None
         self._prompts = Prompts(self.name, self.tokenizer)
 
     @property
@@ -157,6 +158,8 @@ class LocalTeacher:
         """Loaded on first use: a finished stage is recognised without touching the weights."""
         if self._model is None:
             self._model = load_model(self._section.model, self._section.dtype, self._device)
+            # Answers are the same; alone they are written sooner with drafts, in batches without.
+            self._ahead = load_ahead(self._section.model, self._model) if self.batch_size == 1 else None
         return self._model
 
     @property
@@ -186,16 +189,28 @@ class LocalTeacher:
             )  # fmt: skip
             on_finish(answers[asked[row]])
 
+        given = {
+            "eos_ids": eos_ids(self.model, self.tokenizer),
+            "pad_id": self.tokenizer.pad_token_id,
+            "vocab_limit": len(self.tokenizer),
+        }
+        keys = [questions[place].key for place in asked]
+        longest = max(map(len, ids), default=0) + sampling.max_new_tokens
+        if self._ahead is not None and not sampling.stop and longest <= (self.context or longest):
+            for row, (prompt, key) in enumerate(zip(ids, keys)):
+                ((completion,), _) = decode_ahead(
+                    self.model, self._ahead, [prompt], sampling, keys=[key], **given
+                )
+                finish(row, completion)
+            return answers
         decode(
             self.model,
             ids,
             sampling,
-            eos_ids=eos_ids(self.model, self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id,
-            keys=[questions[place].key for place in asked],
+            **given,
+            keys=keys,
             batch_size=self.batch_size,
             on_finish=finish,
-            vocab_limit=len(self.tokenizer),
             stopping=StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None,
         )
         return answers

@@ -20,8 +20,9 @@ old. What is drawn depends on (seed, step, place in the step) alone, not on micr
 
 Cross-entropy is not taken on what the student wrote, or it would learn to repeat itself: on those rows only
 divergences from the teacher count. What of it counts at all is said by weights of its tokens (`first_tokens`,
-`skip_truncated`, `skip_special`), and so is the balance between tags. An end token that the student's text never reaches is the usual way for
-lengths to explode; it is looked for in the stored text before anything is sampled, and in every buffer.
+`skip_truncated`, `skip_special`), and so is the balance between tags. An end token that the student's text never
+reaches is the usual way for lengths to explode; it is looked for in the stored text before anything is sampled, and in
+every buffer.
 """
 
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def tokens_by_tag(rows: TokenRows, chosen: np.ndarray, counted: np.ndarray | Non
 
 
 def balanced(tokens: dict[str, int]) -> dict[str, float]:
-    """Weight of a token of each tag, so that every tag that has tokens counts the same and all count as many as before."""
+    """Weight of a token of each tag: every tag that has tokens counts the same, and all count as many as before."""
     present = sum(n > 0 for n in tokens.values())
     return {tag: sum(tokens.values()) / (present * n) if n else 0.0 for tag, n in tokens.items()}
 

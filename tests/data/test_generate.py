@@ -15,6 +15,7 @@ from distill.data.prompts import make_prompts
 from distill.data.provenance import provenance
 from distill.data.teachers import Answer
 from distill.errors import RunError, UserError
+from distill.models.ahead import TokenAhead
 from distill.models.load import load_model
 from distill.storage import read_json, read_rows
 
@@ -164,8 +165,6 @@ def test_logprobs_are_the_models_own(make_recipe, run_cli, hub):
     """Stored log-probabilities equal a full forward pass over prompt and completion."""
     import torch
 
-    from distill.models.load import load_model
-
     path, run_dir = make_recipe("llama", "llama")
     assert run_cli("generate", path)[0] == 0
     model = load_model(hub["llama"], "fp32")
@@ -220,7 +219,7 @@ def test_a_part_has_one_maker_and_a_free_process_takes_the_next(make_recipe, scr
 def test_each_question_is_answered_by_the_teacher_of_its_tag(
     make_recipe, hub, monkeypatch, tmp_path, run_cli
 ):
-    """As if it had been asked alone: the same key draws the same tokens. Rows, terms and provenance name who answered."""
+    """As if asked alone: the same key draws the same tokens. Rows, terms and provenance name who answered."""
     specialist = shutil.copytree(hub["qwen3_moe"], tmp_path / "specialist")
     model = load_model(str(specialist), "fp32")
     with torch.no_grad():
@@ -248,3 +247,18 @@ def test_each_question_is_answered_by_the_teacher_of_its_tag(
     card.write_text("---\nlicense: gemma\n---\n")
     with pytest.raises(UserError, match=f"may outputs of teacher '{specialist}' train"):
         module.generate(load_recipe(make_recipe(name="refused")[0], by_tag))
+
+
+def test_a_teacher_with_a_module_beside_it_writes_the_same_rows_one_at_a_time(
+    make_recipe, hub, tmp_path, run_cli
+):
+    folder = shutil.copytree(hub["llama"], tmp_path / "with-module")
+    TokenAhead(load_model(str(folder), "fp32")).save(folder)
+    rows = {}
+    for name, teacher in (("drafts", str(folder)), ("plain", hub["llama"])):
+        path, run = make_recipe(teacher=teacher, student="llama", name=name)
+        assert run_cli("generate", path, "generate.batch_size=1", "generate.max_new_tokens=9")[0] == 0
+        rows[name] = list(
+            read_rows(run / "generations", ["completion_ids", "finish_reason", "text", "prompt_ids"])
+        )
+    assert rows["drafts"] == rows["plain"] and len({tuple(r["completion_ids"]) for r in rows["plain"]}) > 3

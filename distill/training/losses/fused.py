@@ -187,10 +187,11 @@ def fused_loss(
 
     `signals` by form: objects with `chunk(slice, student_chunk) -> tensors`; with "from_teacher" [N], tokens
     that are 0 there count for no objective on targets: nobody but the student said them; with "weights" [N], every
-    term of a token is multiplied by its weight. The first result is differentiable in `hidden` and, where it requires grad, in the head's weight and bias; both results are
-    float32 (the terms float64). Products run in autocast's dtype where autocast is on, else in `hidden`'s;
-    everything elementwise in float32 (float64 for float64 states). `scratch` is for a caller of many steps; `leave`
-    is given the gradient of the head's weight in the backward pass, which autograd then hears nothing of.
+    term of a token is multiplied by its weight. The first result is differentiable in `hidden` and, where it requires
+    grad, in the head's weight and bias; both results are float32 (the terms float64). Products run in autocast's dtype
+    where autocast is on, else in `hidden`'s; everything elementwise in float32 (float64 for float64 states). `scratch`
+    is for a caller of many steps; `leave` is given the gradient of the head's weight in the backward pass, which
+    autograd then hears nothing of.
     """
     if (
         not terms
