@@ -45,6 +45,13 @@ class Arm(Section):
         None, description="the student starts where this arm's ended (same seed, adapter merged)"
     )
     teacher: ArmName | None = Field(None, description="the teacher is what this arm's training made")
+    teachers: dict[str, ArmName] = Field(
+        {}, description="tag -> arm: `train.teachers.models` are what these arms' training made"
+    )
+    averaged: bool = Field(
+        False,
+        description="with `teachers`: none of them teaches; the student starts from the mean of their weights",
+    )
     checkpoint: str | None = Field(
         None,
         description="measure this model as it is; nothing is trained. 'student.from': what the student is made from it",
@@ -60,6 +67,13 @@ class Arm(Section):
     probes: str | None = Field(
         None, description="'embedded' or a JSONL file: how often the student shows each flaw"
     )
+
+    @property
+    def rests_on(self) -> list[tuple[str, str]]:
+        """(key, arm) of the arms whose training must have ended before this one begins."""
+        named = [("start", self.start), ("teacher", self.teacher)]
+        named += [("teachers", name) for name in dict.fromkeys(self.teachers.values())]
+        return [(key, name) for key, name in named if name]
 
 
 class Factorial(Section):
@@ -193,12 +207,11 @@ class Bench(Section):
         problems = []
         arms = self.all_arms()
         for name, arm in arms.items():
-            for key in ("like", "start", "teacher"):
-                other = getattr(arm, key)
+            for key, other in (("like", arm.like), *arm.rests_on):
                 if other is not None and other not in arms:
                     problems.append(f"arm {name}: {key} names no arm: '{other}'{nearest(other, arms)}")
             trains = [key for key in arm.set if not key.startswith(("evaluate.", "prices."))]
-            if arm.checkpoint and (trains or arm.start or arm.like or arm.teacher):
+            if arm.checkpoint and (trains or arm.like or (arm.rests_on and not arm.averaged)):
                 problems.append(
                     f"arm {name}: a checkpoint is measured as it is; of its keys leave `set` of `evaluate` alone"
                 )
@@ -281,7 +294,7 @@ class Bench(Section):
             before = sum(map(len, found.values()))
             for name, arm in arms.items():
                 if self.within(budget, arm):
-                    for other in filter(None, (arm.start, arm.teacher)):
+                    for _, other in arm.rests_on:
                         found[other] |= found[name]
             if sum(map(len, found.values())) == before:
                 return self._seed_cache.setdefault(budget, found)

@@ -219,7 +219,8 @@ def differences(bench: Bench, arms: list[str]) -> list[str]:
     settings = {}
     for name in arms:
         arm = known[name]
-        own = {key: getattr(arm, key) for key in ("checkpoint", "start", "teacher") if getattr(arm, key)}
+        shown = ("checkpoint", "start", "teacher", "teachers", "averaged")
+        own = {key: getattr(arm, key) for key in shown if getattr(arm, key)}
         settings[name] = {**bench.set, **bench.changes(name), **own}
     keys = dict.fromkeys(key for of in settings.values() for key in of)
     found = []

@@ -51,6 +51,8 @@ METRICS = {
     "parameters.trainable": Metric("", "parameters that train"),
     "bytes.training_state": Metric("B", "gradients and Adam moments of what trains"),
     "bytes.saved": Metric("B", "what a micro-batch's forward pass keeps for its backward pass"),
+    "ahead.acceptance": Metric("%", "drafts of the module that were the model's own next token"),
+    "ahead.tokens_per_pass": Metric("", "tokens that a pass of the model brings, 1 without drafts"),
     "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer"),
     "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token"),
     "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
@@ -128,6 +130,8 @@ def _measured(model: dict[str, Any]) -> dict[str, float | None]:
         "cost.flops_per_answer": cost["flops_per_answer"],
         "cost.usd_per_million": cost.get("usd_per_million_output_tokens"),
     }
+    for key in ("acceptance", "tokens_per_pass"):
+        found[f"ahead.{key}"] = (cost.get("ahead") or {}).get(key)
     for entry in model.get("interventions") or []:
         if entry["kind"] in ("none", "top_k"):
             k = f"k{entry['experts_per_token']}"

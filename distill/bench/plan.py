@@ -91,6 +91,15 @@ def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[st
     if arm.teacher:
         needs.append(runs_of(bench, arm.teacher, seed, arms))
         changes["teacher.model"] = str(root / needs[-1] / "student")
+    if arm.teachers:
+        made = {tag: runs_of(bench, other, seed, arms) for tag, other in arm.teachers.items()}
+        needs += dict.fromkeys(made.values())
+        places = {tag: str(root / run / "student") for tag, run in made.items()}
+        changes["train.teachers.models"] = places
+        if arm.averaged:
+            first, *others = dict.fromkeys(places.values())
+            changes["student.from"] = {"model": first, "average": others}
+            changes.pop("train.teachers.models")
     if arm.checkpoint and arm.checkpoint != MADE:
         changes |= {"student.model": arm.checkpoint, "student.config": None, "student.from": None}
     fixed = {"run_dir": str(folder), "seed": seed + arm.seed_offset, "control.enabled": False}
@@ -119,7 +128,7 @@ def _made(run: Task, root: Path, tasks: dict[str, Task]) -> None:
     base = student.model_copy(update={"model": str(folder / BASE_FOLDER)})
     if name not in tasks:
         recipe = run.recipe.model_copy(update={"run_dir": str(folder), "student": base})
-        tasks[name] = Task("base", name, folder, recipe)
+        tasks[name] = Task("base", name, folder, recipe, list(run.needs))
     run.recipe = run.recipe.model_copy(update={"student": base.model_copy(update={"made_from": None})})
     run.needs = [*run.needs, name]
     if run.checkpoint == MADE:
@@ -138,11 +147,13 @@ def _share(run: Task, begun: Task, root: Path, tasks: dict[str, Task], arms: dic
         "prompts": recipe.prompts.identity(),
         "seed": recipe.seed,
         "teacher": recipe.teacher.identity() if recipe.teacher else None,
-        "generate": recipe.generate.model_dump(mode="json") if recipe.teacher else None,
+        "generate": recipe.generate.identity() if recipe.teacher else None,
     }
-    taught = [
-        need for need in run.needs if arms[run.arm].teacher and need.startswith(f"{arms[run.arm].teacher}-")
-    ]
+    if recipe.generate.by_tag:
+        whole["teachers"] = recipe.train.teachers.models
+    arm = arms[run.arm]
+    teachers = {arm.teacher, *(arm.teachers.values() if recipe.generate.by_tag else ())} - {None}
+    taught = [need for need in run.needs if need in tasks and tasks[need].arm in teachers]
     answers = _shared("answers", fingerprint(whole), run, root, tasks, taught)
     tokenizer = origin.model or origin.tokenizer
     made = {**whole, "filter": recipe.filter.model_dump(mode="json"), "tokenizer": tokenizer}

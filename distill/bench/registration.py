@@ -32,7 +32,7 @@ TEXT = (
     "hypothesis", "metric", "second", "effect", "factorial", "relative", "expect", "margin", "trivial", "matched",
     "equal", "headline", "first_seed",
 )  # fmt: skip
-ARM = ("start", "teacher", "checkpoint", "once", "seed_offset", "probes", "seeds")
+ARM = ("start", "teacher", "teachers", "averaged", "checkpoint", "once", "seed_offset", "probes", "seeds")
 
 
 class History:
@@ -100,6 +100,7 @@ def _closed(arms: Mapping, factorial: Mapping, named: Iterable[str], claim: Mapp
         found.add(name)
         own = arms[name] or {}
         left += [own[key] for key in ("start", "teacher", "like") if own.get(key)]
+        left += (own.get("teachers") or {}).values()
     return found
 
 

@@ -279,6 +279,8 @@ class TeacherSection(Section):
 class Generate(Section):
     """How the teacher answers the training prompts."""
 
+    later: ClassVar = ("by_tag",)
+
     samples: Annotated[int, Field(ge=1, le=100_000)] = Field(2, description="completions per prompt")
     temperature: Annotated[float, Field(ge=0.0, le=5.0)] = Field(0.7, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -289,6 +291,11 @@ class Generate(Section):
     max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="an answer also ends with the token that completes one of these"
+    )
+    by_tag: bool = Field(
+        False,
+        description="each question is answered by the teacher of its tag in `train.teachers.models`, as specialists "
+        "do; other tags by `teacher.model`",
     )
     batch_size: Count = Field(256, description="completions decoded together")
     part_size: Count = Field(512, description="prompts per Parquet part, the unit of resuming")

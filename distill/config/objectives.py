@@ -61,9 +61,11 @@ class ObjectiveSpec:
     """`signal` is what the function takes after the student's logits.
 
     "targets": token ids [N] · "dense": the teacher's logits [N, V] · "sparse": ids [N, K] and log-probabilities
-    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K] · "aligned":
+    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K] · "drawn": the
+    teacher's logits, the token that the student drew [N] and its log-probability when it did [N] · "aligned":
     logits [N, V'] of a teacher with another tokenizer · "hidden", "routers": what a live teacher does on the way
-    to its logits · "own_routers": what the student's routers do, no teacher.
+    to its logits · "own_routers": what the student's routers do, no teacher · "ahead": what a module beside the student
+    says of the token after the next, no teacher.
     """
 
     name: str
@@ -73,7 +75,7 @@ class ObjectiveSpec:
     @property
     def live(self) -> bool:
         """Whether a live teacher must read the same batch."""
-        return self.signal in ("dense", "aligned", "hidden", "routers")
+        return self.signal in ("dense", "drawn", "aligned", "hidden", "routers")
 
 
 TEMPERED = {
@@ -117,12 +119,20 @@ OBJECTIVES: MappingProxyType[str, ObjectiveSpec] = MappingProxyType(
             _objective("sampled_cross_entropy", "sampled"),
             _objective("ranking_hinge", "dense", tempered=False, top=_TOP, margin=Option(float, 1.0, low=0)),
             _objective("ranking_logistic", "dense", tempered=False, top=_TOP),
+            _objective("top_reverse_kl", "dense", tempered=False, top=Option(int, 16, low=2)),
+            _objective("sampled_reverse_kl", "drawn", clip=Option(float, 0.0, low=0, high=1, below=True)),
             _objective("uld", "aligned", temperature=TEMPERED["temperature"]),
             _objective("hidden_cosine", "hidden", layers=LAYERS),
             _objective("hidden_mse", "hidden", layers=LAYERS, normalise=Option(bool, True)),
             _objective("router_distillation", "routers", temperature=TEMPERED["temperature"], layers=LAYERS),
             _objective("sequence_balance", "own_routers"),
             _objective("batch_balance", "own_routers"),
+            _objective(
+                "multi_token",
+                "ahead",
+                target=Option(str, "tokens", choices=("tokens", "model")),
+                frozen=Option(bool, False),
+            ),
         )
     )
 )

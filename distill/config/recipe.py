@@ -145,6 +145,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _answered_by_tag(self):
+        if not self.generate.by_tag:
+            return self
+        plain = self.teacher and not self.teacher.endpoint and self.teacher.engine == "transformers"
+        if not self.train.teachers.models or not plain or self.generate.signal.kind != "none":
+            raise ValueError(
+                "`generate.by_tag` is for teachers loaded here that are named in `train.teachers.models`, without "
+                "`generate.signal`: name them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _arms_to_measure(self):
         if self.evaluate.models:
             there = {

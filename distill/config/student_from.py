@@ -4,8 +4,8 @@
     student: {from: {model: checkpoints/teacher, experts: {drop: 0.5, how: reap}}}
     student: {from: {model: checkpoints/base, mixture: {experts: 4, experts_per_token: 2}}}
 
-Layers are dropped first, then widths are cut, then experts are taken out, joined or copied. What chooses by activation
-reads prompts of the recipe, with answers that the model itself writes to them.
+Models are averaged first, then layers are dropped, then widths are cut, then experts are taken out, joined or copied.
+What chooses by activation reads prompts of the recipe, with answers that the model itself writes to them.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -92,9 +92,13 @@ class Mixture(Section):
 class From(Section):
     """A student made from a model before it trains (distill/convert/derive.py)."""
 
-    later: ClassVar = ("by", "width", "experts", "dense", "mixture", "calibration")
+    later: ClassVar = ("average", "by", "width", "experts", "dense", "mixture", "calibration")
 
     model: str = Field(description="folder or hub name of the model it is made from")
+    average: tuple[str, ...] = Field(
+        (),
+        description="further models of the same shape: every weight is the mean of all (model soups, arXiv 2203.05482)",
+    )
     layers: Count | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="decoder layers that are kept: so many, or a list from 0; empty: all"
     )
@@ -124,9 +128,9 @@ class From(Section):
         asked = [name for name in ("experts", "dense", "mixture") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"`{asked[0]}` and `{asked[1]}` exclude each other; leave one out")
-        if self.layers is None and self.width is None and not asked:
+        if self.layers is None and self.width is None and not asked and not self.average:
             raise ValueError(
-                "say what becomes of the model: `layers`, `width`, `experts`, `dense` or `mixture`"
+                "say what becomes of the model: `average`, `layers`, `width`, `experts`, `dense` or `mixture`"
             )
         if self.by == "angle" and not isinstance(self.layers, int):
             raise ValueError("`by: angle` chooses layers: give their number in `layers`")

@@ -11,6 +11,13 @@ from distill.config import objectives
 from distill.config.section import BlockPrecision, Count, Fraction, Section, TemplateArguments, Whole
 from distill.config.student_from import From
 
+WEIGHED = (
+    "targets",
+    "dense",
+    "drawn",
+    "sparse",
+    "sampled",
+)  # signals of objectives that are on single tokens
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
 
@@ -137,9 +144,16 @@ class Objective(Section):
     def live(self) -> bool:
         return objectives.OBJECTIVES[self.name].live
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it trains something beside the student, and the student not at all."""
+        return bool(self.options.get("frozen"))
+
 
 class OnPolicy(Section):
     """The student writes some of the rows, the teacher scores them (GKD, arXiv 2306.13649)."""
+
+    later: ClassVar = ("first_tokens", "skip_truncated", "skip_special")
 
     fraction: Fraction = Field(
         0.0, description="of the rows; GKD's lambda; 0 trains on the teacher's text only"
@@ -150,6 +164,26 @@ class OnPolicy(Section):
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
     batch_size: Count = Field(256, description="answers decoded together")
     most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
+    first_tokens: Count | None = Field(
+        None,
+        description="only so many tokens of what the student wrote count, from its beginning: further on the teacher "
+        "reads what it would never write (arXiv 2606.22600); empty: all",
+    )
+    skip_truncated: bool = Field(
+        False,
+        description="what the student did not end within max_new_tokens counts for nothing (overlong filtering, DAPO, "
+        "arXiv 2503.14476, section 3.4)",
+    )
+    skip_special: bool = Field(
+        False,
+        description="control tokens that the student wrote count for nothing, but its end token does (special-token "
+        "masking, arXiv 2603.25562)",
+    )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some of what the student writes counts for nothing."""
+        return bool(self.first_tokens) or self.skip_truncated or self.skip_special
 
 
 class Context(Section):
@@ -174,8 +208,15 @@ class Context(Section):
 class LiveTeachers(Section):
     """Which teacher scores which row while the student trains. Empty: `teacher.model` scores them all."""
 
+    later: ClassVar = ("balance",)
+
     by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
     models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
+    balance: bool = Field(
+        False,
+        description="every tag of a step counts as much as any other, however many tokens its rows have: a token's "
+        "loss is divided by its tag's share of them",
+    )
     own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
     experts_per_token: Count | None = Field(
         None,
@@ -327,8 +368,10 @@ class Train(Section):
                 "`teachers.routings` changes the teacher at every batch, which compiled code does not see: leave out "
                 "`compile`"
             )
-        told = [o for o in self.objectives if o.live and o.signal != "dense"]
-        if self.teachers.context and (told or not any(o.signal == "dense" for o in self.objectives)):
+        told = [o for o in self.objectives if o.live and o.signal not in ("dense", "drawn")]
+        if self.teachers.context and (
+            told or not any(o.signal in ("dense", "drawn") for o in self.objectives)
+        ):
             raise ValueError(
                 "`teachers.context` is for divergences from the teacher's distribution, as {name: reverse_kl}: with "
                 "another prompt its hidden states and routers are of other tokens, and stored signals were told nothing"
@@ -337,7 +380,25 @@ class Train(Section):
             raise ValueError(
                 "uld goes with stored text and one teacher: leave out `on_policy` and `teachers`"
             )
-        if self.on_policy.fraction and not any(o.signal == "dense" for o in self.objectives):
+        drawn = next((o.name for o in self.objectives if o.signal == "drawn"), None)
+        as_drawn = self.on_policy.fraction == self.on_policy.temperature == self.on_policy.top_p == 1
+        if drawn and (not as_drawn or self.validation.rows):
+            raise ValueError(
+                f"{drawn} is of tokens that the student drew from its own distribution: set `on_policy.fraction`, "
+                "`temperature` and `top_p` to 1 and `validation.rows` to 0, or use reverse_kl"
+            )
+        alone = next((o.name for o in self.objectives if o.frozen), None)
+        if alone and len(self.objectives) > 1:
+            raise ValueError(
+                f"{alone} with `frozen` trains its module alone: leave out the other objectives, or `frozen`"
+            )
+        weighed = self.teachers.balance or self.on_policy.weighs
+        if weighed and (unfit := [o.name for o in self.objectives if o.signal not in WEIGHED]):
+            raise ValueError(
+                f"`teachers.balance` and what `on_policy` leaves out are for losses of single tokens, which {unfit[0]} "
+                "is not: leave out one or the other"
+            )
+        if self.on_policy.fraction and not drawn and not any(o.signal == "dense" for o in self.objectives):
             raise ValueError(
                 "`on_policy` needs a live divergence to score what the student writes: add {name: reverse_kl} or "
                 "{name: forward_kl} to `objectives`"

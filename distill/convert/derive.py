@@ -11,6 +11,8 @@ along. Configs say these things per layer, as lists (`layer_types`), as numbers 
 as counts from the front (`num_kv_shared_layers`), and what is left after the cut must say the same of the kept ones. So
 the new model's layers are held against the old ones, piece by piece; a family whose config cannot say it is refused.
 
+Models that were trained apart from one start can be averaged, weight by weight, ahead of all of this (`averaged`).
+
 How to choose layers: evenly spaced ones with both ends are the usual start where the student is trained afterwards
 (Sanh et al., DistilBERT, arXiv 1910.01108, section 3). `by: angle` leaves out the run of layers over which the hidden
 state turns least (Gromov et al., arXiv 2403.17887, section 3.2); a list tries another choice.
@@ -21,6 +23,7 @@ works on a skeleton without weights, where nothing can be read and any choice gi
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +38,7 @@ from distill.convert.mixture import as_dense, as_mixture
 from distill.convert.width import narrower
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.models.load import load_model
 
 _FIRST_ARE = ("first_k_dense_replace",)  # numbers: so many layers from the front are of one kind
 _INDICES = ("mlp_only_layers", "full_attn_idxs", "dense_layers", "moe_layers")  # lists of layers by number
@@ -55,11 +59,15 @@ class Made:
 
 
 def derived(model: PreTrainedModel, section: From, calibration: Calibration | None = None) -> Made:
-    """The model that `student.from` asks for: layers, then widths, then experts. Raises UserError.
+    """The model that `student.from` asks for: averaged, then layers, then widths, then experts. Raises UserError.
 
     calibration: what choices by activation read; without it (skeletons) the first ones are kept.
     """
     did, chosen = [], {}
+    if section.average:
+        averaged(model, section.average)
+        did.append(f"every weight the mean of {1 + len(section.average)} models")
+        chosen["average"] = [section.model, *section.average]
     if section.layers is not None:
         total = _text(model.config).num_hidden_layers
         keep = kept_layers(section.layers, total)
@@ -94,6 +102,31 @@ def derived_config(config: PreTrainedConfig, section: From) -> PreTrainedConfig:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return derived(whole, section).model.config
+
+
+@torch.no_grad()
+def averaged(model: PreTrainedModel, others: Iterable[str]) -> None:
+    """Every weight of `model` becomes the mean of its own and those of `others`, in place. Raises UserError.
+
+    Only models that were one before they were trained apart have weights that mean the same (arXiv 2203.05482).
+    """
+    whole, count = dict(model.state_dict()), 1
+    if model.device.type == "meta":
+        return
+    sums = {name: weight.double() for name, weight in whole.items()}
+    for name in others:
+        other = load_model(name, "fp32", training=True).state_dict()
+        if unlike := [k for k, w in whole.items() if k not in other or other[k].shape != w.shape] or (
+            other.keys() - whole.keys()
+        ):
+            raise UserError(
+                f"student.from.average: {name} is another kind of model ({sorted(unlike)[0]}); give models of one shape"
+            )
+        for key, weight in other.items():
+            sums[key] += weight
+        count += 1
+    for key, weight in whole.items():
+        weight.copy_(sums[key] / count)
 
 
 def kept_by_angle(turns: list[float], total: int) -> list[int]:

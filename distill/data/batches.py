@@ -45,6 +45,8 @@ class Batch:
     signal: TopK | Sampled | States | None = None  # [N, ...] the teacher's, where it was stored and asked for
     position_ids: torch.Tensor | None = None  # [1, T] packed only: each row counts from 0
     from_teacher: torch.Tensor | None = None  # [N] 1 where a teacher wrote the row, 0 where the student did
+    weights: torch.Tensor | None = None  # [N] what a token's losses are multiplied by; None: 1
+    drawn: torch.Tensor | None = None  # [N] log-probability of the target when the student drew it
     messages: list | None = None  # [B] of the rows' questions, for a teacher with another tokenizer
     tags: np.ndarray | None = None  # [B] of the rows, in the order of their kept tokens
     row_tokens: np.ndarray | None = None  # [B] kept tokens of each row
@@ -105,6 +107,10 @@ class TokenRows:
         self.tags: np.ndarray | None = None  # [rows] strings, where teachers are chosen by tag
         self.messages: list | None = None  # [rows], where a teacher reads them with a tokenizer of its own
         self.sampled: np.ndarray | None = None  # [rows] bool, where some rows are the student's own
+        self.weights: np.ndarray | None = None  # [completion tokens] of their losses; None: 1
+        self.drawn: np.ndarray | None = (
+            None  # [completion tokens] log-probabilities when the student wrote them
+        )
         self.prompt_tokens, self.prompt_starts = _flatten(prompts)
         self.completion_tokens, self.completion_starts = _flatten(completions)
         self.prompt_lengths = np.diff(self.prompt_starts)
@@ -195,7 +201,15 @@ class TokenRows:
         """What a batch says of its rows besides their tokens."""
         lengths = self.completion_lengths[indices]
         written = None if self.sampled is None else np.repeat(~self.sampled[indices], lengths)
+        spans = [slice(self.completion_starts[i], self.completion_starts[i + 1]) for i in indices]
+
+        def of_tokens(values: np.ndarray | None) -> torch.Tensor | None:
+            found = None if values is None else np.concatenate([values[span] for span in spans])
+            return None if found is None else torch.from_numpy(found.astype(np.float32))
+
         return {
+            "weights": of_tokens(self.weights),
+            "drawn": of_tokens(self.drawn),
             "from_teacher": None if written is None else torch.from_numpy(written.astype(np.float32)),
             "messages": None if self.messages is None else [self.messages[i] for i in indices],
             "tags": None if self.tags is None else self.tags[indices],

@@ -22,7 +22,7 @@ from distill.config.recipe import Recipe, resolved
 from distill.config.section import Signal
 from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
-from distill.data.provenance import teacher_source
+from distill.data.provenance import model_source, teacher_source
 from distill.data.scoring import (
     check_scores,
     given_answers,
@@ -32,7 +32,7 @@ from distill.data.scoring import (
     signal_head,
 )
 from distill.data.signals import HEAD
-from distill.data.teachers import Answer, LocalTeacher, Question, Teacher
+from distill.data.teachers import Answer, LocalTeacher, Question, Teacher, TeachersByTag
 from distill.data.terms import require_permission
 from distill.data.vllm import VllmTeacher
 from distill.devices import describe_device, main_decides, pick_device, processes
@@ -62,12 +62,15 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     device = pick_device(recipe.device, recipe.threads)
     endpoint = recipe.teacher.endpoint
     teacher = open_teacher(recipe.teacher, device, recipe.generate.batch_size, recipe.generate.signal)
+    others = recipe.train.teachers.models if recipe.generate.by_tag else {}
+    if others:
+        teacher = teachers_by_tag(recipe, teacher, device)
     form = signal_format(recipe.generate.signal, teacher)
     config = {
         "teacher": recipe.teacher.identity(
             exclude={"terms": True, "endpoint": TRANSPORT, "engine_options": True}
         ),
-        "generate": recipe.generate.model_dump(mode="json", exclude=LIMITS),
+        "generate": recipe.generate.identity(exclude=LIMITS),
         "seed": recipe.seed,
         "identity": teacher.identity(),
     }
@@ -131,6 +134,9 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
         terms=terms,
         signal=measured_signal(form, stage.folder),
         teacher_source=teacher_source(recipe.teacher),
+        **(
+            {"teacher_sources": {name: model_source(name) for name in set(others.values())}} if others else {}
+        ),
     )
 
 
@@ -179,7 +185,8 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Tok
     """All samples of one part's prompts as rows of GENERATION_SCHEMA."""
     section = recipe.generate
     tasks = [(prompt, sample) for prompt in chunk for sample in range(section.samples)]
-    questions = [Question(p["messages"], (recipe.seed, p["prompt_id"], sample)) for p, sample in tasks]
+    by = recipe.train.teachers.by
+    questions = [Question(p["messages"], (recipe.seed, p["prompt_id"], sample), p[by]) for p, sample in tasks]
     sampling = Sampling(
         section.temperature, section.top_p, section.top_k, section.min_p, section.max_new_tokens,
         tuple(section.stop_strings),
@@ -193,7 +200,7 @@ def answer_chunk(recipe: Recipe, teacher: Teacher, chunk: list[dict], meter: Tok
         {
             "prompt_id": prompt["prompt_id"],
             "sample_idx": sample,
-            "teacher": teacher.name,
+            "teacher": answer.teacher or teacher.name,
             "prompt_ids": answer.prompt_ids,
             "completion_ids": answer.completion_ids,
             "text": answer.text,
@@ -232,3 +239,13 @@ def open_teacher(section: TeacherSection, device: torch.device, batch_size: int,
     if section.engine == "vllm":
         return VllmTeacher(section, batch_size, signal.k if signal.kind == "top_k" else 0)
     return LocalTeacher(section, device, batch_size)
+
+
+def teachers_by_tag(recipe: Recipe, default: Teacher, device: torch.device) -> TeachersByTag:
+    """`generate.by_tag`: the specialists of `train.teachers.models`, each loaded once, and `default` for other tags."""
+    section, loaded = recipe.train.teachers, {recipe.teacher.model: default}
+    for name in section.models.values():
+        if name not in loaded:
+            own = recipe.teacher.model_copy(update={"model": name})
+            loaded[name] = open_teacher(own, device, recipe.generate.batch_size, recipe.generate.signal)
+    return TeachersByTag(default, {tag: loaded[name] for tag, name in section.models.items()})

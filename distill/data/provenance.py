@@ -85,6 +85,8 @@ def provenance(path: Path) -> dict[str, Any]:
         links.append(
             _model_link("teacher", answered["config"]["teacher"]["model"], answered.get("teacher_source"))
         )
+        for name, source in answered.get("teacher_sources", {}).items():
+            links.append(_model_link("teacher", name, source))
         links.append(_terms_link(manifests))
     for link in links:
         link["state"] = "broken" if link["problems"] else link["state"]

@@ -18,6 +18,7 @@ from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
 from distill.errors import RunError, UserError
+from distill.models.ahead import decode_ahead, load_ahead
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
@@ -32,6 +33,7 @@ class Question:
 
     messages: list[dict]
     key: tuple
+    tag: str = ""  # of the row, where teachers are chosen by it
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Answer:
     completion_tokens: int = 0
     signal_ids: bytes | None = None  # the teacher's distribution at every token (distill/data/signals.py)
     signal_values: bytes | None = None
+    teacher: str | None = None  # who answered, where several may
 
 
 class Teacher(Protocol):
@@ -165,7 +168,7 @@ class LocalTeacher:
         self.name = section.model
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
-        self._section, self._device, self._model = section, device, None
+        self._section, self._device, self._model, self._ahead = section, device, None, None
         self._prompts = Prompts(self.name, self.tokenizer)
 
     @property
@@ -173,6 +176,8 @@ class LocalTeacher:
         """Loaded on first use: a finished stage is recognised without touching the weights."""
         if self._model is None:
             self._model = load_model(self._section.model, self._section.dtype, self._device)
+            # Answers are the same; alone they are written sooner with drafts, in batches without.
+            self._ahead = load_ahead(self._section.model, self._model) if self.batch_size == 1 else None
         return self._model
 
     @property
@@ -202,16 +207,28 @@ class LocalTeacher:
             )  # fmt: skip
             on_finish(answers[asked[row]])
 
+        given = {
+            "eos_ids": eos_ids(self.model, self.tokenizer),
+            "pad_id": self.tokenizer.pad_token_id,
+            "vocab_limit": len(self.tokenizer),
+        }
+        keys = [questions[place].key for place in asked]
+        longest = max(map(len, ids), default=0) + sampling.max_new_tokens
+        if self._ahead is not None and not sampling.stop and longest <= (self.context or longest):
+            for row, (prompt, key) in enumerate(zip(ids, keys)):
+                ((completion,), _) = decode_ahead(
+                    self.model, self._ahead, [prompt], sampling, keys=[key], **given
+                )
+                finish(row, completion)
+            return answers
         decode(
             self.model,
             ids,
             sampling,
-            eos_ids=eos_ids(self.model, self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id,
-            keys=[questions[place].key for place in asked],
+            **given,
+            keys=keys,
             batch_size=self.batch_size,
             on_finish=finish,
-            vocab_limit=len(self.tokenizer),
             stopping=StopStringCriteria(self.tokenizer, list(sampling.stop)) if sampling.stop else None,
         )
         return answers
@@ -221,3 +238,53 @@ class LocalTeacher:
         tokens = prompt_tokens + completion_tokens
         context = max(1, tokens // (2 * max(rows, 1)))
         return int(describe_model(self.model, context)["flops_per_token"] * tokens)
+
+
+class TeachersByTag:
+    """Several local teachers of one tokenizer: each answers the questions of its tags, `default` all others."""
+
+    def __init__(self, default: LocalTeacher, by_tag: dict[str, LocalTeacher]):
+        """Raises UserError where their prompts or tokens differ: rows are read with one tokenizer."""
+        self.default, self.by_tag = default, by_tag
+        for teacher in by_tag.values():
+            if teacher.identity() != default.identity():
+                raise UserError(
+                    f"generate.by_tag: {teacher.name} has another tokenizer or chat template than {default.name}; "
+                    "specialists and teacher.model need the same"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.default.name
+
+    @property
+    def opened(self) -> str:
+        return self.default.opened
+
+    @property
+    def _all(self) -> list[LocalTeacher]:
+        return list(dict.fromkeys([self.default, *self.by_tag.values()]))
+
+    def open(self) -> None:
+        for teacher in self._all:
+            teacher.open()
+
+    def identity(self) -> dict[str, Any]:
+        names = {tag: teacher.name for tag, teacher in self.by_tag.items()}
+        return {**self.default.identity(), "by_tag": names}
+
+    def answer(self, questions, sampling, on_finish) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(questions)
+        owners = [self.by_tag.get(question.tag, self.default) for question in questions]
+        for teacher in self._all:
+            places = [i for i, owner in enumerate(owners) if owner is teacher]
+            found = teacher.answer([questions[i] for i in places], sampling, on_finish) if places else []
+            for place, answer in zip(places, found):
+                answer.teacher = teacher.name
+                answers[place] = answer
+        return answers
+
+    def flops(self, prompt_tokens: int, completion_tokens: int, rows: int) -> int:
+        """Of the mean teacher: each answers some of the questions."""
+        each = [teacher.flops(prompt_tokens, completion_tokens, rows) for teacher in self._all]
+        return sum(each) // len(each)

@@ -43,10 +43,16 @@ def require_permission(recipe: Recipe) -> dict[str, Any] | None:
     """
     if recipe.teacher is None:
         return None
-    decision = decide(recipe.teacher, recipe.student)
+    teachers = [recipe.teacher]
+    for name in dict.fromkeys(
+        recipe.train.teachers.models.values()
+    ):  # what is stated of one is stated of all
+        teachers.append(recipe.teacher.model_copy(update={"model": name}))
+    decisions = [decide(teacher, recipe.student) for teacher in teachers]
+    decision = next((d for d in decisions if not d["allowed"]), decisions[0])
     if not decision["allowed"]:
         raise UserError(
-            f"may outputs of teacher '{recipe.teacher.model}' train the student? {decision['reason']}; state "
+            f"may outputs of teacher '{decision['teacher']}' train the student? {decision['reason']}; state "
             "what you read in teacher.terms (train_other_models, name, url, read), or go on knowingly with "
             f"teacher.terms.acknowledged='<who, why>' ({NOTICE})"
         )

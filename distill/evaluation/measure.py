@@ -45,7 +45,8 @@ from distill.evaluation.likelihood import (
 )
 from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
-from distill.evaluation.usage import usage_cost
+from distill.evaluation.usage import AHEAD_PROMPTS, measure_ahead, usage_cost
+from distill.models.ahead import load_ahead
 from distill.models.chat import prompt_ids
 from distill.models.describe import describe_model
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
@@ -209,6 +210,7 @@ def measure_model(
             "flops": flops,
             "flops_per_answer": flops // len(rows),
             **_usage(name, model, tokenizer, described, answering, plan),
+            **_drafts(name, path, model, tokenizer, problems, section),
         },
     }
     if moe.get("layers"):
@@ -249,6 +251,19 @@ def _usage(name: str, model, tokenizer, described: dict, answering: dict, plan: 
         return main_alone(
             lambda: usage_cost(model, tokenizer, described, answering, plan.usd_per_hour, plan.section.speed)
         )
+
+
+def _drafts(
+    name: str, path: str, model, tokenizer, problems: list[dict], section: Evaluate
+) -> dict[str, Any]:
+    """`ahead` of `Cost`; empty without a module beside the weights."""
+    ahead = load_ahead(path, model)
+    if ahead is None:
+        return {}
+    asked = _prompts(tokenizer, problems[:: max(1, len(problems) // AHEAD_PROMPTS)][:AHEAD_PROMPTS])
+    given = (model, ahead, tokenizer, asked, section.max_new_tokens, section.speed)
+    with console.slow(f"evaluate {name}: a token ahead"):
+        return {"ahead": main_alone(lambda: measure_ahead(*given))}
 
 
 def _unanswered(name: str, path: str, model, tokenizer, plan: Plan, reference, is_teacher: bool) -> dict:

@@ -181,6 +181,17 @@ class Calibration(Block):
 # ------------------------------------------------------------------------------------------------ cost
 
 
+class Ahead(Block):
+    """Drafts of a module for a token further ahead that lies beside the weights (distill/models/ahead.py)."""
+
+    answers: int = Field(description="greedy ones, in which drafts were counted")
+    drafts: int = Field(description="that could have been taken")
+    acceptance: float = Field(description="share of them that were the model's own next token")
+    tokens_per_pass: float = Field(description="tokens of answers over passes of the model, 1 without drafts")
+    tokens_per_second: Number = Field(None, description="answers written alone, with drafts")
+    tokens_per_second_without: Number = Field(None, description="the same answers without")
+
+
 class Cost(Block):
     seconds: float = Field(description="answering the problems")
     prompt_tokens: int
@@ -199,6 +210,7 @@ class Cost(Block):
     usd_per_hour: Number = Field(None, description="as given; nothing is assumed")
     usd_per_million_input_tokens: Number = Field(None, description="at prefill_tokens_per_second")
     usd_per_million_output_tokens: Number = Field(None, description="at decode_tokens_per_second")
+    ahead: Ahead | None = Field(None, description="where such a module lies beside the weights")
 
 
 class ModelSize(Open):

@@ -1,6 +1,7 @@
 """What using a model costs, measured here: tokens per second, bytes held, and USD per million tokens.
 
     distill evaluate CHECKPOINT ... --usd-per-hour 0.35        -> models.<name>.cost in metrics.json
+    measure_ahead(model, ahead, tokenizer, prompts, 80)        # where a module for a token further ahead lies beside it
 
 A short fixed workload, so that models compare: one prompt of 512 tokens read (prefill), one answer of 32
 tokens written alone (decode at batch 1: what one waiting person gets), each the median of three after a
@@ -16,13 +17,17 @@ from typing import Any
 
 import torch
 
+from distill.models.ahead import TokenAhead, decode_ahead
 from distill.models.decode import Sampling, decode
+from distill.models.load import eos_ids
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 32
 _DECODE_PROMPT = 16
 _REPEATS = 3
 _WARM_TOKENS = 4
+AHEAD_PROMPTS = 32  # answers in which drafts are counted
+_ALONE = 6  # of them are timed, one at a time
 
 
 def usage_cost(
@@ -83,6 +88,42 @@ def measure_speed(model, tokenizer) -> dict[str, Any]:
             tokens / _seconds(write, device, lambda: write(min(tokens, _WARM_TOKENS))), 1
         ),
     }
+
+
+def measure_ahead(
+    model, ahead: TokenAhead, tokenizer, prompts: list[list[int]], max_new_tokens: int, speed: bool = True
+) -> dict[str, Any]:
+    """`Ahead` of metrics.json: how many drafts are taken in greedy answers to these prompts, and what that saves.
+
+    With `speed`, some answers are written alone, with drafts and without, in turns: the same tokens either way.
+    """
+    ends, pad = eos_ids(model, tokenizer), tokenizer.pad_token_id
+    given = {"eos_ids": ends, "pad_id": pad, "vocab_limit": len(tokenizer)}
+    greedy = Sampling(max_new_tokens=max_new_tokens)
+    answers, drafts = decode_ahead(model, ahead, prompts, greedy, **given)
+    tokens = sum(len(answer.ids) for answer in answers)
+    found = {
+        "answers": len(prompts),
+        "drafts": drafts.drafted,
+        "acceptance": round(drafts.acceptance, 4),
+        "tokens_per_pass": round(tokens / max(1, tokens - drafts.taken), 4),
+    }
+    if speed:
+        device = model.get_input_embeddings().weight.device
+        few = prompts[:: max(1, len(prompts) // _ALONE)][:_ALONE]
+        written = sum(len(a.ids) for a in answers[:: max(1, len(prompts) // _ALONE)][:_ALONE])
+
+        def alone(write: Callable[..., Any]) -> None:
+            for prompt in few:
+                write(prompt)
+
+        with_drafts = _seconds(
+            lambda: alone(lambda p: decode_ahead(model, ahead, [p], greedy, **given)), device
+        )
+        plain = _seconds(lambda: alone(lambda p: decode(model, [p], greedy, batch_size=1, **given)), device)
+        found["tokens_per_second"] = round(written / with_drafts, 1)
+        found["tokens_per_second_without"] = round(written / plain, 1)
+    return found
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, warm: Callable[[], Any] | None = None) -> float:

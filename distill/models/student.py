@@ -5,6 +5,7 @@ student.model, student.tokenizer, student.trainable
 print(format_trainable(student.model))          # what trains, and what stays frozen
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from distill.models.quantize import check_quantize
 class BuiltStudent:
     model: nn.Module  # a PreTrainedModel, or a PeftModel around one
     tokenizer: PreTrainedTokenizerBase
+    states: Sequence = ()  # what trains beside it: objectives that are modules (distill/training/step.py)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

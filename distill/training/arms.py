@@ -53,9 +53,10 @@ def train_arms(recipe: Recipe, redo: bool = False, say: Callable[[str], None] = 
     arms = {"student": recipe}
     if recipe.control.enabled:
         # Answers only: there is no teacher, so every objective that needs one falls away.
-        own = [o for o in recipe.train.objectives if o.signal == "own_routers"]
+        own = [o for o in recipe.train.objectives if o.signal in ("own_routers", "ahead")]
+        text = [] if any(o.frozen for o in own) else [Objective(name="cross_entropy")]
         update = {
-            "objectives": [Objective(name="cross_entropy"), *own],
+            "objectives": [*text, *own],
             "on_policy": OnPolicy(),
             "teachers": LiveTeachers(),
         }
@@ -90,6 +91,8 @@ def train_arm(
             drop_states(stage.folder)  # where a kill came between the manifest and this line
         return stage.manifest
     student = build_student(recipe.student, precision.name, accelerator.device, recipe.seed)
+    if any(o.frozen for o in recipe.train.objectives):
+        student.model.requires_grad_(False)
     numerics = precision.prepare(student.model)
     ends = eos_ids(student.base, student.tokenizer)
     teacher = (
@@ -133,6 +136,8 @@ def train_arm(
         student_card(as_trained, arm, counts, terms),
         state_dict,
     )
+    for state in student.states:
+        state.keep(stage.folder)
     manifest = stage.finish(
         counts,
         without=(BEST,),
@@ -177,12 +182,13 @@ def first_lines(
 
 def training_rows(recipe: Recipe, folder: Path) -> TokenRows:
     """The arm's rows, with what the recipe's objectives and teachers need to know of them besides tokens."""
-    columns = {"tags": recipe.train.teachers.by} if recipe.train.teachers.models else {}
+    section = recipe.train.teachers
+    columns = {"tags": section.by} if section.models or section.balance else {}
     if any(o.signal == "aligned" for o in recipe.train.objectives):
         columns["messages"] = "messages"
         theirs = load_tokenizer(recipe.teacher.model, recipe.teacher.chat_template_kwargs)
         check_prompts(theirs, read_rows(folder, ["prompt_id", "messages"]), "teacher")
-    context = recipe.train.teachers.context
+    context = section.context
     if context:
         columns["messages"] = "messages"
     rows = TokenRows.from_folder(folder, stored_signals(recipe), columns)
@@ -197,7 +203,7 @@ def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: se
     """Stored text, or with `train.on_policy` text that the student writes while it trains."""
     train = recipe.train
     if not train.on_policy.fraction:
-        return StoredRows(rows, train.batch_size, recipe.seed)
+        return StoredRows(rows, train.batch_size, recipe.seed, train.teachers.balance)
     return OnPolicyRows(
         rows,
         train.batch_size,
@@ -207,6 +213,7 @@ def make_source(recipe: Recipe, rows: TokenRows, student: BuiltStudent, ends: se
         student.tokenizer,
         ends,
         gather=from_all,
+        balance=train.teachers.balance,
     )
 
 
@@ -234,12 +241,14 @@ def training_flops(student: BuiltStudent, teacher, counts: dict[str, Any]) -> in
     """FLOPs of the whole arm: 3 forward passes a token for full training (Kaplan et al. 2020, section 2.1).
 
     With frozen weights the gradient of the weights falls away, which leaves 2 and the adapter's own small
-    share; a live teacher adds one forward pass of its own. Text that the student writes while it trains costs one
-    forward pass a token, prompts included (each token is read once, from the cache of those before it). So does the
-    pass before a step that counts its loads (`whole_step`), but for the output head.
+    share; where nothing of the student trains at all, 1. A live teacher adds one forward pass of its own. Text that the
+    student writes while it trains costs one forward pass a token, prompts included (each token is read once, from the
+    cache of those before it). So does the pass before a step that counts its loads (`whole_step`), but for the output
+    head. What trains beside the student (projections, a module for a token further ahead) is not counted.
     """
     tokens, context = counts["tokens_read"], max(1, counts["tokens_read"] // (2 * counts["rows"]))
     passes = 3 if counts["parameters_trainable"] == counts["parameters_total"] else 2
+    passes = passes if counts["parameters_trainable"] else 1
     flops = passes * describe_model(student.model, context)["flops_per_token"]
     if passes == 2:
         flops += 6 * counts["parameters_trainable"]

@@ -14,6 +14,7 @@ base as stored. Memory: the model in fp32 and once more in the target dtype.
 Shapes: T tokens of all probe rows, V vocabulary, k experts per token.
 """
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from distill.devices import describe_device
 from distill.errors import RunError, UserError
 from distill.files import replacing, sync_all, write_atomic
 from distill.integrity import record_entries, write_sealed
+from distill.models.ahead import FILE
 from distill.models.chat import prompt_ids
 from distill.models.load import (
     check_adapter_base,
@@ -96,6 +98,8 @@ def merge_adapter(source: str, out: Path, dtype: str = "auto") -> dict[str, Any]
         final.config.use_cache = True
         final.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if (folder / FILE).is_file():  # it read the adapted states, and reads the merged ones
+            shutil.copy(folder / FILE, temporary / FILE)
         errors = {
             "fp32": before,
             "stored": difference(reference, read(load_model(str(temporary), dtype), rows)),

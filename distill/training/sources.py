@@ -19,8 +19,10 @@ answers of `buffer_steps` steps, so that hundreds of rows decode together; they 
 old. What is drawn depends on (seed, step, place in the step) alone, not on micro-batches or processes.
 
 Cross-entropy is not taken on what the student wrote, or it would learn to repeat itself: on those rows only
-divergences from the teacher count. An end token that the student's text never reaches is the usual way for
-lengths to explode; it is looked for in the stored text before anything is sampled, and in every buffer.
+divergences from the teacher count. What of it counts at all is said by weights of its tokens (`first_tokens`,
+`skip_truncated`, `skip_special`), and so is the balance between tags. An end token that the student's text never
+reaches is the usual way for lengths to explode; it is looked for in the stored text before anything is sampled, and in
+every buffer.
 """
 
 from collections.abc import Callable
@@ -62,12 +64,18 @@ class Source(Protocol):
 class StoredRows:
     """A dataset on disk: which rows make a step is a pure function of (seed, step)."""
 
-    def __init__(self, rows: TokenRows, batch_size: int, seed: int):
-        self.stats, self.passed = {}, 0
+    def __init__(self, rows: TokenRows, batch_size: int, seed: int, balance: bool = False):
+        self.stats, self.passed, self.balance = {}, 0, balance
         self.rows, self.plan = rows, BatchPlan(rows.lengths, batch_size, seed)
+        if balance:
+            rows.weights = np.ones(len(rows.completion_tokens), dtype=np.float32)
 
     def lot(self, step: int, rank: int = 0, world: int = 1) -> Lot:
         chosen = self.plan.step_rows(step)
+        if self.balance:
+            shares = balanced(tokens_by_tag(self.rows, chosen))
+            for row in chosen:
+                self.rows.weights[_span(self.rows, row)] = shares[self.rows.tags[row]]
         tokens, read = self.rows.completion_lengths[chosen].sum(), self.rows.lengths[chosen].sum()
         return Lot(self.rows, self.plan.share(step, rank, world), int(tokens), int(read))
 
@@ -76,6 +84,31 @@ class StoredRows:
 
     def restore(self, state: None) -> None:
         pass
+
+
+def tokens_by_tag(rows: TokenRows, chosen: np.ndarray, counted: np.ndarray | None = None) -> dict[str, int]:
+    """Completion tokens of these rows for every tag; with `counted` [completion tokens], those that are not 0 there."""
+    found: dict[str, int] = {}
+    for row in chosen:
+        span = _span(rows, row)
+        tokens = span.stop - span.start if counted is None else np.count_nonzero(counted[span])
+        found[rows.tags[row]] = found.get(rows.tags[row], 0) + int(tokens)
+    return found
+
+
+def balanced(tokens: dict[str, int]) -> dict[str, float]:
+    """Weight of a token of each tag: every tag that has tokens counts the same, and all count as many as before."""
+    present = sum(n > 0 for n in tokens.values())
+    return {tag: sum(tokens.values()) / (present * n) if n else 0.0 for tag, n in tokens.items()}
+
+
+def _control_tokens(tokenizer) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
+def _span(rows: TokenRows, row: int) -> slice:
+    return slice(int(rows.completion_starts[row]), int(rows.completion_starts[row + 1]))
 
 
 _DOMAIN = 77  # of the random stream that decides who writes a row; sampling has keys of its own
@@ -94,8 +127,10 @@ class OnPolicyRows:
         tokenizer,
         eos_ids: set[int],
         gather: Callable[[Any], list[Any]] = lambda value: [value],
+        balance: bool = False,
     ):
-        """`gather(value)` collects a small object of every process, in order; identity for one process.
+        """`gather(value)` collects a small object of every process, in order; identity for one process. `balance`:
+        between tags, over all processes.
 
         Raises UserError where the teacher's stored answers do not end with the student's end token: a student
         trained on them would never learn to stop.
@@ -107,6 +142,7 @@ class OnPolicyRows:
             section,
         )
         self.student, self.tokenizer, self.eos_ids, self.gather = student, tokenizer, eos_ids, gather
+        self.balance, self.special = balance, _control_tokens(tokenizer) - eos_ids
         last = rows.completion_tokens[rows.completion_starts[1:] - 1]
         ended = float(np.isin(last, list(eos_ids)).mean())
         if ended == 0:
@@ -115,7 +151,8 @@ class OnPolicyRows:
                 f"train.on_policy: no stored answer ends with the student's end token {sorted(eos_ids)}; they end "
                 f"with {', '.join(map(repr, shown))}; use a student with the teacher's chat template and end token"
             )
-        self.buffer: dict[tuple[int, int], list[int]] = {}  # (step, place in the step) -> completion
+        # (step, place in the step) -> completion and its log-probabilities
+        self.buffer: dict[tuple[int, int], tuple[list[int], list[float]]] = {}
         self.filled = (0, 0)  # the buffer holds what the student writes in steps from .. to - 1
         self.bad_buffers = 0
         self.stats: dict[str, float] = {}
@@ -130,24 +167,52 @@ class OnPolicyRows:
         # By the step alone, not by what this process lacks: all sample after the same update, and meet there.
         if not self.filled[0] <= step < self.filled[1]:
             self._fill(step, rank, world)
-        prompts, completions = [], []
+        prompts, completions, drawn = [], [], []
         for place in mine:
             prompt, completion = self.rows.row(chosen[place])
             own = self.buffer.get((step, int(place))) if wanted[place] else None
             prompts.append(prompt)
-            completions.append(completion if own is None else own)
+            completions.append(completion if own is None else own[0])
+            drawn.append(np.zeros(len(completion)) if own is None else own[1])
         made = TokenRows(prompts, completions)
+        made.drawn = np.concatenate(drawn) if drawn else np.zeros(0)
         made.sampled = wanted[mine]
         made.tags = None if self.rows.tags is None else self.rows.tags[chosen[mine]]
         made.messages = None if self.rows.messages is None else [self.rows.messages[i] for i in chosen[mine]]
-        counts = self.gather((int(made.completion_lengths.sum()), int(made.lengths.sum())))
+        counted = self._weigh(made)
+        counts = self.gather((counted, int(made.lengths.sum())))
         tokens, read = (sum(column) for column in zip(*counts))
-        return Lot(made, np.argsort(made.lengths, kind="stable"), tokens, read)
+        return Lot(made, np.argsort(made.lengths, kind="stable"), max(1, tokens), read)
+
+    def _weigh(self, made: TokenRows) -> int:
+        """Give the tokens of the rows their weights where the recipe asks for any; how many count."""
+        if not (self.section.weighs or self.balance):
+            return int(made.completion_lengths.sum())
+        made.weights = np.ones(len(made.completion_tokens), dtype=np.float32)
+        for row in np.flatnonzero(made.sampled):
+            span = _span(made, row)
+            written, weights = made.completion_tokens[span], made.weights[span]
+            if self.section.skip_special:
+                weights[np.isin(written, list(self.special))] = 0
+            if self.section.first_tokens:
+                weights[self.section.first_tokens :] = 0
+            if self.section.skip_truncated and int(written[-1]) not in self.eos_ids:
+                weights[:] = 0
+        counted = np.count_nonzero(made.weights)
+        if self.balance:
+            everyone = self.gather(tokens_by_tag(made, np.arange(len(made)), made.weights))
+            total: dict[str, int] = {}
+            for tokens in everyone:
+                total = {tag: total.get(tag, 0) + tokens.get(tag, 0) for tag in total | tokens}
+            shares = balanced(total)
+            for row, tag in enumerate(made.tags):
+                made.weights[_span(made, row)] *= shares[tag]
+        return counted
 
     def state(self) -> dict[str, Any]:
         """The buffers of all processes: a resumed run trains on the very text that was sampled."""
         everyone = [item for items in self.gather(list(self.buffer.items())) for item in items]
-        buffer = [[*key, ids] for key, ids in dict(everyone).items()]
+        buffer = [[*key, *written] for key, written in dict(everyone).items()]
         return {
             "buffer": buffer,
             "filled": list(self.filled),
@@ -157,7 +222,11 @@ class OnPolicyRows:
 
     def restore(self, state: dict[str, Any] | None) -> None:
         if state:
-            self.buffer = {(step, place): ids for step, place, ids in state["buffer"]}
+            # States from before log-probabilities were kept have none.
+            self.buffer = {
+                (step, place): (ids, *rest) if rest else (ids, [0.0] * len(ids))
+                for step, place, ids, *rest in state["buffer"]
+            }
             self.filled, self.bad_buffers = tuple(state["filled"]), state["bad_buffers"]
             self.passed = state.get("passed", 0)
 
@@ -195,7 +264,7 @@ class OnPolicyRows:
             raise RunError(
                 f"the student's samples at step {first + 1} failed: {failed[0]}; lower train.learning_rate"
             )
-        self.buffer = {place: list(map(int, c.ids)) for place, c in zip(places, found)}
+        self.buffer = {place: (list(map(int, c.ids)), c.logprobs) for place, c in zip(places, found)}
         self.filled = (first, stop)
         self._look_at(first, found, sum(map(len, prompts)))
 

@@ -34,9 +34,12 @@ _KEPT = ("license", "license_name", "license_link", "language")  # of the card o
 def make_base(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     """Run the stage; returns its manifest. Raises UserError for a model that cannot be cut so."""
     section = recipe.student.made_from
-    check_source(section.model)
-    source = model_source(section.model)
+    for name in (section.model, *section.average):
+        check_source(name)
+    source, *others = (model_source(name) for name in (section.model, *section.average))
     config = {**recipe.base_identity, "source": source.get("files") or source.get("revision")}
+    if others:
+        config["averaged"] = [other.get("files") or other.get("revision") for other in others]
     if section.reads and recipe.prompts.source != "tasks":
         config["source_hash"] = source_hash(recipe.prompts.source)
     stage = Stage(recipe.path, BASE_FOLDER, config, inputs={})

@@ -35,7 +35,8 @@ Shapes: B rows, T time, N kept tokens, d hidden size, V vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +46,22 @@ from torch import Tensor, nn
 from distill.config.training import Objective
 from distill.data.batches import Batch
 from distill.errors import UserError
+from distill.models.ahead import TokenAhead, shifted
 from distill.models.head import AtHead, KeptLogits, at_places
-from distill.models.hooks import replaced_forward
+from distill.models.hooks import Tap, replaced_forward
 from distill.models.layers import decoder_layers, rows_apart
 from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher
-from distill.training.losses.fused import CHECKS, Given, Scratch, Term, fused_loss, whole_loss
+from distill.training.losses.fused import (
+    CHECKS,
+    Drawn,
+    Given,
+    Projected,
+    Scratch,
+    Term,
+    fused_loss,
+    whole_loss,
+)
 from distill.training.losses.hidden import (
     HiddenTap,
     hidden_cosine,
@@ -72,7 +83,7 @@ from distill.training.losses.routers import (
 
 # Measured beside the objectives, never trained on.
 _CROSS_ENTROPY = Term("cross_entropy", "targets", weight=0.0)
-ON_LOGITS = ("targets", "dense", "sparse", "sampled", "aligned")
+ON_LOGITS = ("targets", "dense", "drawn", "sparse", "sampled", "aligned")
 
 
 class StudentStep(nn.Module):
@@ -139,7 +150,11 @@ class StudentStep(nn.Module):
         given |= {form: signal for form, signal in signals.items() if form in ON_LOGITS}
         if batch.from_teacher is not None:
             given["from_teacher"] = Given((batch.from_teacher,))
-        needed = {term.form for term in terms} | {"from_teacher"}
+        if batch.weights is not None:
+            given["weights"] = Given((batch.weights,))
+        if batch.drawn is not None and "dense" in given:
+            given["drawn"] = Drawn(given["dense"], batch.targets, batch.drawn)
+        needed = {term.form for term in terms} | {"from_teacher", "weights"}
         given = {form: signal for form, signal in given.items() if form in needed}
         inputs = batch.inputs()
         if self.at:
@@ -204,6 +219,9 @@ class _State(nn.Module):
     def __init__(self, objective: Objective):
         super().__init__()
         self.weight, self.options = objective.weight, objective.options
+
+    def keep(self, folder: Path) -> None:
+        """Leave beside the student's weights what outlives training: nothing, unless an objective says so."""
 
 
 class HiddenStates(_State):
@@ -345,7 +363,54 @@ class Routers(_State):
         return torch.stack(found).mean(0)
 
 
-_KINDS = {"hidden": HiddenStates, "own_routers": Balance, "routers": Routers}
+class Ahead(_State):
+    """multi_token: a module that predicts the token after the next, trained beside the student (models/ahead.py).
+
+    target tokens: cross-entropy to the text, which a row that the student wrote has none of (arXiv 2412.19437,
+    equation 24; there with weight 0.3, later 0.1). target model: KL from the student's own distribution one token
+    later, which is what a draft is held to. frozen: nothing but the module learns.
+    """
+
+    def __init__(self, objective: Objective, student: nn.Module, _teacher, seed: int):
+        super().__init__(objective)
+        self.module = TokenAhead(student, seed)
+        self.at = AtHead(student)
+        if not self.at.fusable:
+            raise UserError("multi_token needs an output head that is one plain matrix, and this one is not")
+        # Plain attributes: the student is not a part of this objective.
+        self.__dict__["student"], self.__dict__["tap"] = student, Tap(decoder_layers(student)[0])
+        self.tap.hooks.before(
+            self.at.module, lambda _head, args: self.tap.hear("states", args[0], "the output head")
+        )
+
+    def forward(self, batch: Batch, _signals: dict[str, Any]) -> Tensor:
+        states = self.tap.take_heard()("states", "the student's last state")
+        embeddings, head = self.student.get_input_embeddings()(batch.input_ids), self.at.head()
+        if self.options["frozen"]:
+            states, embeddings = states.detach(), embeddings.detach()
+            head = replace(head, weight=head.weight.detach())
+        starts = None if batch.position_ids is None else batch.position_ids == 0
+        mask = batch.real_tokens()
+        before = shifted(states, mask, starts)
+        inputs = {**batch.inputs(), "attention_mask": mask, "use_cache": False}
+        found = self.module(before, embeddings, **{k: v for k, v in inputs.items() if k != "input_ids"})
+        if self.options["target"] == "tokens":
+            term, given = _CROSS_ENTROPY, {"targets": Given((batch.targets,))}
+        else:
+            own = replace(head, weight=head.weight.detach())
+            term = Term("forward_kl", "dense", options={"temperature": 1.0, "temperature_squared": False})
+            given = {"dense": Projected(at_places(states, batch.places), own)}
+        if batch.from_teacher is not None:
+            given["from_teacher"] = Given((batch.from_teacher,))
+        return fused_loss(at_places(found, batch.places), head, [replace(term, weight=1.0)], given)[
+            0
+        ].reshape(1)
+
+    def keep(self, folder: Path) -> None:
+        self.module.save(folder)
+
+
+_KINDS = {"hidden": HiddenStates, "own_routers": Balance, "routers": Routers, "ahead": Ahead}
 
 
 def state_objectives(

@@ -89,6 +89,11 @@ def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
             "train.teachers.own_start: the starting weights of a sharded LoRA student lie inside what trains, where "
             "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
         )
+    if any(o.signal == "ahead" for o in recipe.train.objectives):
+        raise UserError(
+            "multi_token: a sharded student's embedding and head are whole inside its own forward pass alone; use "
+            "recipes/accelerate/ddp.yaml"
+        )
     plugin = accelerator.state.fsdp_plugin
     if recipe.train.head_precision == "fp32" and plugin.mixed_precision_policy is not None:
         raise UserError(
@@ -126,7 +131,7 @@ def train_student(
     # ---- model, optimizer, state -------------------------------------------------------------------
     bare = student.model
     prepare_model(train, student, teacher)
-    states = state_objectives(train.objectives, bare, teacher, recipe.seed)
+    student.states = states = state_objectives(train.objectives, bare, teacher, recipe.seed)
     step_module = StudentStep(bare, train.objectives, states, train.head_precision == "fp32")
     optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
     model, optimizer = accelerator.prepare(step_module, optimizer)

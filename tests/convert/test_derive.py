@@ -12,6 +12,7 @@ from distill.convert.calibrate import Calibration, angles
 from distill.convert.derive import derived, derived_config, drop_layers, kept_layers
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.models.load import load_model
 
 KEEP = [0, 2, 4, 5]
 
@@ -47,6 +48,28 @@ def test_counts_are_taken_evenly_with_both_ends(asked, kept):
 def test_layers_that_are_not_there_are_refused(asked):
     with pytest.raises(UserError, match=r"student\.from\.layers"):
         kept_layers(asked, 30)
+
+
+def test_models_averaged_weight_by_weight(hub, tmp_path):
+    """In float64, tied weights once; a model of another shape is refused."""
+    section = From(model=hub["llama"], average=(str(tmp_path / "b"), str(tmp_path / "c")))
+    first, *others = [load_model(hub["llama"], "fp32") for _ in range(3)]
+    for number, model in enumerate(others):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model.save_pretrained(section.average[number])
+    wanted = {
+        name: sum(m.state_dict()[name].double() for m in (first, *others)) / 3 for name in first.state_dict()
+    }
+    made = derived(first, section)
+    assert made.did == ["every weight the mean of 3 models"] and len(made.chosen["average"]) == 3
+    for name, weight in made.model.state_dict().items():
+        torch.testing.assert_close(weight, wanted[name].float(), rtol=0, atol=1e-7)
+    with pytest.raises(UserError, match="is another kind of model"):
+        derived(load_model(hub["llama"], "fp32"), From(model="x", average=(hub["qwen3_moe"],)))
+    derived_config(first.config, section)  # nothing is read
 
 
 def test_the_config_alone_says_the_same():

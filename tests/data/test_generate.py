@@ -1,16 +1,22 @@
 """Teacher outputs: every (prompt, sample) once, failures as rows, randomness from the key, flat memory."""
 
 import json
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import PYTHON, ROOT
 
 from distill.config.recipe import load_recipe
 from distill.data import generate as module
 from distill.data.prompts import make_prompts
+from distill.data.provenance import provenance
 from distill.data.teachers import Answer
-from distill.errors import RunError
+from distill.errors import RunError, UserError
+from distill.models.ahead import TokenAhead
+from distill.models.load import load_model
 from distill.storage import read_json, read_rows
 
 
@@ -128,6 +134,7 @@ from test_generate import ScriptedTeacher
 from distill.data import generate as module
 from distill.config.recipe import load_recipe
 from distill.data.prompts import make_prompts
+from distill.data.provenance import provenance
 from distill.devices import pick_device
 module.open_teacher = lambda *_: ScriptedTeacher(10**9)
 recipe = load_recipe(sys.argv[1], sys.argv[2:])
@@ -157,8 +164,6 @@ def test_memory_does_not_grow_with_the_number_of_prompts(make_recipe):
 def test_logprobs_are_the_models_own(make_recipe, run_cli, hub):
     """Stored log-probabilities equal a full forward pass over prompt and completion."""
     import torch
-
-    from distill.models.load import load_model
 
     path, run_dir = make_recipe("llama", "llama")
     assert run_cli("generate", path)[0] == 0
@@ -209,3 +214,51 @@ def test_a_part_has_one_maker_and_a_free_process_takes_the_next(make_recipe, scr
     module.generate(recipe)
     assert len(list((run_dir / "generations").glob("part-*.parquet"))) == 4
     assert not list((run_dir / "generations").glob(".*claim*"))
+
+
+def test_each_question_is_answered_by_the_teacher_of_its_tag(
+    make_recipe, hub, monkeypatch, tmp_path, run_cli
+):
+    """As if asked alone: the same key draws the same tokens. Rows, terms and provenance name who answered."""
+    specialist = shutil.copytree(hub["qwen3_moe"], tmp_path / "specialist")
+    model = load_model(str(specialist), "fp32")
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    model.save_pretrained(specialist)
+    family = "addition"
+    by_tag = [f"train.teachers.models={{{family}: {specialist}}}", "generate.by_tag=true"]
+    found = {}
+    for name, options in (("both", by_tag), ("plain", []), ("alone", [f"teacher.model={specialist}"])):
+        path, run = make_recipe(name=name)
+        code, _, told = run_cli("generate", path, *options)
+        assert code == 0, told
+        found[name] = list(read_rows(run / "generations"))
+    assert {row["family"] for row in found["both"]} > {family}
+    for both, plain, alone in zip(found["both"], found["plain"], found["alone"]):
+        wanted = alone if both["family"] == family else plain
+        assert both["completion_ids"] == wanted["completion_ids"] and both["teacher"] == wanted["teacher"]
+    assert any(a["completion_ids"] != p["completion_ids"] for a, p in zip(found["alone"], found["plain"]))
+    run = tmp_path / "both"
+    manifest = read_json(run / "generations" / "manifest.json")
+    assert list(manifest["teacher_sources"]) == [str(specialist)]
+    links = [link["where"] for link in provenance(run / "generations")["links"]]
+    assert sum(str(specialist) in str(where) for where in links) == 1
+    card = Path(specialist, "README.md")
+    card.write_text("---\nlicense: gemma\n---\n")
+    with pytest.raises(UserError, match=f"may outputs of teacher '{specialist}' train"):
+        module.generate(load_recipe(make_recipe(name="refused")[0], by_tag))
+
+
+def test_a_teacher_with_a_module_beside_it_writes_the_same_rows_one_at_a_time(
+    make_recipe, hub, tmp_path, run_cli
+):
+    folder = shutil.copytree(hub["llama"], tmp_path / "with-module")
+    TokenAhead(load_model(str(folder), "fp32")).save(folder)
+    rows = {}
+    for name, teacher in (("drafts", str(folder)), ("plain", hub["llama"])):
+        path, run = make_recipe(teacher=teacher, student="llama", name=name)
+        assert run_cli("generate", path, "generate.batch_size=1", "generate.max_new_tokens=9")[0] == 0
+        rows[name] = list(
+            read_rows(run / "generations", ["completion_ids", "finish_reason", "text", "prompt_ids"])
+        )
+    assert rows["drafts"] == rows["plain"] and len({tuple(r["completion_ids"]) for r in rows["plain"]}) > 3

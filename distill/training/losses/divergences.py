@@ -47,9 +47,11 @@ __all__ = [
     "ranking_logistic",
     "reverse_kl",
     "sampled_cross_entropy",
+    "sampled_reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
     "sparse_forward_kl",
+    "top_reverse_kl",
     "total_variation",
     "uld",
 ]
@@ -283,3 +285,58 @@ def alpha_beta_divergence(
         return (own - (alpha * p + beta * q).exp()).sum(-1) / (alpha * beta)
 
     return _divergence(formula, student_logits, teacher_logits, temperature, temperature_squared)
+
+
+# --------------------------------------------------- estimators of reverse_kl on what the student wrote
+
+
+def top_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, top: int = 16) -> Tensor:
+    """reverse_kl over the `top` tokens that the teacher finds likeliest, both made to sum to 1 over these.
+
+    Both logits [N, V] -> [N]. Never negative, and 0 where the two agree among these tokens; what the student gives to
+    all others it does not see, so top = V alone is reverse_kl. A teacher behind a server can say so much. After the
+    truncated reverse KL over the teacher's support of arXiv 2603.25562.
+    """
+    check_option("top_reverse_kl", "top", top)
+    check_dense(student_logits, teacher_logits)
+
+    def formula(student: Tensor, teacher: Tensor) -> Tensor:
+        said, ids = teacher.to(student.dtype).topk(min(top, teacher.shape[-1]), dim=-1)
+        return kl(log_probs(student.gather(-1, ids)), log_probs(said))
+
+    return per_row(formula, student_logits, teacher_logits)
+
+
+def sampled_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, drawn: Tensor, *, clip: float = 0.0
+) -> Tensor:
+    """reverse_kl known by one token: the one that the student drew, with log p - log q of it as its advantage.
+
+        loss = - r A,    r = q[target] / exp(drawn),    A = log p[target] - drawn
+
+    Both logits [N, V], targets [N] token ids, drawn [N] their log-probabilities when they were drawn -> [N]. Where
+    student is still what drew them (r = 1) the value is log q - log p and its gradient -A grad log q: their means over
+    draws are reverse_kl and its gradient (the mean of grad log q is 0). Later r weighs for what has changed
+    since. clip > 0: PPO's bound, the larger of the loss and that with r held to 1 - clip .. 1 + clip
+    (arXiv 1707.06347, equation 7). As an advantage in a policy gradient: Thinking Machines, "On-Policy Distillation",
+    2025; reverse_kl is its Rao-Blackwellised form (arXiv 2504.10637), of the same mean and less variance.
+    """
+    check_option("sampled_reverse_kl", "clip", clip)
+    check_dense(student_logits, teacher_logits)
+    if targets.shape != drawn.shape or targets.shape != student_logits.shape[:1]:
+        raise UserError(
+            f"sampled_reverse_kl needs a token and its log-probability for each of {len(student_logits)} rows, not "
+            f"{list(targets.shape)} and {list(drawn.shape)}"
+        )
+
+    def formula(student: Tensor, teacher: Tensor, target: Tensor, drawn: Tensor) -> Tensor:
+        q, p = (
+            log_probs(logits.to(student.dtype)).gather(1, target[:, None]).squeeze(1)
+            for logits in (student, teacher)
+        )
+        drawn = drawn.to(student.dtype)
+        ratio, advantage = (q - drawn).exp(), p - drawn
+        loss = -ratio * advantage
+        return torch.maximum(loss, -ratio.clamp(1 - clip, 1 + clip) * advantage) if clip else loss
+
+    return per_row(formula, student_logits, teacher_logits, targets, drawn)

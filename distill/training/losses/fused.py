@@ -23,7 +23,7 @@ Shapes: N kept tokens, V vocabulary, d hidden size, n rows of a chunk, m rows of
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,18 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A teacher's dense signal beside the tokens [N] that the student drew and their log-probabilities [N] then."""
+
+    dense: Any
+    targets: Tensor
+    logprobs: Tensor
+
+    def chunk(self, part: slice, like: Tensor) -> tuple[Tensor, ...]:
+        return *self.dense.chunk(part, like), self.targets[part], self.logprobs[part]
+
+
+@dataclass(frozen=True)
 class WholeLogits:
     """A teacher's logits [N, V'] that exist already: its head is not one plain matrix."""
 
@@ -174,11 +186,12 @@ def fused_loss(
     """(sum over N tokens of the weighted terms, each term's own sum [terms]) for student states [N, d].
 
     `signals` by form: objects with `chunk(slice, student_chunk) -> tensors`; with "from_teacher" [N], tokens
-    that are 0 there count for no objective on targets: nobody but the student said them. The first result is
-    differentiable in `hidden` and, where it requires grad, in the head's weight and bias; both results are
-    float32 (the terms float64). Products run in autocast's dtype where autocast is on, else in `hidden`'s;
-    everything elementwise in float32 (float64 for float64 states). `scratch` is for a caller of many steps; `leave`
-    is given the gradient of the head's weight in the backward pass, which autograd then hears nothing of.
+    that are 0 there count for no objective on targets: nobody but the student said them; with "weights" [N], every
+    term of a token is multiplied by its weight. The first result is differentiable in `hidden` and, where it requires
+    grad, in the head's weight and bias; both results are float32 (the terms float64). Products run in autocast's dtype
+    where autocast is on, else in `hidden`'s; everything elementwise in float32 (float64 for float64 states). `scratch`
+    is for a caller of many steps; `leave` is given the gradient of the head's weight in the backward pass, which
+    autograd then hears nothing of.
     """
     if (
         not terms
@@ -337,9 +350,8 @@ def _piece(
     piece, makers, values = RowFormula(head.transform(raw), said, **known), [], []
     for term in terms:
         value, make = term(piece)
-        if term.form == "targets" and "from_teacher" in said:
-            (written,) = piece.given["from_teacher"]
-            value, make = value * written, _masked(make, written)
+        for weights in _row_weights(term, said):
+            value, make = value * weights, _masked(make, weights)
         values.append(value.sum())
         makers.append(make)
     if not wants:
@@ -352,8 +364,15 @@ def _piece(
     return None if in_place else head.pull_back(gradient, raw), values
 
 
+def _row_weights(term: Term, said: dict[str, tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """What the term's losses [m] are multiplied by, row by row."""
+    if term.form == "targets" and "from_teacher" in said:
+        yield from said["from_teacher"]
+    yield from said.get("weights", ())
+
+
 def _masked(make: MakeGradient, rows: Tensor) -> MakeGradient:
-    """The same gradient where `rows` [m] is 1, and 0 where it is 0."""
+    """The same gradient times `rows` [m]."""
     return lambda out=None: make(out).mul_(rows[:, None])
 
 
@@ -368,8 +387,10 @@ def whole_loss(logits: Tensor, terms: list[Term], signals: dict[str, Any]) -> tu
     for term in terms:
         function: Callable[..., Tensor] = getattr(losses, term.name)
         value = function(logits, *signals[term.form].chunk(part, logits), **term.options)
-        if term.form == "targets" and "from_teacher" in signals:
-            value = value * signals["from_teacher"].tensors[0]
+        for weights in _row_weights(
+            term, {form: s.tensors for form, s in signals.items() if isinstance(s, Given)}
+        ):
+            value = value * weights
         value = value.sum()
         total = total + term.weight * value
         sums.append(value.detach().double())

@@ -10,7 +10,15 @@ from distill.errors import UserError
 from distill.models.head import Head
 from distill.training import losses
 from distill.training.losses import fused
-from distill.training.losses.fused import Given, Projected, Term, fused_loss, match_vocabulary, whole_loss
+from distill.training.losses.fused import (
+    Drawn,
+    Given,
+    Projected,
+    Term,
+    fused_loss,
+    match_vocabulary,
+    whole_loss,
+)
 from distill.training.losses.gradients import RowFormula, closed
 
 N, V, D, DT, K = 37, 23, 6, 5, 4
@@ -50,6 +58,8 @@ def parts(seed: int = 0, dtype=torch.float64, teacher_vocabulary: int = V):
         "sparse": Given((ids, logprobs)),
         "sampled": Given((ids, torch.full((N, K), 1 / K, dtype=dtype))),
     }
+    drawn = torch.randn(N, generator=g, dtype=torch.float64).to(dtype) - 3
+    signals["drawn"] = Drawn(signals["dense"], signals["targets"].tensors[0], drawn)
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), signals
 
 
@@ -78,11 +88,37 @@ def assert_equal(ours, theirs, tolerance=1e-10):
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_equals_autograd(name):
-    if OBJECTIVES[name].signal not in ("targets", "dense", "sparse", "sampled"):
+    if OBJECTIVES[name].signal not in ("targets", "dense", "drawn", "sparse", "sampled"):
         pytest.skip("does not read the head's logits")
     known = OBJECTIVES[name].options
     options = {k: v for k, v in {"temperature": 1.7, "temperature_squared": True}.items() if k in known}
     assert_equal(*both_ways([term(name, 0.6, **options)], lambda w, b: Head(w, b)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_multiply_every_loss_of_a_token_and_nothing_else(dtype):
+    """Token by token through plain autograd; a weight of 0 leaves a token out altogether."""
+    terms = [term("cross_entropy", 0.7), term("sampled_reverse_kl"), term("reverse_kl", 0.3, temperature=2.0)]
+    weights = torch.rand(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64).round(decimals=1)
+    weights[::4] = 0
+    hidden, weight, bias, signals = parts(dtype=dtype)
+    written = torch.arange(N) % 3 > 0
+    more = {"weights": Given((weights.to(torch.float32),)), "from_teacher": Given((written.float(),))}
+    total, sums = fused_loss(hidden, Head(weight, bias), terms, {**signals, **more})
+    gradient = torch.autograd.grad(total, hidden)[0]
+    hidden, weight, bias, signals = parts()
+    expected, raw = 0, torch.nn.functional.linear(hidden, weight, bias)
+    for t, one in zip(terms, sums):
+        value = getattr(losses, t.name)(raw, *signals[t.form].chunk(slice(0, N), raw), **t.options)
+        value = (value * weights.float() * (written if t.form == "targets" else 1)).sum()
+        expected = expected + t.weight * value
+        assert one.item() == pytest.approx(value.item(), abs=1e-9 if dtype == torch.float64 else 0.2)
+    wanted = torch.autograd.grad(expected, hidden)[0]
+    tolerance = 1e-10 if dtype == torch.float64 else 0.02 * float(wanted.abs().max())
+    torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=tolerance)
+    assert not gradient[::4].any() and gradient[1::4].any()
+    whole, _ = whole_loss(raw, terms, {**signals, **more})
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 HEADS = {
