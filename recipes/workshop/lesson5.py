@@ -88,20 +88,19 @@ expect("active over total parameters", active, 0.44, 0.46, short=True, without=1
 
 # %%
 def heat(values, rows, even, label):
-    """A heat map with its numbers; white is the even share, blue below it, red above."""
+    """A heat map with its numbers: white is the even share, from blue, 0, to red, twice the even share or more."""
     figure, axis = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
-    away = float((values - even).abs().max())
-    shown = axis.imshow(values, cmap="RdBu_r", vmin=even - away, vmax=even + away, aspect="auto")
+    shown = axis.imshow(100 * values, cmap="RdBu_r", vmin=0, vmax=200 * even, aspect="auto")
     for row in range(len(rows)):
         for expert in range(values.shape[1]):
-            dark = abs(float(values[row, expert]) - even) > 0.6 * away
-            axis.text(expert, row, f"{100 * values[row, expert]:.0f}", ha="center", va="center",
+            dark = abs(float(values[row, expert]) - even) > 0.6 * even
+            axis.text(expert, row, f"{100 * values[row, expert]:.1f}", ha="center", va="center",
                       color="white" if dark else "black")  # fmt: skip
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(values.shape[1]))
     axis.set_xlabel(f"expert; in each cell {label}, even would be {100 * even:g}")
     axis.grid(False)
-    figure.colorbar(shown)
+    figure.colorbar(shown, extend="max", label="%")
     plt.show()
 
 
@@ -269,10 +268,10 @@ expect(
 slider("balance")
 
 # %% [markdown] lang="en"
-# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). A few dozen steps, so the imbalance only begins.
+# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). Sixty steps are enough to see it.
 
 # %% [markdown] lang="zh"
-# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。只有几十步，失衡才刚刚开始。
+# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。六十步就足以看出差别。
 
 # %%
 small = [
