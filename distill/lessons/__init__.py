@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "expect",
             "experiment",
             "held_out_problems",
+            "needs",
             "scaled",
             "share",
             "step_log",

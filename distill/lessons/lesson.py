@@ -71,6 +71,8 @@ WORDS = {
         "wrong": "exercise {number}: not yet right. Hint: {hint}",
         "empty": "exercise {number}: to do. Put your code in place of the three dots in the cell above. Hint: {hint}",
         "raised": "exercise {number}: your code stopped with {error}. Hint: {hint}",
+        "needs": "This lesson needs {model}, which is not here. Type this in a terminal in the project's folder, "
+        "then run this cell again:\n{command}",
     },
     "zh": {
         "expected": "{name}：{value:.4g}   （预期 {low:g} 到 {high:g}：{verdict}{without}）",
@@ -82,6 +84,7 @@ WORDS = {
         "wrong": "练习 {number}：还不对。提示：{hint}",
         "empty": "练习 {number}：待完成。把上面单元格里的三个点换成你的代码。提示：{hint}",
         "raised": "练习 {number}：你的代码报错了：{error}。提示：{hint}",
+        "needs": "本课需要 {model}，这里还没有。请在项目文件夹的终端里输入下面的命令，再运行这个单元格：\n{command}",
     },
 }
 
@@ -133,6 +136,22 @@ def begin(lesson: int, language: str = "en") -> Path:
     folder = lessons_folder() / f"lesson{lesson}{scaled('', '-short')}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+class NotInstalled(UserError):
+    """Ends a lesson in one sentence: a notebook shows it without a traceback, and runs no cell after it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+def needs(model: str, command: str) -> str:
+    """`model`, a checkpoint that is not shipped. Raises NotInstalled, naming the `command` that brings it."""
+    from distill.storage import find_file
+
+    if not (find_file(model) / "config.json").is_file():
+        raise NotInstalled(word("needs", model=model, command=command))
+    return model
 
 
 def expect(name: str, value: float, low: float, high: float, short: tuple[float, float] | bool = False, *,

@@ -13,6 +13,8 @@ today's recipes/claims.yaml. The checklist is of today's file, whatever has been
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
 from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
@@ -28,6 +30,12 @@ LANGUAGE_PAGE = PROJECT_ROOT / "docs" / "claims-language.md"
 BENCH = "recipes/claims.yaml"
 LANGUAGE_BENCH = "recipes/claims_language.yaml"
 PREFIXES = {BENCH: "claims", LANGUAGE_BENCH: "language"}  # of the files in recipes/results
+CHINESE = PROJECT_ROOT / "docs" / "generate" / "claims.zh.yaml"
+# What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
+SHOWN = (
+    "distillation", "rejection-sampling", "on-policy", "moe-active", "balance-needed", "lora-as-full", "together-moe",
+    "more-than-the-sum", "inherits-wrong-rule", "verifier-stops-wrong-rule",
+)  # fmt: skip
 _VERDICTS = {
     "SUPPORTED": "成立",
     "NOT SUPPORTED": "不成立",
@@ -47,11 +55,12 @@ _WORDS = {
         "{jobs} at a time; {device}; commit {commit}. All of them, with what each arm used: "
         "[docs/claims.md](docs/claims.md).",
         "most": " at most",
+        "alone": "{verdict}: its own interval says {alone}, but not after the correction for {n} claims (p = {p:.2g})",
         "smaller": " `--budget {name}`: {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes.",
     },
     "zh": {
-        "head": "| 文章的说法（原文） | 运行之前写下的假设（原文） | 效应 [95 % 区间] | 判定 |",
-        "papers": "| 论文的说法（原文） | 运行之前写下的假设（原文） | 效应 [95 % 区间] | 判定 |",
+        "head": "| 文章的说法 | 运行之前写下的假设 | 效应 [95 % 区间] | 判定 |",
+        "papers": "| 论文的说法 | 运行之前写下的假设 | 效应 [95 % 区间] | 判定 |",
         "first": "*以下判定属于这些说法的第一次登记（提交 {commit} 中的 recipes/claims.yaml），按当时的规则作出。"
         "此后说法已重写，共 {n} 条，已登记在提交历史中，尚未测量；"
         "两者与审稿人的意见见 [docs/claims.md](docs/claims.md)。*",
@@ -59,6 +68,7 @@ _WORDS = {
         "sentence": "共 {n} 条说法：{counts}；{most}{seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
         "同时运行 {jobs} 个；{device}；提交 {commit}。全部说法与各组用量见 [docs/claims.md](docs/claims.md)。",
         "most": "最多 ",
+        "alone": "{verdict}：单看区间是“{alone}”，但按 {n} 条说法校正之后不再显著（p = {p:.2g}）",
         "smaller": "`--budget {name}`：{seeds} 个种子，{tasks} 个任务，{minutes:.0f} 分钟。",
     },
 }
@@ -122,7 +132,7 @@ def first_registration(results: dict[str, Any]) -> bool:
 
 
 def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> str:
-    """The headline claims of the largest budget of `found`, what they rest on, and what smaller ones take."""
+    """The claims of `SHOWN` in the largest budget of `found`, what they rest on, and what smaller ones take."""
     words, (*smaller, results) = _WORDS[language], found.values()
     lines = [""]
     if first_registration(results):
@@ -130,13 +140,18 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
         lines += [words["first"].format(commit=results["commit"]["id"], n=today), ""]
     elif BENCH in stale(results):
         lines += [words["older"], ""]
-    headlines = [claim for claim in results["claims"] if claim["headline"]]
+    headlines = [claim for claim in results["claims"] if claim["id"] in SHOWN]
     papers = [claim for claim in headlines if claim.get("source", "article") != "article"]
     for head, rows in (("head", [c for c in headlines if c not in papers]), ("papers", papers)):
         if rows:
-            lines += [words[head], "|---|---|---|---|", *(_row(claim, language) for claim in rows), ""]
+            lines += [
+                words[head],
+                "|---|---|---|---|",
+                *(_row(claim, language, results) for claim in rows),
+                "",
+            ]
     lines += [f"{limit_text(results['controls'])}\n"] if results.get("controls") else []
-    counts = ", ".join(
+    counts = (", " if language == "en" else "、").join(
         f"{n} {_verdict(v, language)}"
         for v in MARKS
         if (n := sum(c["verdict"] == v for c in results["claims"]))
@@ -150,11 +165,32 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
     return "\n".join([*lines, sentence, ""])
 
 
-def _row(claim: dict[str, Any], language: str) -> str:
+def _row(claim: dict[str, Any], language: str, results: dict[str, Any]) -> str:
+    """A row of README's table; a verdict that differs from what the interval alone says explains itself."""
     source = claim.get("source", "article")
-    sentence = claim["sentence"] if source == "article" else f"{claim['sentence']} ({source})"
-    cells = (sentence, claim["hypothesis"], shown_effect(claim), _verdict(claim["verdict"], language))
+    sentence, hypothesis = (in_language(claim[key], language) for key in ("sentence", "hypothesis"))
+    sentence = sentence if source == "article" else f"{sentence} ({source})"
+    verdict = _verdict(claim["verdict"], language)
+    if claim["verdict"] == "INCONCLUSIVE" and claim["alone"] in ("SUPPORTED", "NOT SUPPORTED", "EQUIVALENT"):
+        alone = claim["alone"] if language == "en" else _VERDICTS[claim["alone"]]
+        together = sum(c.get("family") == claim.get("family") for c in results["claims"])
+        said = {"verdict": verdict, "alone": alone, "n": together, "p": claim["p_value_holm"]}
+        verdict = _WORDS[language]["alone"].format(**said)
+    effect = shown_effect(claim)
+    cells = (
+        sentence,
+        hypothesis,
+        effect if language == "en" else effect.replace("points", "个百分点"),
+        verdict,
+    )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def in_language(words: str, language: str) -> str:
+    """A claim's words; in Chinese those of claims.zh.yaml, and English where it has none."""
+    if language == "en":
+        return words
+    return yaml.safe_load(CHINESE.read_text(encoding="utf-8")).get(words, words)
 
 
 def _size(results: dict[str, Any]) -> dict[str, Any]:

@@ -86,14 +86,14 @@ asked = answer(playground, question)
 show(asked, playground)
 
 # %% [markdown] lang="en"
-# Base fails and the student is right. Read the student's text: `5+1+0=06` adds the last digits, 5 and 1, and the carry, 0. After `=` stand the new carry and the digit. Then come the next digits, from right to left. **This working is what the student learned.** Nobody told it the method; it read 3,387 answers of the teacher.
+# Base fails and the student is right. Read the student's text: `5+1+0=06` adds the last digits, 5 and 1, and the carry, 0. After `=` stand the new carry and the digit. Then come the next digits, from right to left. **This working is what the student learned.** Nobody told it the method; it read about 3,400 answers of the teacher.
 #
 # Now click a token, above. You see what the model itself weighed, what the teacher would have said, and the *experts* of the teacher: parts of its network, of which every token uses two of eight in a layer.
 #
 # Only a program can say who is right on problems like this one. It says:
 
 # %% [markdown] lang="zh"
-# 底座答错了，学生答对了。读读学生写的：`5+1+0=06` 把个位的 5 和 1 与进位 0 相加，等号后面是新的进位和这一位的数字；然后从右往左算下一位。**学生学会的就是这种推导。** 没有人告诉它方法，它只是读了教师的 3387 个回答。
+# 底座答错了，学生答对了。读读学生写的：`5+1+0=06` 把个位的 5 和 1 与进位 0 相加，等号后面是新的进位和这一位的数字；然后从右往左算下一位。**学生学会的就是这种推导。** 没有人告诉它方法，它只是读了教师的大约 3400 个回答。
 #
 # 现在点一下上面的某个词元。你会看到：模型自己考虑过哪些词元，教师会怎么说，还有教师的*专家*：它们是网络的一部分，每一层有八个，每个词元只用其中两个。
 #

@@ -46,6 +46,7 @@ from distill.lessons import (
     experiment,
     held_out_problems,
     scaled,
+    slider,
     step_log,
 )
 from distill.models import prompt_ids
@@ -71,13 +72,8 @@ def read_routing(model):
 
 recording = read_routing(teacher)
 layers = recording.summary()["layers"]
-expect(
-    "active over total parameters",
-    size["parameters_active"] / size["parameters_total"],
-    0.44,
-    0.46,
-    short=True,
-)
+active = size["parameters_active"] / size["parameters_total"]
+expect("active over total parameters", active, 0.44, 0.46, short=True, without=1)  # 1: a dense model
 
 # %% [markdown] lang="en"
 # ## Load
@@ -89,22 +85,41 @@ expect(
 #
 # 八个专家，每个词元选两个，均匀负载就是各占分配总数的 1/8。**MaxVio** 表示最忙的专家比平均高出多少：0 是均匀，E/k - 1 = 3 是完全塌缩。有限的词元样本不可能绝对均匀，所以旁边要放上噪声下限：一个完全均匀的路由器会显示出的数值。
 
+
 # %%
+def heat(values, rows, even, label):
+    """A heat map with its numbers: white is the even share, from blue, 0, to red, twice the even share or more."""
+    figure, axis = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.2))
+    shown = axis.imshow(100 * values, cmap="RdBu_r", vmin=0, vmax=200 * even, aspect="auto")
+    for row in range(len(rows)):
+        for expert in range(values.shape[1]):
+            dark = abs(float(values[row, expert]) - even) > 0.6 * even
+            axis.text(expert, row, f"{100 * values[row, expert]:.1f}", ha="center", va="center",
+                      color="white" if dark else "black")  # fmt: skip
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(values.shape[1]))
+    axis.set_xlabel(f"expert; in each cell {label}, even would be {100 * even:g}")
+    axis.grid(False)
+    figure.colorbar(shown, extend="max", label="%")
+    plt.show()
+
+
 load = torch.tensor([layer["load"] for layer in layers.values()])
-plt.imshow(load, cmap="viridis", vmin=0, vmax=0.25, aspect="auto")
-plt.colorbar(label="share of assignments")
-plt.yticks(range(len(layers)), [name.removeprefix("model.").removesuffix(".mlp") for name in layers])
-plt.xlabel("expert")
-plt.grid(False)
-plt.show()
+heat(
+    load, [name.removeprefix("model.").removesuffix(".mlp") for name in layers], 1 / 8, "% of the assignments"
+)
 for name, layer in layers.items():
     print(
         f"{name}: MaxVio {layer['max_violation']:.2f} (noise {layer['max_violation_noise_floor']:.2f}), "
         f"dead experts {layer['dead_experts']}, effective experts {layer['effective_experts']:.1f} of 8"
     )
 worst = max(layer["max_violation"] for layer in layers.values())
-expect("largest MaxVio of the teacher", worst, 0.05, 1.2, short=True)
-expect("dead experts", sum(layer["dead_experts"] for layer in layers.values()), 0, 0, short=True)
+expect(
+    "largest MaxVio of the teacher", worst, 0.05, 1.2, short=True, without=8 / 2 - 1
+)  # 3: all to two experts
+expect(
+    "dead experts", sum(layer["dead_experts"] for layer in layers.values()), 0, 0, short=True, without=3 * 6
+)
 
 # %% [markdown] lang="en"
 # The teacher was balanced in training over *all* levels; on hard problems alone its load is less even. Balance is a property of a model **and** a text.
@@ -142,14 +157,14 @@ from distill.moe.metrics import specialisation
 families = sorted({p["family"] for p in problems})
 lengths = batch.attention_mask.sum(1)
 groups = torch.tensor([families.index(p["family"]) for p in problems]).repeat_interleave(lengths)
-share = specialisation(first.indices, groups, 8, len(families))
-plt.imshow(share, cmap="viridis", vmin=0, vmax=0.7, aspect="auto")
-plt.colorbar(label="share of the family's tokens")
-plt.yticks(range(len(families)), families)
-plt.xlabel("expert of the first MoE layer")
-plt.grid(False)
-plt.show()
-expect("largest share of a family at one expert (uniform 0.25)", share.max(), 0.4, 1.0, short=True)
+reached = torch.as_tensor(specialisation(first.indices, groups, 8, len(families))).float()
+heat(reached, families, 2 / 8, "% of the family's tokens (first MoE layer)")
+mixed = groups[
+    torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+]  # families dealt by chance
+by_chance = torch.as_tensor(specialisation(first.indices, mixed, 8, len(families))).float()
+expect("largest share of a family at one expert (uniform 0.25)", reached.max(), 0.4, 1.0, short=True,
+       without=by_chance.max())  # fmt: skip
 
 # %% [markdown] lang="en"
 # A picture of specialisation proves nothing about *need*. For that, intervene.
@@ -167,36 +182,53 @@ expect("largest share of a family at one expert (uniform 0.25)", share.max(), 0.
 
 # %%
 from distill import drop_experts, route, use_top_k
+from distill.evaluation.stats import wilson_interval
 
 few = problems[: scaled(42, 14)]
-score = {"as trained": accuracy(ask(teacher, tokenizer, few))}
+rows = {"as trained": ask(teacher, tokenizer, few)}
 with use_top_k(teacher, 1):
-    score["1 expert per token"] = accuracy(ask(teacher, tokenizer, few))
+    rows["1 expert per token"] = ask(teacher, tokenizer, few)
 for how in ("uniform", "random"):
     with route(teacher, how):
-        score[f"{how} routing"] = accuracy(ask(teacher, tokenizer, few))
-without = {}
+        rows[f"{how} routing"] = ask(teacher, tokenizer, few)
 for expert in range(scaled(8, 2)):
     with drop_experts(teacher, {1: [expert]}):
-        without[expert] = accuracy(ask(teacher, tokenizer, few))
-names = [*score, *(f"without 1:{e}" for e in without)]
-plt.barh(names[::-1], [*score.values(), *without.values()][::-1])
-plt.xlabel(f"correct of {len(few)} hard problems")
+        rows[f"without {expert}"] = ask(teacher, tokenizer, few)
+score = {name: accuracy(found) for name, found in rows.items()}
+ends = {name: wilson_interval(round(score[name] * len(few)), len(few)) for name in rows}
+
+figure, axis = plt.subplots(figsize=(7, 3.8))
+for place, name in enumerate(rows):
+    low, high = ends[name]
+    axis.plot([100 * low, 100 * high], [place, place], color="C0", linewidth=2)
+    axis.plot(100 * score[name], place, "o", color="C0")
+axis.axvline(100 * score["as trained"], color="k", linestyle=":", linewidth=1)
+axis.set_yticks(
+    range(len(rows)), [f"{name} (layer 1)" if name.startswith("without") else name for name in rows]
+)
+axis.set(xlabel=f"right answers to {len(few)} hard problems, %, with 95 % interval", xlim=(0, 101))
+axis.invert_yaxis()
 plt.show()
-expect("as trained", score["as trained"], 0.92, 1, short=True)
-expect("one expert per token", score["1 expert per token"], 0.8, 1, short=(0.6, 1))
-expect("uniform weights", score["uniform routing"], 0.9, 1, short=True)
-expect("random experts", score["random routing"], 0.0, 0.6, short=True)
+random = score["random routing"]
+expect("as trained", score["as trained"], 0.92, 1, short=True, without=random)
+expect("one expert per token", score["1 expert per token"], 0.8, 1, short=(0.6, 1), without=random)
+expect("uniform weights", score["uniform routing"], 0.9, 1, short=True, without=random)
+expect("random experts", random, 0.0, 0.6, short=True, without=score["as trained"])
+slider(
+    "experts",
+    scores=[[score[name], *ends[name]] for name in rows],
+    names=[name.replace("without ", "– ") for name in rows],
+)
 
 # %% [markdown] lang="en"
-# With its own experts the teacher solves {{as trained|%}} %, with random ones {{random experts|%}} %. So *which* experts matters very much, *how they are weighed* hardly. Dropping one expert of one layer costs little: the next best steps in. With 42 problems a difference of one answer is 2.4 points; do not read the order of the bars as a ranking.
+# With its own experts the teacher solves {{as trained|%}} %, with random ones {{random experts|%}} %. So *which* experts matters very much, *how they are weighed* hardly. Dropping one expert of one layer costs little: the next best steps in. With 42 problems a difference of one answer is 2.4 points; do not read the order of the points as a ranking: the lines, 95 % intervals, overlap.
 #
 # ## Collapse and balance
 #
 # Training rewards an expert for being used, so the popular get better and more popular. Classic cure: a loss on the load, which also pushes the model away from its best routing. DeepSeek-V3's cure: a bias per expert, added for *selection only*, moved after each step by a fixed u, up for the underused and down for the busy. A simulation with a router that prefers expert 0:
 
 # %% [markdown] lang="zh"
-# 用自己选的专家，教师答对 {{as trained|%}}%；随机选专家，只剩 {{random experts|%}}%。所以*选谁*非常重要，*怎么加权*几乎无所谓。某一层丢掉一个专家代价不大：次优的专家会顶上。42 道题时，差一道就是 2.4 个百分点，不要把柱子的高低当作排名。
+# 用自己选的专家，教师答对 {{as trained|%}}%；随机选专家，只剩 {{random experts|%}}%。所以*选谁*非常重要，*怎么加权*几乎无所谓。某一层丢掉一个专家代价不大：次优的专家会顶上。42 道题时，差一道就是 2.4 个百分点，不要把各点的高低当作排名：代表 95% 区间的线段彼此重叠。
 #
 # ## 塌缩与均衡
 #
@@ -225,18 +257,21 @@ for u, curve in history.items():
     plt.plot(curve, label=f"u = {u:g}")
 plt.xlabel("step")
 plt.ylabel("MaxVio")
-plt.legend()
+plt.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 final = {u: float(np.mean(curve[-50:])) for u, curve in history.items()}
-expect("without balancing", final[0.0], 1.5, 2.6, short=True)
-expect("u = 0.01", final[0.01], 0.0, 0.3, short=True)
-expect("u = 0.2 over u = 0.01: too large a step swings", final[0.2] / final[0.01], 1.5, 30, short=True)
+expect("without balancing", final[0.0], 1.5, 2.6, short=True, without=final[0.01])
+expect("u = 0.01", final[0.01], 0.0, 0.3, short=True, without=final[0.0])
+expect(
+    "u = 0.2 over u = 0.01: too large a step swings", final[0.2] / final[0.01], 1.5, 30, short=True, without=1
+)
+slider("balance")
 
 # %% [markdown] lang="en"
-# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). A few dozen steps, so the imbalance only begins.
+# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). Sixty steps are enough to see it.
 
 # %% [markdown] lang="zh"
-# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。只有几十步，失衡才刚刚开始。
+# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。六十步就足以看出差别。
 
 # %%
 small = [
@@ -260,18 +295,13 @@ for name, u in (("no balancing", 1e-9), ("bias balancing, u = 0.01", 0.01)):  # 
     plt.plot(violations[name], label=name)
 plt.xlabel("optimizer step")
 plt.ylabel("largest MaxVio of the step")
-plt.legend()
+plt.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
 plt.show()
 end = {name: float(np.mean(curve[-10:])) for name, curve in violations.items()}
 for name, value in end.items():
     print(f"{name}: {value:.2f} over the last steps")
-expect(
-    "balanced over unbalanced",
-    end["bias balancing, u = 0.01"] / end["no balancing"],
-    0.1,
-    0.95,
-    short=(0.3, 2),
-)
+ratio = end["bias balancing, u = 0.01"] / end["no balancing"]
+expect("balanced over unbalanced", ratio, 0.1, 0.95, short=(0.3, 2), without=1)
 
 # %% [markdown] lang="en"
 # ## A measure that sees nothing
@@ -299,8 +329,10 @@ both = [collapsed(0), collapsed(1)]
 per_layer = sum(float(batch_balance(s, i, mask)) for s, i in both)
 pooled = float(batch_balance(*(torch.cat(parts, 1) for parts in zip(*both)), torch.ones(1, 128)))
 print(f"per layer, summed: {per_layer:.2f} (perfect 2)    pooled first: {pooled:.2f} (perfect 1)")
-expect("per layer", per_layer, 3.9, 4.0, short=True)
-expect("pooled", pooled, 0.99, 1.01, short=True)
+same = [collapsed(0), collapsed(0)]  # both layers on one expert: this the pooled measure does see
+seen = float(batch_balance(*(torch.cat(parts, 1) for parts in zip(*same)), torch.ones(1, 128)))
+expect("per layer", per_layer, 3.9, 4.0, short=True, without=pooled)
+expect("pooled", pooled, 0.99, 1.01, short=True, without=seen)
 
 # %% [markdown] lang="en"
 # ## Exercises
@@ -356,29 +388,30 @@ exercise(
 )
 
 # %% [markdown] lang="en"
-# **5.3** Drop two experts of layer 2 together, `{2: [a, b]}`. Set `pair` to two experts, and look at `dropped`: how much worse is the teacher? (Any pair solves this; compare with your neighbour.)
+# **5.3** Which expert of layer 1 costs most when it is dropped? Set `worst_expert` to its number. And is that more than chance? Set `told_apart` to True if its 95 % interval and that of the teacher as trained do not overlap, else to False. `score` and `ends` have the numbers.
 
 # %% [markdown] lang="zh"
-# **5.3** 同时丢掉第 2 层的两个专家 `{2: [a, b]}`。把 `pair` 设为两个专家编号，看看 `dropped`：教师差了多少？（任意一对都可以，和邻座比一比。）
+# **5.3** 第 1 层的专家里，丢掉哪一个代价最大？把 `worst_expert` 设为它的编号。这超出偶然了吗？若它的 95% 区间与原样教师的区间不重叠，把 `told_apart` 设为 True，否则设为 False。数据在 `score` 和 `ends` 里。
 
 # %% tags=["exercise"]
-pair = ...  # two experts, as (0, 1)
+worst_expert = ...  # a number from 0
+told_apart = ...  # True or False
 
 # %% tags=["solution"]
-busiest = torch.tensor(layers["model.layers.2.mlp"]["load"]).topk(2).indices
-pair = tuple(busiest.tolist())
+worst_expert = min(range(scaled(8, 2)), key=lambda e: score[f"without {e}"])
+told_apart = ends[f"without {worst_expert}"][1] < ends["as trained"][0]
 
 
 # %%
-def drop_pair():
-    global dropped
-    with drop_experts(teacher, {2: list(pair)}):
-        dropped = accuracy(ask(teacher, tokenizer, few))
-    print(f"without experts {pair} of layer 2: {dropped:.2f} (before {score['as trained']:.2f})")
-    return len(set(pair)) == 2
+def both_parts():
+    lowest = min(value for name, value in score.items() if name.startswith("without"))
+    apart = any(
+        ends[n][1] < ends["as trained"][0] for n in score if n.startswith("without") and score[n] == lowest
+    )
+    return score[f"without {worst_expert}"] == lowest and told_apart is apart
 
 
-exercise("5.3", drop_pair, "two different numbers from 0 to 7")
+exercise("5.3", both_parts, "compare the upper end of the lowest with the lower end of 'as trained'")
 
 # %% [markdown] lang="en"
 # ## What commonly goes wrong
