@@ -132,8 +132,12 @@ def first_registration(results: dict[str, Any]) -> bool:
 
 
 def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> str:
-    """The claims of `SHOWN` in the largest budget of `found`, what they rest on, and what smaller ones take."""
-    words, (*smaller, results) = _WORDS[language], found.values()
+    """The claims of `SHOWN` in the largest budget of `found`, what they rest on, and what smaller ones take.
+
+    Of today's registration if anything of it was measured, else of the first.
+    """
+    today = {name: results for name, results in found.items() if not first_registration(results)}
+    words, (*smaller, results) = _WORDS[language], (today or found).values()
     lines = [""]
     if first_registration(results):
         today = len(load_bench(str(PROJECT_ROOT / BENCH))[0].claims)
