@@ -97,7 +97,7 @@ for name, ways in chosen.items():
 # %%
 common = [
     f"prompts.levels={scaled('{easy: 60, medium: 60, hard: 260}', '{hard: 28}')}",
-    f"train.steps={scaled(50, 2)}",
+    f"train.steps={scaled(50, 6)}",
     "train.warmup_steps=5",
     f"train.batch_size={scaled(32, 4)}",
     f"student.from.calibration={{rows: {scaled(64, 8)}}}",
