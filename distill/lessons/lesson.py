@@ -31,6 +31,8 @@ from distill.errors import UserError
 
 # tqdm in a notebook without ipywidgets falls back to text by itself.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# PEFT looks for the base's config under a path of its own; the vocabulary is the base's in any case.
+warnings.filterwarnings("ignore", message="Could not find a config file")
 
 BUDGET = "DISTILL_LESSON_BUDGET"
 FOLDER = "DISTILL_LESSON_DIR"

@@ -29,6 +29,7 @@ import re
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,13 @@ def stale(numbers: list[int]) -> list[str]:
 # ---- executing -----------------------------------------------------------------------------------------
 
 
-def execute(lesson: Lesson, solutions: bool) -> dict[str, Any]:
+def execute(
+    lesson: Lesson, solutions: bool, after: Callable[[int, dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Run the lesson's code in this process, with or without its solutions; returns `distill.lessons.account()`.
 
-    Raises RunError naming the cell that failed.
+    after: called behind each cell with its index and the names that exist by then. Raises RunError naming the cell
+    that failed.
     """
     from distill.lessons import account
 
@@ -250,6 +254,8 @@ def execute(lesson: Lesson, solutions: bool) -> dict[str, Any]:
         except Exception as error:
             first = cell.source.strip().splitlines()[0]
             raise RunError(f"lesson {lesson.number}, cell {index} ({first}): {error!r}") from error
+        if after:
+            after(index, namespace)
     return account()
 
 

@@ -419,6 +419,8 @@ exercise(
 # - **"Cheaper" without a unit.** Per token, per answer, per right answer, per year: four different winners.
 # - **The bill of one run as the price of a laboratory.** A cost without its exclusions misleads.
 # - **A clean score read as a clean model.** 100 % of right answers says nothing about steps, tone or refusals.
+#
+# For the afternoon: [lesson 7](lesson7.ipynb), a real language model that learns to write again; [lesson 8](lesson8.ipynb), half of the experts in four bits.
 
 # %% [markdown] lang="zh"
 # ## 辩论单
@@ -442,3 +444,5 @@ exercise(
 # - **只说“更便宜”，不说单位。** 按词元、按答案、按正确答案、按年算，赢家各不相同。
 # - **把一次训练的账单当成一个实验室的价格。** 不列出未计项目的成本会误导人。
 # - **得分干净就以为模型干净。** 答案 100% 正确，说明不了步骤、语气或拒答。
+#
+# 下午可以接着做：[第 7 课](lesson7.zh-CN.ipynb)，真实的语言模型重新学会写字；[第 8 课](lesson8.zh-CN.ipynb)，砍掉一半专家再压到四位。

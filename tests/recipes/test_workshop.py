@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT
+from half_right import HALF_RIGHT
 
 matplotlib = pytest.importorskip("matplotlib")
 pytest.importorskip("jupytext", reason="the extra `workshop` is not installed")
@@ -42,10 +43,25 @@ def short(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg")
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_lesson_runs_and_its_solutions_hold(number, short, capsys):
+    """And an answer that is half right, in the place of the solution, does not count as solved."""
     import matplotlib.pyplot as plt
 
-    told = workshop.execute(workshop.read_lesson(number), solutions=True)
+    lesson, tried = workshop.read_lesson(number), set()
+
+    def half_right(index: int, names: dict) -> None:
+        cell = lesson.cells[index]
+        if cell.kind != "code" or not (found := re.search(r'exercise\(\s*"(\d\.\d)"', cell.source)):
+            return
+        solution = next(c.source for c in reversed(lesson.cells[:index]) if c.kind == "solution")
+        tried.add(found[1])
+        for answer, solved in ((HALF_RIGHT[found[1]], False), (solution, True)):
+            exec(answer, names)
+            exec(cell.source, names)
+            assert lessons.EXERCISES[found[1]] is solved, f"{found[1]}: {answer}"
+
+    told = workshop.execute(lesson, solutions=True, after=half_right)
     plt.close("all")
+    assert tried == set(told["exercises"])
     unsolved = [name for name, solved in told["exercises"].items() if not solved]
     assert 2 <= len(told["exercises"]) <= 3 and not unsolved, capsys.readouterr().out
     outside = [e for e in told["expected"] if e["checked"] and not e["met"]]

@@ -168,7 +168,16 @@
     },
   };
 
-  const WIDTH = 720, HEIGHT = 260, LEFT = 62, BOTTOM = 46, TOP = 12, RIGHT = 18;
+  const WIDE = 720, NARROW = 390, HEIGHT = 260, LEFT = 62, BOTTOM = 46, TOP = 12, RIGHT = 18;
+  // Round numbers from `low` to `high`, at most `most` steps apart.
+  const ticks = (low, high, most) => {
+    const rough = (high - low) / most, size = 10 ** Math.floor(Math.log10(rough));
+    const step = size * [1, 2, 2.5, 5, 10].find((m) => m * size >= rough * 0.999);
+    const found = [];
+    for (let v = Math.ceil(low / step - 1e-6) * step; v <= high * 1.0001; v += step) found.push(Math.abs(v) < step / 1e6 ? 0 : v);
+    return found;
+  };
+  const short = (v) => Number(v.toFixed(4)).toString();
   const COLOURS = ["#6b7785", "#0072b2", "#d55e00"];
   const shape = (tag, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -178,19 +187,21 @@
   };
   const picture = (svg, what) => {
     svg.replaceChildren();
+    // As wide as its place, so that letters keep their size on a phone.
+    const WIDTH = svg.clientWidth && svg.clientWidth < 520 ? NARROW : WIDE;
+    svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
     const w = WIDTH - LEFT - RIGHT, h = HEIGHT - TOP - BOTTOM, y = (v) => TOP + h * (1 - Math.min(v, what.top) / what.top);
-    for (let i = 0; i <= 4; i++) {
-      const v = (what.top * i) / 4;
+    for (const v of ticks(0, what.top, 5)) {
       svg.append(shape("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(v), y2: y(v), stroke: "currentColor", "stroke-opacity": 0.15 }));
-      svg.append(shape("text", { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, v.toFixed(what.top > 5 ? 0 : what.top > 3.9 || what.top === 2 ? 1 : 2)));
+      svg.append(shape("text", { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, short(v)));
     }
     if (what.bars) {
-      const slot = w / what.bars.length, short = what.bars.length > 16;
+      const slot = w / what.bars.length, thin = what.bars.length > 16;
       what.bars.forEach((v, i) => {
-        const left = LEFT + slot * i + slot * (short ? 0.05 : 0.15), marked = what.mark === undefined || what.mark === i;
-        svg.append(shape("rect", { x: left, y: y(v), width: slot * (short ? 0.9 : 0.7), height: Math.max(TOP + h - y(v), 0.5), fill: "#0072b2", "fill-opacity": marked ? 0.85 : 0.35 }));
+        const left = LEFT + slot * i + slot * (thin ? 0.05 : 0.15), marked = what.mark === undefined || what.mark === i;
+        svg.append(shape("rect", { x: left, y: y(v), width: slot * (thin ? 0.9 : 0.7), height: Math.max(TOP + h - y(v), 0.5), fill: "#0072b2", "fill-opacity": marked ? 0.85 : 0.35 }));
         if (what.whiskers) svg.append(shape("line", { x1: left + slot * 0.35, x2: left + slot * 0.35, y1: y(what.whiskers[i][0]), y2: y(what.whiskers[i][1]), stroke: "currentColor", "stroke-width": 2 }));
-        if (!short) {
+        if (!thin) {
           svg.append(shape("text", { x: LEFT + slot * (i + 0.5), y: y(v) - 4 < TOP + 8 ? TOP + 12 : y(v) - 4, "text-anchor": "middle" }, v.toFixed(2)));
           svg.append(shape("text", { x: LEFT + slot * (i + 0.5), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, what.names?.[i] ?? i));
         }
@@ -203,10 +214,8 @@
         else svg.append(shape("path", { d: path, fill: "none", stroke: COLOURS[n + (what.lines.length === 1)], "stroke-width": 2.5 }));
         svg.append(shape("text", { x: LEFT + 12 + 150 * n, y: TOP + 12, style: `fill: ${COLOURS[n + (what.lines.length === 1)]}`, "font-weight": 700 }, line.name));
       });
-      for (let i = 0; i <= 6; i++) {
-        const v = at[0] + ((at.at(-1) - at[0]) * i) / 6;
-        svg.append(shape("text", { x: x(v), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, Math.round(v)));
-      }
+      for (const v of ticks(at[0], at.at(-1), WIDTH === WIDE ? 8 : 5))
+        svg.append(shape("text", { x: x(v), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, short(v)));
       if (what.mark !== undefined) svg.append(shape("line", { x1: x(what.mark), x2: x(what.mark), y1: TOP, y2: TOP + h, stroke: "#d55e00", "stroke-width": 2, "stroke-dasharray": "5 4" }));
     }
     svg.append(shape("text", { x: LEFT + w / 2, y: HEIGHT - 8, "text-anchor": "middle", "font-weight": 600 }, what.x));
@@ -216,7 +225,7 @@
   for (const box of document.querySelectorAll(".explore:not([data-alive])")) {
     box.dataset.alive = "yes";
     const { kind, data, lang } = JSON.parse(box.querySelector("script[type='application/json']").textContent);
-    const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" }), values = {}, told = document.createElement("p");
+    const svg = shape("svg", { viewBox: `0 0 ${WIDE} ${HEIGHT}`, role: "img" }), values = {}, told = document.createElement("p");
     const redraw = () => {
       const what = KINDS[kind].draw(values, data, lang);
       picture(svg, what);
@@ -240,5 +249,6 @@
     }
     box.append(svg, told);
     redraw();
+    new ResizeObserver(redraw).observe(svg);
   }
 })();
