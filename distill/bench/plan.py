@@ -98,7 +98,7 @@ def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[st
         changes["train.teachers.models"] = places
         if arm.averaged:
             first, *others = dict.fromkeys(places.values())
-            changes["student.from"] = {"model": first, "average": others}
+            changes |= {"student.from": {"model": first, "average": others}, "student.model": None}
             changes.pop("train.teachers.models")
     if arm.checkpoint and arm.checkpoint != MADE:
         changes |= {"student.model": arm.checkpoint, "student.config": None, "student.from": None}
