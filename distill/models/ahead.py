@@ -12,10 +12,11 @@ weights in `mtp.safetensors`, which `from_pretrained` does not read.
 
 Decoding ("MTP in Inference" there; the scheme of arXiv 2211.17192): the model reads its newest token and the module's
 draft of the one after it in one pass, so what it would say behind the draft is known if the draft is what it says
-itself. The draft is chosen by the same random number as the model's own token of that place (distill/models/decode.py), and is taken only
-if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives, token by token,
-but for the rounding of two columns instead of one. The price: at a temperature above 0 rejection sampling takes a draft
-of distribution q against p with probability sum min(p, q), the most there is; equal numbers take it less often.
+itself. The draft is chosen by the same random number as the model's own token of that place (distill/models/decode.py),
+and is taken only if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives,
+token by token, but for the rounding of two columns instead of one. The price: at a temperature above 0 rejection
+sampling takes a draft of distribution q against p with probability sum min(p, q), the most there is; equal numbers take
+it less often.
 
 Shapes: B rows, T columns, d hidden size, V vocabulary.
 """
