@@ -98,7 +98,7 @@ def _run(bench: Bench, name: str, arm: Arm, seed: int, root: Path, arms: dict[st
         changes["train.teachers.models"] = places
         if arm.averaged:
             first, *others = dict.fromkeys(places.values())
-            changes["student.from"] = {"model": first, "average": others}
+            changes |= {"student.from": {"model": first, "average": others}, "student.model": None}
             changes.pop("train.teachers.models")
     if arm.checkpoint and arm.checkpoint != MADE:
         changes |= {"student.model": arm.checkpoint, "student.config": None, "student.from": None}
@@ -153,7 +153,7 @@ def _share(run: Task, begun: Task, root: Path, tasks: dict[str, Task], arms: dic
         whole["teachers"] = recipe.train.teachers.models
     arm = arms[run.arm]
     teachers = {arm.teacher, *(arm.teachers.values() if recipe.generate.by_tag else ())} - {None}
-    taught = [need for need in run.needs if need in tasks and tasks[need].arm in teachers]
+    taught = [need for need in run.needs if need.rpartition("-")[0] in teachers]
     answers = _shared("answers", fingerprint(whole), run, root, tasks, taught)
     tokenizer = origin.model or origin.tokenizer
     made = {**whole, "filter": recipe.filter.model_dump(mode="json"), "tokenizer": tokenizer}

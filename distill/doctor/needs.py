@@ -11,7 +11,7 @@ from distill.errors import UserError
 from distill.evaluation.evaluate import check_measured
 from distill.evaluation.interventions import check_interventions
 from distill.files import folder_problem, shown
-from distill.models.quantize import check_quantize
+from distill.models.load import check_quantize
 from distill.tasks.problems import available
 from distill.tasks.verify import require_package
 

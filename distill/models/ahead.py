@@ -7,15 +7,16 @@
 The module (arXiv 2412.19437, section 2.2) joins the model's last state of a token with the embedding of the next one,
 sends both through one more decoder layer, and so predicts the token after that; embedding and output head are the
 model's own. Here column j of the module reads token j beside the state of token j - 1, so that batch, mask and targets
-are the model's own, and the first column of a row, which has no state before it, is given zeros. Its layer starts as a
-copy of the model's last one. It lies beside the weights in `mtp.safetensors`, which `from_pretrained` does not read.
+are the model's own, and the first column of a row, which has no state before it, is given zeros. It lies beside the
+weights in `mtp.safetensors`, which `from_pretrained` does not read.
 
-Decoding (section 2.2.3; the scheme of arXiv 2211.17192): the model reads its newest token and the module's draft of the
-one after it in one pass, so what it would say behind the draft is known if the draft is what it says itself. The draft
-is chosen by the same random number as the model's own token of that place (distill/models/decode.py), and is taken only
-if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives, token by token,
-but for the rounding of two columns instead of one. The price: at a temperature above 0 rejection sampling would take a
-draft of distribution q against p with probability sum min(p, q), and equal numbers take it a little less often.
+Decoding ("MTP in Inference" there; the scheme of arXiv 2211.17192): the model reads its newest token and the module's
+draft of the one after it in one pass, so what it would say behind the draft is known if the draft is what it says
+itself. The draft is chosen by the same random number as the model's own token of that place (distill/models/decode.py),
+and is taken only if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives,
+token by token, but for the rounding of two columns instead of one. The price: at a temperature above 0 rejection
+sampling takes a draft of distribution q against p with probability sum min(p, q), the most there is; equal numbers take
+it less often.
 
 Shapes: B rows, T columns, d hidden size, V vocabulary.
 """
@@ -53,25 +54,19 @@ class TokenAhead(nn.Module):
         backbone, layers = decoder_layers(model)
         config = _one_layer(bare_model(model).config.get_text_config(decoder=True))
         width, device = config.hidden_size, next(layers.parameters()).device
-        torch.manual_seed(seed)
         try:
-            self.body = type(backbone)(config).float()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.body = type(backbone)(config).float()
+                self.eh_proj = nn.Linear(2 * width, width, bias=False)
+                nn.init.normal_(self.eh_proj.weight, std=getattr(config, "initializer_range", 0.02))
         except Exception as error:  # whatever a family raises for one layer alone
             raise UserError(
                 f"multi_token: a {config.model_type} model of one layer cannot be built "
                 f"({str(error).splitlines()[0]}); use another student"
             ) from error
         self.body.set_input_embeddings(nn.Identity())  # it is given embeddings
-        last = {k: w for k, w in _own_weights(layers[-1]).items() if "lora_" not in k}
-        unread = self.body.layers[0].load_state_dict(last, strict=False)
-        if unread.missing_keys:
-            raise UserError(
-                f"multi_token: the last layer of this {config.model_type} model is not that of a model of one layer "
-                f"({unread.missing_keys[0]}); use another student"
-            )
         self.enorm, self.hnorm = (copy.deepcopy(self.body.norm) for _ in range(2))
-        self.eh_proj = nn.Linear(2 * width, width, bias=False)
-        nn.init.normal_(self.eh_proj.weight, std=getattr(config, "initializer_range", 0.02))
         self.to(device)
 
     def forward(self, before: Tensor, embeddings: Tensor, **inputs) -> Tensor:
@@ -124,11 +119,6 @@ def _one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(config, name, int(value >= total))
     config.num_hidden_layers = 1
     return config
-
-
-def _own_weights(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's weights by the names that they have without an adapter."""
-    return {name.replace(".base_layer", ""): weight for name, weight in layer.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------- decoding

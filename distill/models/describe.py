@@ -48,7 +48,7 @@ from transformers.cache_utils import DynamicLayer
 from distill.errors import UserError
 from distill.files import shown
 from distill.models.folders import check_folder, refusing
-from distill.models.quantize import logical_size
+from distill.models.parameters import logical_size
 from distill.models.routers import Router, find_routers
 from distill.storage import find_file
 

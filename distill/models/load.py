@@ -2,18 +2,35 @@
 
 Local folders and hub names take the same path: `AutoTokenizer`, `AutoModelForCausalLM`, PEFT for adapter
 folders. Weights are safetensors only (pickle can execute code), and no code from a checkpoint runs.
+
+A frozen base in 4 or 8 bits is loaded through bitsandbytes:
+
+    student: {model: org/name, adapter: lora, quantize: 4bit}          QLoRA (Dettmers et al. 2023, arXiv 2305.14314)
+    load_model(name, "bf16", device, quantize="4bit")                  any model, for inference too
+
+4bit is NF4 with double quantisation (section 3 of the paper), 8bit is LLM.int8() (arXiv 2208.07339). 4-bit matmuls
+run in the dtype the model is loaded in, 8-bit ones in fp16 whatever is asked. Only nn.Linear weights shrink:
+embedding, output head, norms and, in every MoE of transformers, the fused routed experts do not, so a MoE of mostly
+experts gains little. Routers stay whole even where they are an nn.Linear: a rounded router chooses other experts.
+
+peft.prepare_model_for_kbit_training is not used. It casts every 16-bit tensor left to fp32, fused experts included
+(twice the memory of what dominates a MoE), and switches on re-entrant gradient checkpointing. What it is for happens
+elsewhere: PEFT freezes the base, adapters are fp32, and norms compute in fp32 inside their own forward.
 """
 
 import inspect
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +49,7 @@ from distill.models.folders import (
     shapes,
 )
 from distill.models.layers import attend_by_row
+from distill.models.routers import find_routers
 from distill.storage import MANIFEST, changed_files, fingerprint, read_json, resolve_model
 from distill.tasks.tokenizer import CHAT_TEMPLATE
 
@@ -95,7 +113,7 @@ def load_model(
     """A causal LM in eval mode; for a PEFT adapter folder, its base with the adapter on top.
 
     dtype: "auto" (as stored), "fp32", "bf16" or "fp16". `training` keeps the kernels that train fastest.
-    quantize: "4bit" or "8bit" for the linear layers (distill/models/quantize.py), on request only.
+    quantize: "4bit" or "8bit" for the linear layers, on request only.
     Raises UserError with the reason and the fix for a missing folder, pickle-only or damaged weights,
     weights that do not fill the model, a missing base.
     """
@@ -122,8 +140,6 @@ def load_model(
         )
     _check_finite(model, name)
     if rounded:  # already on the device, and they refuse to be moved
-        from distill.models.quantize import keep_differentiable
-
         keep_differentiable(model, training)
     else:
         model.to(device)
@@ -201,8 +217,6 @@ def check_model(name: str) -> None:
 
 
 def _rounded(name: str, dtype: str, device: torch.device, quantize: str) -> dict[str, Any]:
-    from distill.models.quantize import check_quantize, quantization_config
-
     check_quantize(quantize, device)
     config = load_config(name)
     compute = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
@@ -271,3 +285,61 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+# ---------------------------------------------------------------------------------------- 4 or 8 bits
+
+
+def check_quantize(quantize: str, device: torch.device) -> None:
+    """That this machine can hold and run such weights. Raises UserError with the reason."""
+    if quantize == "none":
+        return
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantize={quantize} needs bitsandbytes: pip install 'distill-demo[quantize]'")
+    import bitsandbytes
+
+    if device.type not in bitsandbytes.supported_torch_devices:
+        known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
+        raise UserError(f"quantize={quantize}: bitsandbytes does not run on {device.type}, only on {known}")
+
+
+def quantization_config(quantize: str, config: PreTrainedConfig, compute: torch.dtype) -> Any:
+    """A BitsAndBytesConfig for a model of this config; what is kept whole is found on a skeleton of it.
+
+    compute: what 4-bit matmuls run in.
+    """
+    from transformers import BitsAndBytesConfig
+
+    whole = _kept_whole(config)
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=whole,  # for 4 bits too, whatever its name says
+    )
+
+
+def keep_differentiable(model: nn.Module, training: bool) -> None:
+    """Stops bitsandbytes from rearranging 4-bit weights for good on CPUs with bf16 units (0.50, AVX512-BF16).
+
+    There a layer that is called once in eval mode, as validation and sampling do, is repacked for a kernel without
+    a backward pass: from then on no gradient passes through it, in train mode either, and nothing says so. Widths
+    that are no multiple of 32 fail in the repacking. So not for a model that trains, nor for such widths.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (training or module.out_features % 32):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _kept_whole(config: PreTrainedConfig) -> list[str]:
+    """Full names of the linear layers that are not rounded: the output head and everything in a router."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    names = {id(module): name for name, module in skeleton.named_modules()}
+    head = skeleton.get_output_embeddings()
+    inside = [r.router if r.router is not None else r.block.router_gate for r in find_routers(skeleton)]
+    linear = [m for router in inside for m in router.modules() if isinstance(m, nn.Linear)]
+    return sorted(names[id(module)] for module in [head, *linear] if module is not None)

@@ -7,9 +7,9 @@ Works on dense and MoE causal LMs of transformers, with a PEFT adapter or withou
 device. No list of model families is kept: routers and experts are those that `distill.models.routers` finds.
 """
 
+import torch
 from torch import nn
 
-from distill.models.quantize import logical_size
 from distill.models.routers import Router, bare, bare_model, find_routers
 
 GROUPS = (
@@ -135,3 +135,9 @@ def format_trainable(model: nn.Module) -> str:
             f"the routed experts, {share:.0%} of the model, stay frozen (student.lora.experts: true)"
         )
     return "\n".join(lines)
+
+
+def logical_size(parameter: nn.Parameter) -> int:
+    """Numbers a parameter stands for: four-bit weights are stored two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()

@@ -23,10 +23,9 @@ from distill.config.training import StudentSection
 from distill.errors import UserError
 from distill.files import sync_all, write_atomic, writing
 from distill.models.folders import check_config, refusing
-from distill.models.load import load_config, load_model, load_tokenizer, resolve_model
+from distill.models.load import check_quantize, load_config, load_model, load_tokenizer, resolve_model
 from distill.models.lora import add_lora, plan_lora
 from distill.models.precision import EMULATED
-from distill.models.quantize import check_quantize
 
 
 @dataclass

@@ -23,9 +23,8 @@ from distill.models.chat import check_prompts
 from distill.models.describe import describe_model
 from distill.models.head import output_head
 from distill.models.load import eos_ids, load_tokenizer, tokenizer_fingerprint
-from distill.models.parameters import format_trainable, trainable_table
+from distill.models.parameters import format_trainable, logical_size, trainable_table
 from distill.models.precision import Precision, resolve_precision
-from distill.models.quantize import logical_size
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json, read_rows

@@ -19,12 +19,14 @@ PAGE = PROJECT_ROOT / "docs" / "recipes.md"
 _SIGNAL_MEANING = {
     "targets": "the teacher's text",
     "dense": "logits of a live teacher",
+    "drawn": "logits of a live teacher and the token that the student drew",
     "sparse": "stored `top_k` signals",
     "sampled": "stored `sampled` signals",
     "aligned": "logits of a live teacher with another tokenizer",
     "hidden": "hidden states of a live teacher",
     "routers": "routers of a live MoE teacher",
     "own_routers": "the student's own routers, no teacher",
+    "ahead": "the text or the student's own distribution one token later, no teacher",
 }
 _OPENING = """# Recipe reference
 

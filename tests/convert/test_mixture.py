@@ -37,6 +37,30 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(family, shared, beco
     torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "shared"), [("llama", False), ("llama", True), ("qwen3", False), ("qwen2", True)]
+)
+def test_what_is_left_of_equality_is_the_rounding_of_router_weights(family, shared):
+    """In float64 a block whose router weighs both experts with exactly one half is the MLP; a drawn router's weights
+    are float32, whatever the model is in, and their products with the experts' outputs are rounded."""
+    model = model_of(family)
+    student = as_mixture(model, Mixture(experts=4, experts_per_token=2, shared=shared), seed=3).double()
+    student.set_experts_implementation("eager")
+    block, mlp = find_routers(student)[2].block, model.double().model.layers[2].mlp
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def apart():
+        with torch.no_grad():
+            found = block(x)
+        return float(
+            ((found[0] if isinstance(found, tuple) else found) - mlp(x)).abs().max() / mlp(x).abs().max()
+        )
+
+    assert 1e-10 < apart() < 1e-6
+    dict(block.named_parameters())["gate.weight"].data.zero_()
+    assert apart() < 1e-15
+
+
 def _chosen(model, ids):
     from distill.moe.recording import record_routing
 

@@ -387,7 +387,7 @@ def test_four_bits_are_nf4_of_the_stored_weights(tmp_path):
 
 
 def test_routers_stay_whole_even_where_they_are_linear_layers():
-    from distill.models.quantize import _kept_whole
+    from distill.models.load import _kept_whole
 
     kept = _kept_whole(reference.build("dbrx").config)
     assert kept == ["lm_head", *(f"transformer.blocks.{i}.ffn.router.layer" for i in range(2))]

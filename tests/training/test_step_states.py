@@ -195,7 +195,7 @@ def test_the_table_names_functions_that_exist():
     from distill.training.losses import routers as router_losses
 
     for name, objective in OBJECTIVES.items():
-        if objective.signal in ("hidden", "routers", "own_routers"):
+        if objective.signal in ("hidden", "routers", "own_routers", "ahead"):
             assert objective.signal in state_objectives._KINDS
             if objective.signal == "own_routers":
                 assert callable(getattr(router_losses, name))

@@ -648,7 +648,7 @@ def test_stored_in_half_precision_and_empty():
 # ----------------------------------------------------------------------------------------------- the registry
 
 
-ELSEWHERE = ("hidden", "routers", "own_routers")  # not on logits: tests/training/test_step_states.py
+ELSEWHERE = ("hidden", "routers", "own_routers", "ahead")  # not on logits: tests/training/test_step_states.py
 
 
 def test_registry_agrees_with_the_functions():
@@ -657,13 +657,16 @@ def test_registry_agrees_with_the_functions():
     positional = {"targets": ["targets"], "dense": ["teacher_logits"], "sparse": ["ids", "logprobs"]}
     positional["sampled"] = ["ids", "weights"]
     positional["aligned"] = ["teacher_logits", "aligned"]
+    positional["drawn"] = ["teacher_logits", "targets", "drawn"]
     for name, objective in on_logits.items():
         parameters = inspect.signature(getattr(losses, name)).parameters
         keywords = {k: p.default for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
         assert keywords == {k: option.default for k, option in objective.options.items()}, name
         others = [k for k, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
         assert others == ["student_logits", *positional[objective.signal]], name
-        assert objective.name == name and objective.live == (objective.signal in ("dense", "aligned"))
+        assert objective.name == name and objective.live == (
+            objective.signal in ("dense", "drawn", "aligned")
+        )
 
 
 @pytest.mark.parametrize("name", sorted(n for n, o in OBJECTIVES.items() if o.signal not in ELSEWHERE))
@@ -675,6 +678,7 @@ def test_a_recipe_and_a_function_refuse_the_same_values(name):
         "sparse": (torch.tensor([[0], [1]]), torch.full((2, 1), -0.5)),
         "sampled": (torch.tensor([[0], [1]]), torch.ones(2, 1)),
         "aligned": (torch.randn(2, 5), torch.tensor([True, False])),
+        "drawn": (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2,), -1.0)),
     }[OBJECTIVES[name].signal]
     for key in OBJECTIVES[name].options:
         for value in (-1, 0, 0.5, 1, 2, float("inf"), "renormalise", "zero", None):
