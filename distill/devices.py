@@ -3,6 +3,7 @@
 device = pick_device("auto"); print(describe_device(device))
 """
 
+import math
 import os
 import platform
 import resource
@@ -19,6 +20,7 @@ from distill.console import quiet_libraries
 from distill.errors import UserError
 
 MOST_THREADS = 4096  # of a recipe's `threads` too
+LEAST_PIECE = 64  # rows: a forward pass over fewer takes nearly as long
 
 
 def pick_device(name: str = "auto", threads: int = 0) -> torch.device:
@@ -115,6 +117,16 @@ def dealt(pieces: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
     done = {i: work(piece) for i, piece in enumerate(pieces) if owner[i] == rank}
     everyone = from_all(done)
     return [everyone[owner[i]][i] for i in range(len(pieces))]
+
+
+def even_size(count: int, most: int) -> int:
+    """How many of `count` rows make a piece, at most `most`: an even number of pieces of one size, so that two
+    processes have the same work; one piece where two would have less than LEAST_PIECE rows each.
+    """
+    pieces = max(1, math.ceil(count / most))
+    if pieces % 2 and count >= (pieces + 1) * LEAST_PIECE:
+        pieces += 1
+    return max(1, math.ceil(count / pieces))
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:

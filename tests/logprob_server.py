@@ -3,8 +3,8 @@
     with LogprobServer(model, reply=lambda question: "text") as server: server.base_url; server.scored
 
 `POST /v1/completions` takes ids and gives `prompt_logprobs`: null for the first, then {id: {logprob, rank,
-decoded_token}} of the `prompt_logprobs` likeliest ids and of the one that stands there. `most`: as `--max-logprobs`,
-and refused above it in vLLM's words; `broken` changes a reply before it is sent.
+decoded_token}} of the `prompt_logprobs` likeliest ids and of the one that stands there. `most`: as `--max-logprobs`;
+more is refused in vLLM's words. `broken` changes a reply before it is sent.
 """
 
 import json

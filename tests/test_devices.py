@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.devices import asked_threads, cores, pick_device
+from distill.devices import asked_threads, cores, even_size, pick_device
 from distill.errors import UserError
 
 NAMES = ("DISTILL_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -71,3 +71,13 @@ def test_what_torchrun_sets_by_itself_is_not_the_users_wish(monkeypatch):
     assert asked_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert asked_threads() == 2
+
+
+@pytest.mark.parametrize(
+    "count, most, size, pieces",
+    [(0, 64, 1, 0), (63, 64, 63, 1), (127, 256, 127, 1), (128, 256, 64, 2), (200, 64, 50, 4), (840, 256, 210, 4),
+     (600, 256, 150, 4), (10, 3, 3, 4), (1, 256, 1, 1)],
+)  # fmt: skip
+def test_pieces_that_two_processes_share_well(count, most, size, pieces):
+    """An even number of one size, where that leaves enough rows for a forward pass."""
+    assert even_size(count, most) == size <= most and -(-count // size) == pieces

@@ -17,13 +17,14 @@ import re
 import time
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate import PartialState
 from transformers import StopStringCriteria
 
 from distill import console
 from distill.config.evaluation import Evaluate
-from distill.devices import dealt, free_memory
+from distill.devices import dealt, even_size, free_memory
 from distill.models.chat import check_prompts, has_own_template, prompt_ids, whole_turn
 from distill.models.decode import Completion, Sampling, decode
 from distill.models.describe import describe_model
@@ -35,7 +36,6 @@ RUNS_ON = ("\n\n", "\nUser:")  # what follows the answer of a model that was nev
 MOST_ON_CPU = 1.5e9  # bytes of keys, values and logits
 LOGIT_BYTES = 24  # of a row and a token: scores in float32, their sum in float64
 _OPTION = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]\s*(\S.*?)\s*$")
-LEAST_PART = 32  # questions: fewer would waste a step of decoding
 
 
 def answer_problems(
@@ -50,8 +50,7 @@ def answer_problems(
 
     The measurements are seconds and tokens, as in `Cost` of metrics.json. `bar`: whether to show progress.
     """
-    check_prompts(tokenizer, problems, name)
-    prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
+    prompts = problem_prompts(tokenizer, problems, name)
     stop = stop_strings(tokenizer, section)
     batch = fitting_batch(model, len(tokenizer), prompts, section)
     asked = [(p, i) for p in range(len(problems)) for i in range(section.samples)]
@@ -98,16 +97,29 @@ def answer_problems(
     return rows, measured
 
 
+_LAST_READ: WeakKeyDictionary[Any, tuple[list[dict], list[list[int]]]] = WeakKeyDictionary()  # by tokenizer
+
+
+def problem_prompts(tokenizer, problems: list[dict], name: str = "problems") -> list[list[int]]:
+    """The prompt of every problem in ids, [P]. A tokenizer reads the same list once, whatever is measured with it.
+
+    Raises UserError, beginning with `name`, for prompts that the template refuses.
+    """
+    known, prompts = _LAST_READ.get(tokenizer, (None, []))
+    if known is not problems:
+        check_prompts(tokenizer, problems, name)
+        prompts = [prompt_ids(tokenizer, problem["messages"]) for problem in problems]
+        _LAST_READ[tokenizer] = problems, prompts
+    return prompts
+
+
 def answer_parts(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Places of questions of these lengths, longest first, in parts of one size that are decoded each by itself.
 
-    At most `batch_size` in a part, and an even number of parts where that leaves them `LEAST_PART` questions: two
-    processes then have the same work. Nothing here knows how many processes there are.
+    How many is `even_size`'s word, which two processes share well. Nothing here knows how many processes there are.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = max(1, math.ceil(len(order) / batch_size))
-    if count % 2 and len(order) >= (count + 1) * LEAST_PART:
-        count += 1
+    count = max(1, math.ceil(len(order) / even_size(len(order), batch_size)))
     ends = [len(order) * i // count for i in range(count + 1)]
     return [order[a:b] for a, b in itertools.pairwise(ends)]
 

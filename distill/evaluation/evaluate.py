@@ -29,6 +29,7 @@ from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
+from distill.evaluation.answers import problem_prompts
 from distill.evaluation.likelihood import choice_problems, letters_of
 from distill.evaluation.measure import Plan, TeacherReference, measure_model
 from distill.evaluation.saturation import add_saturation
@@ -36,7 +37,7 @@ from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
 from distill.integrity import verify_source, write_sealed
-from distill.models.chat import check_prompts, fix_date, reads_the_clock, template_date
+from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
 from distill.storage import (
@@ -227,7 +228,7 @@ def _run(
             verify_source(source, find_file(source["model"]), user)
     for name, path in checkpoints.items():  # all before any weight is loaded: mistakes surface in a second
         check_model(path)
-        check_prompts(plan.tokenizer(name, path), plan.problems, name)
+        problem_prompts(plan.tokenizer(name, path), plan.problems, name)
     if plan.section.interventions.any:
         from distill.evaluation.interventions import check_interventions
 

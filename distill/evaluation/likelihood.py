@@ -47,7 +47,7 @@ import numpy as np
 
 from distill.data.batches import TokenRows
 from distill.data.scoring import BATCH_LOGITS, length_batches, score_rows
-from distill.devices import dealt
+from distill.devices import dealt, even_size
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
 from distill.models.chat import completion_ids, prompt_ids
@@ -154,7 +154,8 @@ def _logprobs(model, tokenizer, contexts, texts, batch_size: int) -> list[list[f
     """Of every token of `texts` behind its context, row by row. The processes of a launch read a share each."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     rows = TokenRows(list(contexts), list(texts))
-    pieces = list(length_batches(rows, batch_size, max(1, BATCH_LOGITS // vocabulary)))
+    size = even_size(len(rows), batch_size)
+    pieces = list(length_batches(rows, size, max(1, BATCH_LOGITS // vocabulary)))
 
     def read(piece: np.ndarray) -> list[list[float]]:
         scores = score_rows(

@@ -8,7 +8,8 @@ Every process of a launch calls this, for the same model; what costs time is dea
 
 Always: answers with verdicts, scores per task and family, routing, cost of use, calibration of greedy answers.
 With a teacher of the same vocabulary: fidelity on both models' text, token calibration and the likelihood of the
-teacher's answers, one forward pass each over `fidelity_rows` answers; the teacher reads its own once for all.
+teacher's answers, one forward pass each over `fidelity_rows` answers; the teacher reads its own once for all, and an
+answer that is the teacher's word for word is read once by either.
 Asked for by the recipe, since they take time: likelihood, text, harness, interventions, precisions.
 """
 
@@ -25,13 +26,14 @@ from distill import console
 from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.devices import main_alone
-from distill.evaluation.answers import answer_problems, stop_strings
+from distill.evaluation.answers import answer_problems, problem_prompts, stop_strings
 from distill.evaluation.fidelity import (
     Reader,
     Reading,
     TokenCalibration,
     answer_calibration,
     answer_rows,
+    read_further,
     read_rows,
 )
 from distill.evaluation.likelihood import (
@@ -47,7 +49,6 @@ from distill.evaluation.routing import routing_section
 from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import AHEAD_PROMPTS, measure_ahead, usage_cost
 from distill.models.ahead import load_ahead
-from distill.models.chat import prompt_ids
 from distill.models.describe import describe_model
 from distill.models.load import load_model, load_tokenizer, same_vocabulary
 from distill.models.routers import find_routers
@@ -98,7 +99,7 @@ class TeacherReference:
 
     def taught(self, problems: list[dict], answers: list[dict]) -> "_Taught | None":
         """Its answers as rows to read: those that fidelity is measured on, and the finished ones; None without any."""
-        prompts = _prompts(self.tokenizer, problems)
+        prompts = problem_prompts(self.tokenizer, problems)
         written = [bool(a["completion_ids"]) and not a["error"] for a in answers]
         finished = [a["finish_reason"] == "stop" for a in answers]
         told, scored = _first(written, self.limit), _first(finished, self.limit)
@@ -117,7 +118,7 @@ class TeacherReference:
         """
         if not self.limit or not same_vocabulary(self.tokenizer, tokenizer):
             return {}
-        pad, prompts = tokenizer.pad_token_id, _prompts(tokenizer, problems)
+        pad, prompts = tokenizer.pad_token_id, problem_prompts(tokenizer, problems)
         taught = self.taught(problems, self.answers)
         if taught is None or not taught.told.any():
             return {}
@@ -127,11 +128,12 @@ class TeacherReference:
         )
         found: dict[str, Any] = {"fidelity": read.agreement(taught.rows, taught.told)}
         found["calibration"] = calibration.result()
-        same = prompts == _prompts(self.tokenizer, problems)
+        same = prompts == problem_prompts(self.tokenizer, problems)
         if same and (score := taught.likelihood(read, _context(model))):
             found["teacher_answers"] = score
         if written := answer_rows(prompts, own, self.limit):
-            found["fidelity"]["own_text"] = read_rows(reader, written, pad, self.reader).agreement(written)
+            heard = read_further(reader, written, pad, self.reader, taught.rows, read)
+            found["fidelity"]["own_text"] = heard.agreement(written)
         return found
 
     def own_likelihood(self, problems: list[dict], own: list[dict]) -> dict[str, Any] | None:
@@ -168,10 +170,6 @@ def _first(holds: list[bool], limit: int) -> np.ndarray:
     """[R] bool: the first `limit` at which it holds."""
     mask = np.array(holds, dtype=bool)
     return mask & (mask.cumsum() <= limit)
-
-
-def _prompts(tokenizer, problems: list[dict]) -> list[list[int]]:
-    return [prompt_ids(tokenizer, p["messages"]) for p in problems]
 
 
 def measure_model(
@@ -350,7 +348,7 @@ def _precision(
     section = plan.section.model_copy(update={"samples": 1, "temperature": 0.0})
     taught = reference and not is_teacher and same_vocabulary(reference.tokenizer, tokenizer)
     asks, answers = (reference.tokenizer, reference.answers) if taught else (tokenizer, own)
-    read = answer_rows(_prompts(asks, plan.problems), answers, PRECISION_ROWS)
+    read = answer_rows(problem_prompts(asks, plan.problems), answers, PRECISION_ROWS)
     if read is None:
         return []
 

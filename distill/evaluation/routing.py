@@ -55,9 +55,8 @@ from distill.config.evaluation import SEEN, Evaluate
 from distill.console import first_process
 from distill.devices import from_all, share_of, summed
 from distill.errors import RunError, UserError
-from distill.evaluation.answers import thinking_tokens
+from distill.evaluation.answers import problem_prompts
 from distill.evaluation.routes import spread, token_pieces, write_routes
-from distill.models.chat import prompt_ids
 from distill.models.routers import Router, bare_model
 from distill.moe.metrics import whole_model
 from distill.moe.recording import Decisions, Recording, record_routing
@@ -218,8 +217,8 @@ def finished(rows: list[dict], limit: int) -> list[dict]:
 
 def token_pairs(tokenizer, rows: list[dict], problems: list[dict]) -> list[tuple[list[int], list[int]]]:
     """(prompt_ids, completion_ids) of each answer, as it was asked."""
-    asked = {problem["prompt_id"]: problem for problem in problems}
-    prompts = {row["prompt_id"]: prompt_ids(tokenizer, asked[row["prompt_id"]]["messages"]) for row in rows}
+    asked = problem_prompts(tokenizer, problems)
+    prompts = {problem["prompt_id"]: ids for problem, ids in zip(problems, asked)}
     return [(prompts[row["prompt_id"]], list(row["completion_ids"])) for row in rows]
 
 
@@ -305,10 +304,8 @@ class _Labels:
     def __init__(self, tokenizer, answers: list[dict], pairs: list[tuple[list[int], list[int]]]):
         self.answers, self.pairs = answers, pairs
         self.classes = []
-        for prompt, completion in pairs:
-            text = tokenizer.decode(completion, skip_special_tokens=True)
-            thinking = thinking_tokens(tokenizer, prompt, completion, text)
-            self.classes.append(token_classes(len(prompt), len(completion), thinking))
+        for row, (prompt, completion) in zip(answers, pairs):
+            self.classes.append(token_classes(len(prompt), len(completion), row["thinking_tokens"]))
         seen = Counter(i for prompt, completion in pairs for i in [*prompt, *completion[:-1]])
         ids = sorted(i for i, n in seen.most_common(TOKEN_IDS) if n >= SEEN)
         self.text = {i: token_pieces(tokenizer, [i])[0] for i in ids}

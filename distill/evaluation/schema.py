@@ -204,7 +204,7 @@ class Cost(Block):
     flops_per_answer: int
     prefill_tokens: int | None = Field(None, description="tokens of the one prompt that was timed")
     prefill_tokens_per_second: Number = Field(None, description="median of three, batch 1")
-    decode_tokens_per_second_batch_1: Number = Field(None, description="median of three, one answer alone")
+    decode_tokens_per_second_batch_1: Number = Field(None, description="of the median step, one answer alone")
     weight_bytes: int
     kv_bytes_per_token: int
     usd_per_hour: Number = Field(None, description="as given; nothing is assumed")

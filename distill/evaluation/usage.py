@@ -3,13 +3,15 @@
     distill evaluate CHECKPOINT ... --usd-per-hour 0.35        -> models.<name>.cost in metrics.json
     measure_ahead(model, ahead, tokenizer, prompts, 80)        # where a module for a token further ahead lies beside it
 
-A short fixed workload, so that models compare: one prompt of 512 tokens read (prefill), one answer of 32
-tokens written alone (decode at batch 1: what one waiting person gets), each the median of three after a
-warm-up. Decode at the batch that the evaluation used is the evaluation itself. Prices per token follow from
-those speeds and from what an hour of this device costs you; without that price they are null, never a guess.
-Timings are of this machine and whatever else it was doing; nothing tests them.
+A short fixed workload, so that models compare: one prompt of 512 tokens read (prefill; the median of three after a
+warm-up), and the steps of one answer of 32 tokens written alone (decode at batch 1: what one waiting person gets; the
+median step, which a slow one among the 32 does not move). Decode at the batch that the evaluation used is the
+evaluation itself. Prices per token follow from those speeds and from what an hour of this device costs you; without
+that price they are null, never a guess. Timings are of this machine and whatever else it was doing; nothing tests
+them.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,13 +21,13 @@ import torch
 
 from distill.models.ahead import TokenAhead, decode_ahead
 from distill.models.decode import Sampling, decode
+from distill.models.hooks import Hooks
 from distill.models.load import eos_ids
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 32
 _DECODE_PROMPT = 16
 _REPEATS = 3
-_WARM_TOKENS = 4
 AHEAD_PROMPTS = 32  # answers in which drafts are counted
 _ALONE = 6  # of them are timed, one at a time
 
@@ -77,16 +79,10 @@ def measure_speed(model, tokenizer) -> dict[str, Any]:
     prompt = ids[0, : min(_DECODE_PROMPT, context // 2)].tolist()
     tokens = min(DECODE_TOKENS, context - len(prompt))
 
-    def write(length: int = tokens) -> None:
-        # No end tokens: the answer has its full length whatever the model thinks of random ids.
-        decode(model, [prompt], Sampling(max_new_tokens=length), eos_ids=set(), pad_id=0, batch_size=1)
-
     return {
         "prefill_tokens": ids.shape[1],
         "prefill_tokens_per_second": round(ids.shape[1] / prefill, 1),
-        "decode_tokens_per_second_batch_1": round(
-            tokens / _seconds(write, device, lambda: write(min(tokens, _WARM_TOKENS))), 1
-        ),
+        "decode_tokens_per_second_batch_1": round(1 / _step_seconds(model, prompt, tokens), 1),
     }
 
 
@@ -126,12 +122,25 @@ def measure_ahead(
     return found
 
 
-def _seconds(work: Callable[[], Any], device: torch.device, warm: Callable[[], Any] | None = None) -> float:
-    """Median wall time of `work`, after one unmeasured call of it, or of what is shorter and warms as well."""
+def _step_seconds(model, prompt: list[int], tokens: int) -> float:
+    """Median wall time of a decoding step: from one call of the model to the next, whatever lies between them.
+
+    No end tokens: the answer has its full length whatever the model thinks of random ids.
+    """
+    calls: list[float] = []
+    with Hooks() as hooks:
+        hooks.before(model, lambda _model, _args: calls.append(time.perf_counter()))
+        decode(model, [prompt], Sampling(max_new_tokens=tokens), eos_ids=set(), pad_id=0, batch_size=1)
+    steps = [end - start for start, end in itertools.pairwise([*calls, time.perf_counter()])]
+    return statistics.median(steps[1:] or steps)  # the first one reads the prompt
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Median wall time of `work`, after one call of it that is not measured."""
     times = []
-    for call in (warm or work, *[work] * _REPEATS):
+    for _ in range(1 + _REPEATS):
         start = time.perf_counter()
-        call()
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

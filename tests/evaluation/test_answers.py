@@ -7,7 +7,7 @@ import pytest
 
 from distill.config.evaluation import Evaluate
 from distill.evaluation import answers
-from distill.evaluation.answers import fitting_batch, options_of, stop_strings
+from distill.evaluation.answers import fitting_batch, options_of, problem_prompts, stop_strings
 from distill.models.load import load_model, load_tokenizer
 from distill.tasks.verify import chosen_option, judge
 
@@ -22,6 +22,20 @@ def test_the_cache_is_counted_before_it_is_made(hub, monkeypatch):
     assert fitting_batch(model, 258, prompts, section) == 10
     monkeypatch.setattr(answers, "free_memory", lambda _device: 1)
     assert fitting_batch(model, 258, prompts, section) == 1
+
+
+def test_a_tokenizer_reads_the_same_problems_once(hub, monkeypatch):
+    tokenizer, read = load_tokenizer(hub["llama"]), []
+    problems = [
+        {"prompt_id": str(i), "messages": [{"role": "user", "content": f"{i} + 1"}]} for i in range(3)
+    ]
+    plainly = answers.prompt_ids
+    monkeypatch.setattr(answers, "prompt_ids", lambda *a: read.append(a) or plainly(*a))
+    first = problem_prompts(tokenizer, problems)
+    assert problem_prompts(tokenizer, problems) is first and len(read) == 3
+    assert first == [plainly(tokenizer, p["messages"]) for p in problems]
+    assert problem_prompts(tokenizer, problems[1:]) == first[1:], "other problems are read anew"
+    assert problem_prompts(load_tokenizer(hub["llama"]), problems) == first and len(read) == 8
 
 
 def test_a_smaller_batch_is_told_and_gives_the_same_answers(hub, tmp_path, run_cli, monkeypatch):

@@ -87,6 +87,30 @@ def test_the_teacher_reads_a_text_once_for_all(case):
         assert sum(read) == 7 + 2 * found["fidelity"]["own_text"]["answers"]
 
 
+def test_an_answer_that_is_the_teachers_is_read_once(case):
+    """Word for word, behind the same question: what is said of it is what a pass of its own would say."""
+    reference, student, tokenizer, problems, own = case
+    taught = [answer["completion_ids"] for answer in reference.answers]
+    own[0]["completion_ids"], own[4]["completion_ids"] = list(taught[0]), list(taught[4])
+    own[2]["completion_ids"] = list(taught[0])  # the teacher's words, behind another question
+    prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]
+    expected = fidelity(student, load_model(reference.path, "fp32"), answer_rows(prompts, own, 5), 0)
+    read = []
+    with Hooks() as hooks:
+        hooks.before(decoder_layers(student)[1][0], lambda _layer, args: read.append(args[0].shape[0]))
+        found = reference.compare(student, tokenizer, problems, own)["fidelity"]["own_text"]
+    alike(found, expected)
+    assert found["answers"] == 5 and sum(read) == 1 + 7 + 3, (
+        "the head is asked once; then the teacher's seven, and three of its own five"
+    )
+    for i, answer in enumerate(own):
+        answer["completion_ids"] = list(taught[i])
+    alike(
+        reference.compare(student, tokenizer, problems, own)["fidelity"]["own_text"],
+        fidelity(student, load_model(reference.path, "fp32"), answer_rows(prompts, own, 5), 0),
+    )
+
+
 def test_a_reader_gives_the_same_bits_and_forgets_nothing_else(case):
     student = case[1]
     rows = answer_rows([[5, 6], [7]], [{"completion_ids": [8, 9], "error": None}] * 2, 2)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.config.evaluation import Evaluate
 from distill.errors import RunError, UserError
 from distill.evaluation import routing as module
+from distill.evaluation.answers import thinking_tokens
 from distill.evaluation.routes import read_routes, spread, token_pieces, write_routes
 from distill.evaluation.routing import (
     CLASSES,
@@ -76,6 +77,9 @@ def answers(tokenizer) -> tuple[list[dict], list[dict]]:
         )
     rows[3] |= {"completion_ids": rows[3]["completion_ids"][:9], "verdict": "truncated"}
     rows[5] |= {"completion_ids": [], "verdict": "error", "error": "non-finite logits"}
+    for row in rows:
+        text = tokenizer.decode(row["completion_ids"])
+        row["thinking_tokens"] = thinking_tokens(tokenizer, [], row["completion_ids"], text)
     return problems, rows
 
 
