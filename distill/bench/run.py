@@ -40,7 +40,7 @@ from distill.bench.plan import Task, plan
 from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
 from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_results
 from distill.errors import DistillError, RunError, UserError
-from distill.files import replacing, sync_all
+from distill.files import replacing, sync_all, writing
 from distill.integrity import entries, record_entries, write_sealed
 from distill.storage import MANIFEST, find_file, read_json, write_json
 
@@ -346,8 +346,10 @@ def prepare(section: Prepared | None) -> None:
 def run_task(task: Task, redo: bool = False) -> float:
     """Do one task, or what is left of it. Raises UserError and RunError of its stages."""
     begun = time.perf_counter()
-    task.folder.mkdir(parents=True, exist_ok=True)
-    with open(task.folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with writing(task.folder):
+        task.folder.mkdir(parents=True, exist_ok=True)
+        log = open(task.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    with log, contextlib.redirect_stdout(log):
         {"base": _base, "answers": _answers, "rows": _rows, "run": _run}[task.kind](task, redo)
     return time.perf_counter() - begun
 
