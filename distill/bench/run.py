@@ -42,7 +42,7 @@ from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_resul
 from distill.errors import DistillError, RunError, UserError
 from distill.files import replacing, sync_all, writing
 from distill.integrity import entries, record_entries, write_sealed
-from distill.storage import MANIFEST, find_file, read_json, write_json
+from distill.storage import MANIFEST, find_file, read_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
 
@@ -85,7 +85,7 @@ def run_tuning(
     )
     about = {"commit": commit(), "device": device, "seconds": clock.data["wall"].get(BUDGET, 0.0)}
     found = tuning_results(whole, file, read_values(recipe, BUDGET, tasks)[0], about)
-    write_json(find_file(whole.tuning.results), found)
+    write_sealed(find_file(whole.tuning.results), found)
     return found
 
 

@@ -60,7 +60,6 @@ def choose(section: Tuning, values: dict[str, dict[int, float]]) -> dict[str, Ch
 
     `values`: {"ARM=RATE@metric": {seed: value}}.
     """
-    best = max if metric(section.metric).unit == "%" else min
     found = {}
     for arm, tuned in section.arms.items():
         tried = {}
@@ -70,9 +69,10 @@ def choose(section: Tuning, values: dict[str, dict[int, float]]) -> dict[str, Ch
                 "mean": statistics.fmean(by_seed.values()),
                 "values": {str(seed): value for seed, value in by_seed.items()},
             }
-        chosen = best(tried, key=lambda rate: tried[rate]["mean"])
+        rates = {f"{rate:g}": of for rate, of in tried.items()}
+        chosen = next(rate for rate in tried if f"{rate:g}" == _best(section.metric, rates))
         found[arm] = {
-            "rates": {f"{rate:g}": of for rate, of in tried.items()},
+            "rates": rates,
             "chosen": chosen,
             "edge": chosen in (min(tried), max(tried)),
             "serves": tuned.serves,
@@ -98,9 +98,20 @@ def apply_rates(bench: Bench) -> dict[str, Any] | None:
             "for; run `distill bench FILE --tune` again"
         )
     for arm, of in kept["arms"].items():
+        if f"{of['chosen']:g}" != _best(section.metric, of["rates"]):
+            raise UserError(
+                f"{section.results} is damaged: the rate chosen for {arm} is not the best of those in it; copy it "
+                "again, or run `distill bench FILE --tune` again"
+            )
         for name in (arm, *section.arms[arm].serves):
             bench.give_rate(name, of["chosen"])
     return kept
+
+
+def _best(name: str, rates: dict[str, dict]) -> str:
+    """The first of them, from the lowest on, that has the best mean of its seeds' values."""
+    best = max if metric(name).unit == "%" else min
+    return best(sorted(rates, key=float), key=lambda rate: statistics.fmean(rates[rate]["values"].values()))
 
 
 def tuning_results(bench: Bench, file: Path, values: dict, about: dict[str, Any]) -> dict[str, Any]:

@@ -36,10 +36,11 @@ from distill import console
 from distill.convert.gguf import Header, gguf_config, gguf_model, gguf_tokenizer, read_header, require_gguf
 from distill.errors import RunError, UserError, nearest
 from distill.files import replacing, sync_all, write_atomic
+from distill.integrity import write_sealed
 from distill.models.decode import Sampling, decode
 from distill.models.load import DTYPES
 from distill.stages import versions
-from distill.storage import MANIFEST, fingerprint, hash_file, write_json
+from distill.storage import MANIFEST, fingerprint, hash_file
 
 NEW_TOKENS = 32  # of each greedy answer that is compared
 ASKED = ("What is the capital of France?", "Write one sentence about the sea.")
@@ -118,7 +119,7 @@ def import_model(source: str, out: Path | None = None, dtype: str = "fp32") -> t
             del model
             origin = {"name": source if known else path.name, "sha256": _sha256(path)}
             manifest |= _manifest(temporary, origin, dtype, time.perf_counter() - begun)
-            write_json(temporary / MANIFEST, manifest)
+            write_sealed(temporary / MANIFEST, manifest)
             write_atomic(temporary / "README.md", import_card(out.name, header, known, manifest))
             sync_all(temporary)
     return out, manifest
