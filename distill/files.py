@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,8 @@ def system_problem(error: Exception) -> str | None:
         return None
     name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number in (*_FULL, *_CLOSED, errno.EIO):
-        return refusal(Path(os.fsdecode(name)).parent if name else Path("."), number)
+        # Without a name it is a file that a library has opened: its temporary ones lie there.
+        return refusal(Path(os.fsdecode(name)).parent if name else Path(tempfile.gettempdir()), number)
     what = f"{shown(os.fsdecode(name))}: " if isinstance(name, (str, bytes)) else ""
     return f"{what}{os.strerror(number)}; look at this path (-v shows where), and run again"
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.bench.plan import Task
+from distill.files import replacing
 from distill.storage import read_json, read_rows
 
 ITEMS = "items.parquet"
@@ -162,9 +163,8 @@ def write_items(table: Table, path: Path) -> None:
                 ]
                 parts.append(pa.Table.from_arrays(columns, schema=SCHEMA))
     whole = pa.concat_tables(parts).unify_dictionaries() if parts else SCHEMA.empty_table()
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(whole, temporary, compression="zstd", compression_level=12)
-    temporary.replace(path)
+    with replacing(path, whole.nbytes) as temporary:
+        pq.write_table(whole, temporary, compression="zstd", compression_level=12)
 
 
 def _whole(column: np.ndarray) -> list[int | None]:

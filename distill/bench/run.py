@@ -40,9 +40,9 @@ from distill.bench.plan import Task, plan
 from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
 from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_results
 from distill.errors import DistillError, RunError, UserError
-from distill.files import replacing, sync_all
+from distill.files import replacing, sync_all, writing
 from distill.integrity import entries, record_entries, write_sealed
-from distill.storage import MANIFEST, find_file, read_json, write_json
+from distill.storage import MANIFEST, find_file, read_json
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
 
@@ -85,7 +85,7 @@ def run_tuning(
     )
     about = {"commit": commit(), "device": device, "seconds": clock.data["wall"].get(BUDGET, 0.0)}
     found = tuning_results(whole, file, read_values(recipe, BUDGET, tasks)[0], about)
-    write_json(find_file(whole.tuning.results), found)
+    write_sealed(find_file(whole.tuning.results), found)
     return found
 
 
@@ -355,8 +355,10 @@ def prepare(section: Prepared | None) -> None:
 def run_task(task: Task, redo: bool = False) -> float:
     """Do one task, or what is left of it. Raises UserError and RunError of its stages."""
     begun = time.perf_counter()
-    task.folder.mkdir(parents=True, exist_ok=True)
-    with open(task.folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with writing(task.folder):
+        task.folder.mkdir(parents=True, exist_ok=True)
+        log = open(task.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    with log, contextlib.redirect_stdout(log):
         {"base": _base, "answers": _answers, "rows": _rows, "run": _run}[task.kind](task, redo)
     return time.perf_counter() - begun
 

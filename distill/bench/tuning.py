@@ -62,19 +62,19 @@ def choose(section: Tuning, values: dict[str, dict[int, float]]) -> dict[str, Ch
     """
     found = {}
     for arm, tuned in section.arms.items():
-        of = section.metric_of(arm)
-        best = max if metric(of).unit == "%" else min
+        by = section.metric_of(arm)
         tried = {}
         for rate in sorted(tuned.rates):
-            by_seed = values[f"{rate_name(arm, rate)}@{of}"]
+            by_seed = values[f"{rate_name(arm, rate)}@{by}"]
             tried[rate] = {
                 "mean": statistics.fmean(by_seed.values()),
                 "values": {str(seed): value for seed, value in by_seed.items()},
             }
-        chosen = best(tried, key=lambda rate: tried[rate]["mean"])
+        rates = {f"{rate:g}": of for rate, of in tried.items()}
+        chosen = next(rate for rate in tried if f"{rate:g}" == _best(by, rates))
         found[arm] = {
-            "metric": of,
-            "rates": {f"{rate:g}": of for rate, of in tried.items()},
+            "metric": by,
+            "rates": rates,
             "chosen": chosen,
             "edge": chosen in (min(tried), max(tried)),
             "serves": tuned.serves,
@@ -101,9 +101,20 @@ def apply_rates(bench: Bench) -> dict[str, Any] | None:
             "for; run `distill bench FILE --tune` again"
         )
     for arm, of in kept["arms"].items():
+        if f"{of['chosen']:g}" != _best(of["metric"], of["rates"]):
+            raise UserError(
+                f"{section.results} is damaged: the rate chosen for {arm} is not the best of those in it; copy it "
+                "again, or run `distill bench FILE --tune` again"
+            )
         for name in (arm, *section.arms[arm].serves):
             bench.give_rate(name, of["chosen"])
     return kept
+
+
+def _best(name: str, rates: dict[str, dict]) -> str:
+    """The first of them, from the lowest on, that has the best mean of its seeds' values."""
+    best = max if metric(name).unit == "%" else min
+    return best(sorted(rates, key=float), key=lambda rate: statistics.fmean(rates[rate]["values"].values()))
 
 
 def tuning_results(bench: Bench, file: Path, values: dict, about: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from transformers import (
 
 from distill import console
 from distill.errors import UserError
+from distill.files import writing
 
 MAGIC = b"GGUF"
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -208,9 +209,10 @@ def gguf_config(path: Path) -> PreTrainedConfig:
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / "header.gguf"
         head = struct.pack("<4sIQQ", MAGIC, header.version, len(header.tensors), header.kept_count)
-        stub.write_bytes(head + header.kept + header.table)
-        with open(stub, "r+b") as file:
-            file.truncate(stub.stat().st_size + path.stat().st_size)
+        data = head + header.kept + header.table
+        with writing(Path(folder), len(data)), open(stub, "wb") as file:
+            file.write(data)
+            file.truncate(len(data) + path.stat().st_size)
         try:
             config = AutoConfig.from_pretrained(folder, gguf_file=stub.name)
         except (ValueError, KeyError, NotImplementedError, OSError) as error:

@@ -35,10 +35,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from distill import console
 from distill.convert.gguf import Header, gguf_config, gguf_model, gguf_tokenizer, read_header, require_gguf
 from distill.errors import RunError, UserError, nearest
+from distill.files import replacing, sync_all, write_atomic
+from distill.integrity import write_sealed
 from distill.models.decode import Sampling, decode
 from distill.models.load import DTYPES
 from distill.stages import versions
-from distill.storage import MANIFEST, fingerprint, hash_file, write_json
+from distill.storage import MANIFEST, fingerprint, hash_file
 
 NEW_TOKENS = 32  # of each greedy answer that is compared
 ASKED = ("What is the capital of France?", "Write one sentence about the sea.")
@@ -109,27 +111,17 @@ def import_model(source: str, out: Path | None = None, dtype: str = "fp32") -> t
             f"import: reading {path.name} ({path.stat().st_size / 1e6:,.0f} MB, {header.architecture})"
         )
         tokenizer, model = gguf_tokenizer(path, header), gguf_model(path, config)
-        temporary = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
+        size = sum(p.numel() for p in model.parameters()) * DTYPES[dtype].itemsize
+        with replacing(out, size) as temporary:
+            temporary.mkdir()
             _write(temporary, model, tokenizer, config, header, dtype)
             manifest = _compared(temporary, model, tokenizer, dtype)
             del model
             origin = {"name": source if known else path.name, "sha256": _sha256(path)}
             manifest |= _manifest(temporary, origin, dtype, time.perf_counter() - begun)
-            write_json(temporary / MANIFEST, manifest)
-            card = import_card(out.name, header, known, manifest)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            if out.is_dir():
-                out.rmdir()
-            temporary.rename(out)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {out}: {error.strerror or error}; free some space, or give another --out"
-            ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            write_sealed(temporary / MANIFEST, manifest)
+            write_atomic(temporary / "README.md", import_card(out.name, header, known, manifest))
+            sync_all(temporary)
     return out, manifest
 
 

@@ -19,7 +19,7 @@ from distill.errors import UserError
 from distill.report.drawing import INK, MUTED, RC, new_figure, plain_axes, to_svg
 from distill.report.numbers import si
 from distill.report.pages import page_environment
-from distill.storage import write_atomic, write_json
+from distill.storage import json_text, write_atomic, write_json
 
 _STRATEGY_WORDS = {"teacher": "keep calling the teacher", "distil": "distil", "direct": "train directly"}
 _LOOK = {  # fill, hatch, dashes
@@ -32,9 +32,13 @@ COLUMNS, ROWS = 160, 60
 
 
 def write_page(found: dict[str, Any], out: Path) -> Path:
-    """`break_even.json` and `break_even.html` in `out`. Raises UserError where either exists already."""
+    """`break_even.json` and `break_even.html` in `out`. Raises UserError where either exists already.
+
+    The very same numbers may be there: a command that was stopped between the two goes on.
+    """
     page, data = out / "break_even.html", out / "break_even.json"
-    there = [path for path in (page, data) if path.exists()]
+    same = data.is_file() and data.read_bytes() == json_text(found).encode()
+    there = [path for path in (page, data) if path.exists() and not (same and path == data)]
     if there:
         raise UserError(
             *(f"{path} exists; remove it or give another --out (nothing is overwritten)" for path in there)

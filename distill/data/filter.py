@@ -76,8 +76,9 @@ def make_dataset(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
     stage.begin(redo)
     signal = _usable_signal(recipe, config["tokenizer"])
     if signal and signal["kind"] == HIDDEN:
-        with replacing(stage.folder / HEAD) as temporary:
-            shutil.copyfile(recipe.path / "generations" / HEAD, temporary)
+        head = recipe.path / "generations" / HEAD
+        with replacing(stage.folder / HEAD, head.stat().st_size) as temporary:
+            shutil.copyfile(head, temporary)
     prompts = {row["prompt_id"]: row for row in read_rows(recipe.path / "prompts")}
     if texts:
         rows = document_rows(prompts, tokenizer, recipe.prompts.window)

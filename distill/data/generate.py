@@ -9,6 +9,7 @@ computed alone, from the seed and its own prompts, and is whole or absent. So a 
 resume end with byte-identical parts. A failed row is a row with an `error`, never a missing one.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,10 +107,10 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
             if not writer.path(index).is_file():
                 if limits.reached():
                     break
-                if not claimed(writer.path(index)):
-                    continue
-                writer.write(index, answer_chunk(recipe, teacher, chunk, meter))
-                if ranks.is_main_process:
+                with claimed(writer.path(index)) as mine:
+                    if mine:
+                        writer.write(index, answer_chunk(recipe, teacher, chunk, meter))
+                if mine and ranks.is_main_process:
                     stage.checkpoint_clock()
     if isinstance(teacher, VllmTeacher):
         teacher.close()
@@ -145,18 +146,26 @@ def keeps_cut(recipe: Recipe) -> bool:
     return "length" in (recipe.filter.finish_reasons or ())
 
 
-def claimed(part: Path) -> bool:
+@contextlib.contextmanager
+def claimed(part: Path) -> Iterator[bool]:
     """Whether this process is the one that makes `part`: it is the first to create the file that says so.
 
-    Parts are taken when a process is free, so a slow one does not hold the others up. The claim has the name of a
-    temporary file: what a killed run leaves of it goes before the next one starts.
+    Parts are taken when a process is free, so a slow one does not hold the others up. What fails is claimed no longer.
+    The claim has the name of a temporary file: what a killed run leaves of it goes before the next one starts.
     """
+    claim, mine = part.with_name(f".{part.name}.claim.tmp0"), True
     with writing(part.parent):
         try:
-            part.with_name(f".{part.name}.claim.tmp0").touch(exist_ok=False)
+            claim.touch(exist_ok=False)
         except FileExistsError:
-            return False
-    return True
+            mine = False
+    try:
+        yield mine
+    except BaseException:
+        if mine:
+            with contextlib.suppress(OSError):
+                claim.unlink()
+        raise
 
 
 def chunks(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:

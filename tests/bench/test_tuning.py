@@ -9,6 +9,7 @@ from distill.bench.grid import load_bench
 from distill.bench.plan import plan
 from distill.bench.tuning import BUDGET, apply_rates, choose, edges, rate_name, tuning_bench, tuning_text
 from distill.errors import UserError
+from distill.integrity import write_sealed
 
 RATES = [0.001, 0.01, 0.1]
 
@@ -114,6 +115,25 @@ def test_a_choice_made_for_something_else_is_refused(path, tmp_path, change):
     }[change]
     (tmp_path / "tuned.json").write_text(json.dumps({**tuned(bench), **change}))
     with pytest.raises(UserError, match="--tune"):
+        apply_rates(bench)
+
+
+def test_a_flipped_bit_of_what_was_chosen_is_told(path, tmp_path):
+    """Sealed, and where it is an older file without a seal: a choice is worked out of its values again."""
+    bench, _ = load_bench(path)
+    file, found = tmp_path / "tuned.json", tuned(bench)
+    write_sealed(file, found)
+    assert apply_rates(bench)["arms"] == found["arms"]
+    sound = file.read_bytes()
+    for place in range(0, len(sound), 7):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 2]) + sound[place + 1 :])
+        try:
+            assert apply_rates(bench)["arms"] == found["arms"], place  # white space
+        except UserError as error:
+            assert "tuned.json" in str(error)
+    found["arms"]["sequence"]["chosen"] = 0.1
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match="the rate chosen for sequence is not the best"):
         apply_rates(bench)
 
 

@@ -2,11 +2,15 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from conftest import PYTHON
+from gguf_example import write_gguf
 from spread import spread
 
 from distill.commands.cli import main
@@ -14,6 +18,7 @@ from distill.errors import RunError
 from distill.files import (
     check_targets,
     is_leftover,
+    remove,
     remove_dead,
     replacing,
     shown,
@@ -30,19 +35,24 @@ def one_line(code: int, err: str) -> str:
     return lines[0]
 
 
-def limited(most: int, report, *command) -> tuple[int, str]:
+def limited(most: int, *command) -> tuple[int, str]:
     """A command in a process whose files may not grow beyond so many bytes: what a full disk is to a writer."""
+    heard, said = os.pipe()
     if (pid := os.fork()) == 0:
-        handle = os.open(report, os.O_WRONLY | os.O_CREAT)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest has put another one in its place
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        # pytest has put files of its own in their place.
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         code = main([str(word) for word in command])
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    os.close(said)
+    with open(heard, errors="replace") as pipe:
+        told = pipe.read()
     _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), report.read_text()
+    return os.waitstatus_to_exitcode(status), told
 
 
 # Which file of the stage is the first above the limit.
@@ -63,12 +73,82 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(make_recipe, run_cli, c
     before = ("generate", "filter", "train")
     for earlier in before[: {"generate": 0, "train": 2, "evaluate": 3}[command]]:
         assert run_cli(earlier, path)[0] == 0
-    code, err = limited(most, run_dir.parent / "said", command, path)
+    code, err = limited(most, command, path)
     line = one_line(code, err)
     assert f"cannot write {run_dir / folder}" in line and "free some space and run again" in line, line
     assert "bytes needed in" in line and " free), finished parts are kept" in line, line
     assert not [p for p in run_dir.rglob(".*") if is_leftover(p)]
     assert run_cli(command, path)[0] == 0
+
+
+# What each stage of the finished run makes: its words, and the folders and files that go before it is made again.
+MADE = {
+    "generate": (["generate"], ["prompts", "generations", "recipe.yaml"]),
+    "filter": (["filter"], ["dataset", "recipe.yaml"]),
+    "train": (["train"], ["student", "control", "recipe.yaml"]),
+    "evaluate": (["evaluate"], ["eval", "recipe.yaml"]),
+    "report": (["report"], ["report.html"]),
+    "merge": (["merge", "RUN/student", "--out", "RUN/merged"], ["merged"]),
+    "export": (["export", "RUN", "--out", "RUN/rows.parquet"], ["rows.parquet"]),
+    "export lines": (["export", "RUN", "--out", "RUN/rows.jsonl"], ["rows.jsonl"]),
+    "import": (["import", "GGUF", "--out", "RUN/imported"], ["imported"]),
+    "inherit": (
+        ["inherit", "RUN/student", "--per-flaw", "1", "--max-new-tokens", "3", "--out", "RUN/audit"],
+        ["audit"],
+    ),
+    "evaluate a checkpoint": (
+        ["evaluate", "RUN/student", "--tasks", "easy", "--problems", "2", "--max-new-tokens", "3", "--no-speed",
+         "--out", "RUN/found"],
+        ["found"],
+    ),
+    "cost": (["cost", "RUN", "--break-even", "--usd-per-hour", "1", "--out", "RUN/bill"], ["bill"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", spread(MADE, 4))
+def test_no_file_of_a_command_is_left_half(name, finished, tmp_path):
+    """The limit is just below the size of each file that it makes, in turn: every kind of file is refused once."""
+    run = tmp_path / "run"
+    words, made = MADE[name]
+    gguf = tmp_path / "tiny.gguf"
+    if "GGUF" in words:
+        pytest.importorskip("gguf")
+        write_gguf(gguf, ends={"eot": 0})
+    shutil.copytree(finished / "run", run)
+    words = [word.replace("RUN", str(run)).replace("GGUF", str(gguf)) for word in words]
+    if len(words) == 1:
+        words += [str(finished / "run.yaml"), f"run_dir={run}"]
+    clear(run, made)
+    assert main(words) == 0
+    whole = contents(run, made)
+    clear(run, made)
+    limits = sorted({size - 1 for size, _ in whole.values() if size})
+    for limit in limits if len(limits) < 12 else [*limits[::3], limits[-1]]:
+        code, said = limited(limit, *words)
+        assert code, f"{limit} bytes were enough, and a file has more"
+        line = one_line(code, said)
+        # What is read of a GGUF file is tried with a copy of its header, which lies with the temporary files.
+        places = [str(run), *([f"{tempfile.gettempdir()}/tmp"] if name == "import" else [])]
+        assert line.partition("cannot write ")[2].startswith(tuple(places)) and "bytes needed in" in line, (
+            line
+        )
+        assert not [p for p in run.rglob(".*") if is_leftover(p)]
+    assert main(words) == 0
+    again = contents(run, made)
+    assert again.keys() == whole.keys()
+    same = [n for n in whole if n.endswith((".parquet", ".safetensors", "rows.jsonl"))]
+    assert {n: again[n][1] for n in same} == {n: whole[n][1] for n in same}
+
+
+def clear(run: Path, made: list[str]) -> None:
+    for name in made:
+        remove(run / name)
+
+
+def contents(run: Path, made: list[str]) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, hash)} of the files that are made."""
+    found = [p for name in made for p in (run / name, *(run / name).rglob("*")) if p.is_file()]
+    return {str(p.relative_to(run)): (p.stat().st_size, hash_file(p)) for p in found}
 
 
 def test_a_page_on_a_full_disk(run_cli, finished, monkeypatch):

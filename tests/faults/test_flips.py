@@ -153,6 +153,36 @@ def test_a_flipped_bit_of_a_shipped_checkpoint_is_told(checkpoint, tmp_path):
     verify_folder(folder)
 
 
+def test_a_flipped_bit_of_what_a_student_is_made_from_is_told(make_recipe, hub, capsys):
+    """The base of `student.from`, and the teacher's head beside stored hidden states: the next stage reads both."""
+    path, run = make_recipe()
+    words = [
+        path, f"student={{from: {{model: {hub['qwen3_moe']}, layers: 1}}, adapter: full}}", "control.enabled=false",
+        "generate.signal={kind: hidden}", "train.objectives=[{name: forward_kl}]", "train.steps=2",
+        "filter.finish_reasons=[stop, length]", "filter.correct_only=false",
+    ]  # fmt: skip
+    for command in ("generate", "filter"):
+        assert main([command, *words]) == 0, capsys.readouterr().err
+    assert main(["train", *words]) == 0, capsys.readouterr().err
+    rng = random.Random(9)
+    names = ["base/model.safetensors", "base/config.json", "base/manifest.json", "dataset/head.safetensors",
+             "dataset/manifest.json", "generations/head.safetensors"]  # fmt: skip
+    for name in names:
+        sound = (run / name).read_bytes()
+        for _ in range(2):
+            shutil.rmtree(run / "student", ignore_errors=True)
+            shutil.rmtree(
+                run / "dataset" if name.startswith("generations") else run / "control", ignore_errors=True
+            )
+            flip(run / name, rng)
+            capsys.readouterr()
+            assert main(["run", *words]) in (1, 2), name
+            said = capsys.readouterr().err
+            assert Path(name).name in said and "Traceback" not in said, (name, said)
+            assert not (run / "student" / "manifest.json").exists()
+            (run / name).write_bytes(sound)
+
+
 def test_a_flipped_bit_in_a_state_is_told(tmp_path):
     from distill.training.checkpoint import load_state, save_state
 
