@@ -258,7 +258,7 @@ def _drafts(
     ahead = load_ahead(path, model)
     if ahead is None:
         return {}
-    asked = _prompts(tokenizer, problems[:: max(1, len(problems) // AHEAD_PROMPTS)][:AHEAD_PROMPTS])
+    asked = problem_prompts(tokenizer, problems[:: max(1, len(problems) // AHEAD_PROMPTS)][:AHEAD_PROMPTS])
     given = (model, ahead, tokenizer, asked, section.max_new_tokens, section.speed)
     with console.slow(f"evaluate {name}: a token ahead"):
         return {"ahead": main_alone(lambda: measure_ahead(*given))}
