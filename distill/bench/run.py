@@ -276,7 +276,10 @@ class _Clock:
         return [name for name in tasks if name in self.data["tasks"]]
 
     def estimate(self, left: list[Task]) -> float | None:
-        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first."""
+        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first.
+
+        Tasks that an earlier call of the command finished take none.
+        """
         by_arm: dict[str, list[float]] = {}
         for kept in self.data["tasks"].values():
             by_arm.setdefault(kept["arm"], []).append(kept["seconds"])
@@ -285,7 +288,9 @@ class _Clock:
             return None
         mean = statistics.fmean(runs)
         return sum(
-            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0])) for t in left
+            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0]))
+            for t in left
+            if t.name not in self.data["tasks"]
         )
 
 

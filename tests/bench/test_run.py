@@ -11,7 +11,7 @@ from grid_example import TINY, Inline, written
 from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
 from distill.bench.plan import plan
-from distill.bench.run import describe_plan, run_bench, run_tasks
+from distill.bench.run import _Clock, describe_plan, run_bench, run_tasks
 from distill.bench.tuning import BUDGET, tuning_bench
 from distill.commands.cli import main
 from distill.data.prompts import held_out
@@ -211,6 +211,17 @@ def test_what_the_shipped_claims_evaluate_can_be_measured(name):
         few = section.model_copy(update={"levels": dict.fromkeys(section.levels, 2)})
         check_measured(held_out(few, recipe.prompts, recipe.seed), few)
     assert len(sections) >= 2
+
+
+def test_what_an_earlier_call_finished_takes_no_time_any_more(small, tmp_path):
+    path, *_ = small
+    tasks = plan(load_bench(path)[0], "small", load_bench(path)[1])
+    (tmp_path / "clock.json").write_text(json.dumps({"tasks": {}, "wall": {}}))
+    clock = _Clock(tmp_path / "clock.json", "small")
+    runs = [t for t in tasks.values() if t.kind == "run"]
+    assert clock.estimate(runs) is None
+    clock.add(runs[0], 40.0)
+    assert clock.estimate(runs) == 40.0 * (len(runs) - 1)
 
 
 def test_a_dry_run_of_the_learning_rates_is_of_their_grid():
