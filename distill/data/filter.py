@@ -195,6 +195,12 @@ def _write(
             completion = _completion(prompt["answer"], tokenizer)
             answers.add(_row(prompt, row["sample_idx"], prompt["answer"], row["prompt_ids"], completion))
     if not kept.rows:
+        if by_rule["truncated"] > sum(by_rule.values()) / 2:
+            raise UserError(
+                f"no row is left to train on: {dict(by_rule)}; most answers ran into generate.max_new_tokens; raise it "
+                "and run generate with --redo, or loosen `filter` (filter.correct_only=false keeps wrong answers, "
+                "filter.finish_reasons=[stop, length] those that were cut off)"
+            )
         raise UserError(
             f"no row is left to train on: {dict(by_rule)}; loosen `filter` (filter.correct_only=false keeps "
             "wrong answers), or give a teacher that solves the prompts"

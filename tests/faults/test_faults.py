@@ -203,6 +203,15 @@ def test_nothing_left_to_train_on(make_recipe, run_cli):
     assert run_cli("filter", path)[0] == 0, "the fix that was named works, without --redo"
 
 
+def test_answers_that_were_cut_off_are_told_as_such(make_recipe, run_cli):
+    path, _ = make_recipe()
+    short = "generate.max_new_tokens=1"
+    assert run_cli("generate", path, short)[0] == 0
+    refused = run_cli("filter", path, short, "filter.finish_reasons=[stop]")
+    check_refusal(refused, "no row is left to train on", "generate.max_new_tokens")
+    assert run_cli("filter", path, short, "filter.finish_reasons=[stop, length]")[0] == 0, "the fix that was named works"
+
+
 def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeypatch):
     from distill.training.step import StudentStep
 
