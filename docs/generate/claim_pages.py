@@ -19,10 +19,11 @@ from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
 from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size
+from distill.bench.registration import History
 from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
 from distill.report.numbers import si
-from distill.storage import PROJECT_ROOT, hash_yaml, read_json
+from distill.storage import PROJECT_ROOT, hash_yaml, parse_yaml, read_json
 
 RESULTS_FOLDER = PROJECT_ROOT / "recipes" / "results"
 CLAIMS_PAGE = PROJECT_ROOT / "docs" / "claims.md"
@@ -33,8 +34,8 @@ PREFIXES = {BENCH: "claims", LANGUAGE_BENCH: "language"}  # of the files in reci
 CHINESE = PROJECT_ROOT / "docs" / "generate" / "claims.zh.yaml"
 # What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
 SHOWN = (
-    "distillation", "rejection-sampling", "on-policy", "moe-active", "balance-needed", "lora-as-full", "together-moe",
-    "more-than-the-sum", "inherits-wrong-rule", "verifier-stops-wrong-rule",
+    "distillation", "teacher-or-working", "not-beyond", "cheaper-in-usd", "bf16-loss", "balance-needed", "lora-as-full",
+    "compute-matters", "inherits-wrong-rule", "verifier-stops-wrong-rule",
 )  # fmt: skip
 _VERDICTS = {
     "SUPPORTED": "成立",
@@ -123,8 +124,33 @@ def compact(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def stale(results: dict[str, Any]) -> list[str]:
-    """Files that the results were made from and that have changed since."""
-    return [name for name, digest in results["recipes"].items() if hash_yaml(PROJECT_ROOT / name) != digest]
+    """Files that the results were made from and that have changed since in what the grid leaves as it is."""
+    bench = results["bench"]
+    return [
+        name
+        for name, digest in results["recipes"].items()
+        if hash_yaml(PROJECT_ROOT / name) != digest and (name == bench or not _as_then(name, results))
+    ]
+
+
+def _as_then(name: str, results: dict[str, Any]) -> bool:
+    """Whether a base recipe says today what it said in the commit of the results, but for keys that the grid sets."""
+    then = History(PROJECT_ROOT).text(results["commit"]["id"], name)
+    if then is None:  # no checkout
+        return False
+    grid = load_bench(str(PROJECT_ROOT / results["bench"]))[0].set
+
+    def seen(text: str) -> dict[str, Any]:
+        data = parse_yaml(text)
+        for key, value in grid.items():
+            *parents, last = key.split(".")
+            inside = data
+            for parent in parents:
+                inside = inside.setdefault(parent, {})
+            inside[last] = value
+        return data
+
+    return seen(then) == seen((PROJECT_ROOT / name).read_text(encoding="utf-8"))
 
 
 def first_registration(results: dict[str, Any]) -> bool:

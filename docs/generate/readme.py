@@ -15,6 +15,7 @@ to each of TRL's trainers and to the counted floor, measured side by side in one
 
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ _WORDS = {
         "student {student:.0f} s, control {control:.0f} s, evaluation of all four {eval:.0f} s. On the teacher's own "
         "answers the student's most likely next token is the teacher's for {agreement:.1f} % of tokens. The intervals "
         "cover another exam; they do not cover another training.",
-        "working": " What the teacher gives is the working: worked steps without a teacher teach as much (claims of "
-        "the first registration, {n} seeds, hard level, 200 steps each: {worked} against {taught} %).",
+        "working": " What the teacher gives is the working: worked steps without a teacher teach as much (claim "
+        "teacher-or-working, {verdict}; {n} seeds, hard level, 100 steps each: {worked} against {taught} %).",
     },
     "zh": {
         "score": "正确率，% [95 % 区间]",
@@ -77,7 +78,7 @@ _WORDS = {
         "学生最可能的下一个词元有 {agreement:.1f} % 与教师相同。"
         "区间只涵盖另一份试卷，不涵盖重新训练。",
         "working": "教师给出的是解题步骤：没有教师的带步骤答案效果相当"
-        "（第一次登记的说法，{n} 个种子，困难级，各 200 步：{worked} 对 {taught} %）。",
+        "（说法 teacher-or-working，{verdict}；{n} 个种子，困难级，各 100 步：{worked} 对 {taught} %）。",
     },
 }
 RECIPE = "recipes/demo.yaml"
@@ -140,17 +141,20 @@ def results_section(results: dict, language: str = "en") -> str:
 
 def _working(words: dict[str, str]) -> str:
     """What the same working teaches without a teacher, from the committed claims; empty without them."""
-    found = claim_results().get("full")
-    if found is None or not first_registration(found):
+    today = [found for found in claim_results().values() if not first_registration(found)]
+    if not today:
         return ""
-    taught, worked = (
-        found["arms"][arm]["metrics"]["accuracy.hard"] for arm in ("sequence-200", "worked-200")
-    )
-    shown = {
-        name: f"{100 * m:.1f} ± {100 * sd:.1f}"
-        for name, (m, sd) in {"taught": taught, "worked": worked}.items()
+    arms, claims = today[-1]["arms"], {claim["id"]: claim for claim in today[-1]["claims"]}
+    values = {
+        name: list(arms[arm]["metrics"]["accuracy.hard"]["values"].values())
+        for name, arm in (("taught", "sequence"), ("worked", "worked-100"))
     }
-    return words["working"].format(n=found["seeds"], **shown)
+    shown = {
+        name: f"{100 * statistics.fmean(of):.1f} ± {100 * statistics.stdev(of):.1f}"
+        for name, of in values.items()
+    }
+    verdict = claims["teacher-or-working"]["verdict"]
+    return words["working"].format(n=len(values["taught"]), verdict=verdict, **shown)
 
 
 def _cell(score: dict) -> str:

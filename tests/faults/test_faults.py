@@ -209,7 +209,8 @@ def test_answers_that_were_cut_off_are_told_as_such(make_recipe, run_cli):
     assert run_cli("generate", path, short)[0] == 0
     refused = run_cli("filter", path, short, "filter.finish_reasons=[stop]")
     check_refusal(refused, "no row is left to train on", "generate.max_new_tokens")
-    assert run_cli("filter", path, short, "filter.finish_reasons=[stop, length]")[0] == 0, "the fix that was named works"
+    code, _, err = run_cli("filter", path, short, "filter.finish_reasons=[stop, length]")
+    assert code == 0, f"the fix that was named works: {err}"
 
 
 def test_a_stopped_run_keeps_its_state_and_says_so(make_recipe, run_cli, monkeypatch):
