@@ -284,7 +284,7 @@ further = [
     *common,
     "control.enabled=false",
     f"student.model={start}",
-    f"train.steps={scaled(20, 2)}",
+    f"train.steps={scaled(20, 3)}",
     "train.learning_rate=3e-3",
     "train.objectives=[{name: reverse_kl}]",
 ]
