@@ -134,6 +134,7 @@ def begin(lesson: int, language: str = "en") -> Path:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     plt.rcParams.update({"figure.figsize": (7, 3), "figure.dpi": 150, "savefig.bbox": "tight"})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+    plt.rcParams["figure.constrained_layout.use"] = True  # labels of one figure stay out of its neighbour
     plt.rcParams.update({"grid.alpha": 0.3, "font.size": 10, "legend.frameon": False})
     folder = lessons_folder() / f"lesson{lesson}{scaled('', '-short')}"
     folder.mkdir(parents=True, exist_ok=True)

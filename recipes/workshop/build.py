@@ -27,6 +27,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need,
 
 from distill.errors import DistillError, RunError
 from distill.lessons import explore, record
+from distill.lessons.lesson import FOLDER as LESSONS
 from distill.lessons.lesson import NOW
 from distill.storage import PROJECT_ROOT, read_json, write_json
 
@@ -298,7 +300,10 @@ def clean_outputs(made) -> list[list[dict]]:
 
 
 def run(numbers: list[int]) -> None:
-    """Execute lessons in the full budget and keep what came out. Raises RunError for a number outside its range."""
+    """Execute lessons in the full budget and keep what came out. Raises RunError for a number outside its range.
+
+    In a folder of its own, without finished stages of an earlier run: the minutes are those of a learner's first time.
+    """
     from distill.devices import describe_device, pick_device
     from distill.stages import versions
 
@@ -306,7 +311,9 @@ def run(numbers: list[int]) -> None:
     os.environ["DISTILL_LESSON_BUDGET"] = "full"
     for number in numbers:
         lesson = read_lesson(number)
-        made, told, seconds = execute_in_kernel(lesson)
+        with tempfile.TemporaryDirectory(prefix="lesson-") as fresh:
+            os.environ[LESSONS] = fresh
+            made, told, seconds = execute_in_kernel(lesson)
         outside = [e for e in told["expected"] if not e["met"]]
         for e in told["expected"]:
             print(f"  {e['name']}: {e['value']:.4g} ({e['low']:g} to {e['high']:g})")

@@ -284,11 +284,11 @@ further = [
     *common,
     "control.enabled=false",
     f"student.model={start}",
-    f"train.steps={scaled(20, 2)}",
+    f"train.steps={scaled(20, 3)}",
     "train.learning_rate=3e-3",
     "train.objectives=[{name: reverse_kl}]",
 ]
-own = f"train.on_policy={{fraction: 1.0, buffer_steps: {scaled(5, 2)}, max_new_tokens: 80}}"
+own = f"train.on_policy={{fraction: 1.0, buffer_steps: {scaled(5, 2)}, max_new_tokens: 80{scaled('', ', most_truncated: 1.0')}}}"
 after = {
     "before": found["cross_entropy"],
     "teacher's text": judged(experiment(folder / "off-policy", further, data=data) / "student"),

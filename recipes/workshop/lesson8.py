@@ -69,7 +69,7 @@ for axis, (name, one) in zip(axes, use.items()):
     for expert, part in enumerate(often.tolist()):
         axis.text(expert, float(worth[expert]), f"{100 * part:.0f}", ha="center", va="bottom", fontsize=9)
     axis.set(
-        xlabel="expert; above it: % of the tokens' choices",
+        xlabel="expert (above: % of choices)",
         title=name.removeprefix("model.").removesuffix(".mlp"),
     )
     axis.set_xticks(range(8))
@@ -81,18 +81,18 @@ for name, ways in chosen.items():
     print(f"{name}: by worth {sorted(ways['worth'])}, by use {sorted(ways['often'])}, {both} of 4 the same")
 
 # %% [markdown] lang="en"
-# **Worth** of an expert, by REAP: over the tokens that chose it, the mean of *router weight times length of its output*. That is how much it moves the hidden state when it is asked. **Use** is how often it is asked. A specialist is asked seldom and moves much; a count would throw it away.
+# **Worth** of an expert, by REAP: over the tokens that chose it, the mean of *router weight times length of its output*. That is how much it moves the hidden state when it is asked. **Use** is how often it is asked. This teacher was balanced (lesson 5), so all are used about as often, 11 to 14 %, and a count says next to nothing. Their worth differs up to five times.
 #
 # ## The cut
 #
-# Half of the experts go, in every layer: 4 of 8 stay, and the router keeps their rows. Two students: one keeps the 4 of most worth, the other 4 drawn by chance.
+# Half of the experts go, in every layer: 4 of 8 stay, and the router keeps their rows. Two students: one keeps the 4 of most worth, the other 4 drawn by chance. (The recipe reads prompts of all levels, the figure hard ones alone; where the two choose another expert, it shows that worth is a property of a text.)
 
 # %% [markdown] lang="zh"
-# 按 REAP 的定义，专家的**价值**是：对选中它的那些词元，取“路由权重 × 输出的长度”的平均，也就是被问到时它把隐藏状态推动了多少。**使用率**则是它多久被问一次。专才很少被问，一问就推动很多；只数次数会把它扔掉。
+# 按 REAP 的定义，专家的**价值**是：对选中它的那些词元，取“路由权重 × 输出的长度”的平均，也就是被问到时它把隐藏状态推动了多少。**使用率**则是它多久被问一次。这位教师做过均衡（第 5 课），各个专家用得差不多，都是 11% 到 14%，只数次数几乎什么也看不出；价值却能相差五倍。
 #
 # ## 剪枝
 #
-# 每一层砍掉一半专家：8 个留 4 个，路由器也只留这 4 行。两个学生：一个留价值最高的 4 个，另一个随机抽 4 个。
+# 每一层砍掉一半专家：8 个留 4 个，路由器也只留这 4 行。两个学生：一个留价值最高的 4 个，另一个随机抽 4 个。（配方读的是各个难度的题，上图只读难题；若两者选出的专家不同，正说明价值取决于文本。）
 
 # %%
 common = [
@@ -156,7 +156,7 @@ for how, run in runs.items():
 rows["control, reap"] = ask(load_model(str(runs["reap"] / "control"), "fp32"), tokenizer, problems)
 
 order = ["whole", "cut by reap", "control, reap", "taught, reap", "cut by random", "taught, random"]
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), gridspec_kw={"wspace": 0.4})
 for how, style in (("reap", "-"), ("random", "--")):
     left.plot([line["loss"] for line in step_log(runs[how] / "student")], style, label=f"taught, {how}")
 left.set(xlabel="optimizer step", ylabel="KL from the whole model (nats)", yscale="log")

@@ -137,6 +137,27 @@ def test_the_sentence_under_the_demo_is_that_of_the_claims():
     assert text in PAGES["en"].read_text() and len(taught) == len(worked) == 5
 
 
+def test_a_verdict_that_its_interval_does_not_show_explains_itself():
+    """INCONCLUSIVE beside an interval without zero is a riddle; the row says which correction took the verdict away."""
+    found = claim_results()["full"]
+    rows = {claim["id"]: claim_pages._row(claim, "en", found) for claim in found["claims"]}
+    for claim in found["claims"]:
+        told = "its own interval says" in rows[claim["id"]]
+        assert told == (claim["verdict"] == "INCONCLUSIVE" and claim["alone"] != "INCONCLUSIVE"), claim["id"]
+    assert (
+        "its own interval says SUPPORTED" in rows["balance-needed"] and "62 claims" in rows["balance-needed"]
+    )
+
+
+def test_the_table_of_claims_is_chinese_in_chinese():
+    """What was measured, and what will stand there when today's claims are."""
+    today = load_bench(str(ROOT / claim_pages.BENCH))[0].claims
+    for claim in [*claim_results()["full"]["claims"], *(claim.model_dump() for claim in today)]:
+        if claim["id"] in claim_pages.SHOWN:
+            for key in ("sentence", "hypothesis"):
+                assert re.search("[\u4e00-\u9fff]", claim_pages.in_language(claim[key], "zh")), claim[key]
+
+
 def test_the_checklist_has_every_claim_of_today():
     bench, _ = load_bench(str(ROOT / "recipes" / "claims.yaml"))
     page = readme.CLAIMS_PAGE.read_text()

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -324,7 +325,7 @@ def test_every_lesson_has_its_quiz_in_both_languages():
 
 def test_slides_hold_every_section_exercise_and_question_and_the_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(workshop, "FOLDER", tmp_path)
-    number = NUMBERS[-1]
+    number = 6
     workshop.write_slides([number])
     for language, ending in workshop.LANGUAGES.items():
         page = (tmp_path / f"slides{ending}.html").read_text()
@@ -356,13 +357,14 @@ def test_links_lead_somewhere():
 def test_overrides_in_the_texts_are_keys_of_a_recipe():
     found = set()
     for text in pages().values():
-        for code in re.findall(r"`([^`\n]+)`", text):
-            found |= {
-                w for w in code.split() if re.fullmatch(r"(train|student|teacher|generate)\.[\w.]+=\S+", w)
-            }
-    assert found
-    for word in found:
-        load_recipe("recipes/demo.yaml", [word])
+        for code in re.findall(r"`([^`\n]+=[^`\n]+)`", text):
+            recipe = re.search(r"recipes/\w+\.yaml", code)
+            words = shlex.split(code) if code.count("'") % 2 == 0 else code.split()
+            keys = [w for w in words if re.match(r"(train|student|teacher|generate)\.[\w.]+=\S", w)]
+            found |= {(recipe[0] if recipe else "recipes/demo.yaml", tuple(keys))} if keys else set()
+    assert len(found) > 5
+    for recipe, words in found:
+        load_recipe(recipe, list(words))
 
 
 # ---- the install cell -------------------------------------------------------------------------------------
