@@ -245,25 +245,14 @@ class TeachersByTag:
 
     def __init__(self, default: LocalTeacher, by_tag: dict[str, LocalTeacher]):
         """Raises UserError where their prompts or tokens differ: rows are read with one tokenizer."""
-        self.default, self.by_tag = default, by_tag
+        self.default, self.by_tag, self.name, self.opened = default, by_tag, default.name, default.opened
+        self._all = list(dict.fromkeys([default, *by_tag.values()]))
         for teacher in by_tag.values():
             if teacher.identity() != default.identity():
                 raise UserError(
                     f"generate.by_tag: {teacher.name} has another tokenizer or chat template than {default.name}; "
                     "specialists and teacher.model need the same"
                 )
-
-    @property
-    def name(self) -> str:
-        return self.default.name
-
-    @property
-    def opened(self) -> str:
-        return self.default.opened
-
-    @property
-    def _all(self) -> list[LocalTeacher]:
-        return list(dict.fromkeys([self.default, *self.by_tag.values()]))
 
     def open(self) -> None:
         for teacher in self._all:

@@ -91,7 +91,7 @@ def measure_ahead(
 ) -> dict[str, Any]:
     """`Ahead` of metrics.json: how many drafts are taken in greedy answers to these prompts, and what that saves.
 
-    With `speed`, some answers are written alone, with drafts and without, in turns: the same tokens either way.
+    With `speed`, some answers are written alone, with drafts and without: the same tokens either way.
     """
     ends, pad = eos_ids(model, tokenizer), tokenizer.pad_token_id
     given = {"eos_ids": ends, "pad_id": pad, "vocab_limit": len(tokenizer)}
@@ -106,19 +106,14 @@ def measure_ahead(
     }
     if speed:
         device = model.get_input_embeddings().weight.device
-        few = prompts[:: max(1, len(prompts) // _ALONE)][:_ALONE]
-        written = sum(len(a.ids) for a in answers[:: max(1, len(prompts) // _ALONE)][:_ALONE])
-
-        def alone(write: Callable[..., Any]) -> None:
-            for prompt in few:
-                write(prompt)
-
-        with_drafts = _seconds(
-            lambda: alone(lambda p: decode_ahead(model, ahead, [p], greedy, **given)), device
-        )
-        plain = _seconds(lambda: alone(lambda p: decode(model, [p], greedy, batch_size=1, **given)), device)
-        found["tokens_per_second"] = round(written / with_drafts, 1)
-        found["tokens_per_second_without"] = round(written / plain, 1)
+        few = slice(None, None, max(1, len(prompts) // _ALONE))
+        written = sum(len(answer.ids) for answer in answers[few])
+        for key, write in (
+            ("tokens_per_second", lambda p: decode_ahead(model, ahead, [p], greedy, **given)),
+            ("tokens_per_second_without", lambda p: decode(model, [p], greedy, batch_size=1, **given)),
+        ):
+            seconds = _seconds(lambda write=write: [write(prompt) for prompt in prompts[few]], device)
+            found[key] = round(written / seconds, 1)
     return found
 
 

@@ -198,7 +198,7 @@ class OnPolicyRows:
                 weights[self.section.first_tokens :] = 0
             if self.section.skip_truncated and int(written[-1]) not in self.eos_ids:
                 weights[:] = 0
-        counted = np.count_nonzero(made.weights)
+        counted = int(np.count_nonzero(made.weights))
         if self.balance:
             everyone = self.gather(tokens_by_tag(made, np.arange(len(made)), made.weights))
             total: dict[str, int] = {}

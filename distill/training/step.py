@@ -394,14 +394,12 @@ class Ahead(_State):
         before = shifted(states, mask, starts)
         inputs = {**batch.inputs(), "attention_mask": mask, "use_cache": False}
         found = self.module(before, embeddings, **{k: v for k, v in inputs.items() if k != "input_ids"})
-        if self.options["target"] == "tokens":
-            term, given = _CROSS_ENTROPY, {"targets": Given((batch.targets,))}
-        else:
-            own = replace(head, weight=head.weight.detach())
+        term, given = _CROSS_ENTROPY, {"targets": Given((batch.targets,))}
+        if self.options["target"] == "model":
             term = Term("forward_kl", "dense", options={"temperature": 1.0, "temperature_squared": False})
+            own = replace(head, weight=head.weight.detach())
             given = {"dense": Projected(at_places(states, batch.places), own)}
-        if batch.from_teacher is not None:
-            given["from_teacher"] = Given((batch.from_teacher,))
+        given |= {} if batch.from_teacher is None else {"from_teacher": Given((batch.from_teacher,))}
         return fused_loss(at_places(found, batch.places), head, [replace(term, weight=1.0)], given)[
             0
         ].reshape(1)

@@ -139,7 +139,7 @@ def test_tags_and_who_wrote_go_with_their_rows(source):
         assert rows.tags.tolist() == [f"row {i}" for i in made.plan.step_rows(3)[places]]
         assert rows.sampled.tolist() == made._writes(3)[places].tolist()
         for i, (place, sampled) in enumerate(zip(places, rows.sampled)):
-            own = made.buffer.get((3, int(place)))
+            own, *_ = made.buffer.get((3, int(place)), (None,))
             given = made.rows.row(made.plan.step_rows(3)[place])[1].tolist()
             assert rows.row(i)[1].tolist() == (own if sampled else given)
 
@@ -162,10 +162,12 @@ def test_the_alarm_counts_buffers_running_and_comes_back_on_a_resume(source, mon
 
 
 def test_the_state_has_the_buffers_of_all_processes(source):
-    other = [((0, 9), [5, 5])]
+    other = [((0, 9), ([5, 5], [-1.0, -2.0]))]
     made = source(gather=lambda v: [v, other] if isinstance(v, list) else [v])
     made.lot(0)
-    assert [0, 9, [5, 5]] in made.state()["buffer"] and len(made.state()["buffer"]) == 1 + len(made.buffer)
+    assert [0, 9, [5, 5], [-1.0, -2.0]] in made.state()["buffer"] and len(made.state()["buffer"]) == 1 + len(
+        made.buffer
+    )
 
 
 def test_tokens_are_those_of_all_processes(source):

@@ -119,7 +119,8 @@ def test_log_probabilities_are_those_of_the_draws(source, student):
 
 def test_a_resume_weighs_the_very_draws(trained, monkeypatch):
     """Ratios are of the weights that drew: without what was kept of them the steps after a resume would differ."""
-    options = [DRAWN, ALL_ITS_OWN, "control.enabled=false", *SGD]
+    guards = ["train.on_policy.first_tokens=4", "train.teachers.balance=true"]
+    options = [DRAWN, ALL_ITS_OWN, *guards, "control.enabled=false", *SGD]
     whole, whole_dir = trained("whole", *options)
     stopped_after(2, monkeypatch, lambda: trained("stopped", *options))
     state = next((whole_dir.parent / "stopped" / "student").glob("state-*"))
