@@ -322,8 +322,18 @@ def optimizer_steps(waits, folder: Path) -> None:
                     with torch.no_grad():
                         for p in step.parameters():
                             p.zero_()
-                    optimizer.state.clear()
-                    load_state(state / "state-0000002", step, optimizer)
+                    for fused in (True, False):  # as the kernel of a real device is, and as it is here
+                        optimizer.state.clear()
+                        for group in optimizer.param_groups:
+                            group["fused"] = fused if optimizer_name == "adamw" else None
+                        load_state(state / "state-0000002", step, optimizer)
+                        counters = [
+                            held["step"].device for held in optimizer.state.values() if "step" in held
+                        ]
+                        if where == GPU and counters:
+                            FOUND.setdefault("step counters", {})[str(fused)] = sorted(
+                                set(map(str, counters))
+                            )
             last = dict(waits.last)
             ends[where] = {n: p.detach() for n, p in step.named_parameters()} | {
                 "means": torch.tensor(seen.means)

@@ -63,6 +63,11 @@ def test_an_optimizer_step_waits_once(found, optimizer):
     assert step["waits"] == 1 and "train.py" in next(iter(step["where"])), step["where"]
 
 
+def test_the_step_counter_comes_back_to_where_the_update_reads_it(found):
+    """The fused update is one kernel, which refuses a counter on the CPU; the plain one reads it on the host."""
+    assert found["step counters"] == {"True": ["gpu:0"], "False": ["cpu"]}
+
+
 @pytest.mark.parametrize("how", ["greedy", "sampled"])
 def test_a_decoding_step_waits_for_its_end_check_alone(found, how):
     decoded = found[f"decode {how}"]

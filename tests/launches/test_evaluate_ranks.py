@@ -23,7 +23,7 @@ def evaluated(tmp_path, hub, name: str, start):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {i} " * (i + 1)}) for i in range(9)) + "\n")
     out = tmp_path / name
-    options = ["--tasks", "easy", "medium", "--problems", "40", "--max-new-tokens", "12", "--top-k", "1"]
+    options = ["--tasks", "easy", "medium", "--problems", "70", "--max-new-tokens", "12", "--top-k", "1"]
     options += ["--text", str(text), "--precision", "bf16", "--teacher", hub["qwen3_moe"], "--out", str(out)]
     start(["evaluate", hub["llama"], *options])
     return out

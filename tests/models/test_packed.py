@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.models import packed
 from distill.models.packed import packed_linears
@@ -94,3 +96,65 @@ def test_without_memory_or_the_operators_nothing_changes(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with packed_linears(model):
         assert packed_dtypes(model) == {}
+
+
+def adapted(dtype=torch.float32, **options):
+    """`Two` with an adapter that is not zero on both of its layers, in evaluation mode."""
+    model = get_peft_model(Two(dtype), LoraConfig(r=4, target_modules=["large", "small"], **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def sums_of(model) -> dict[str, bool]:
+    """Layer -> whether its sum was packed, of the layers with an adapter that work in another way."""
+    found = {name.split(".")[-1]: m.forward for name, m in model.named_modules() if "forward" in vars(m)}
+    return {name: how.packed is not None for name, how in found.items() if isinstance(how, packed._PackedSum)}
+
+
+@torch.inference_mode()
+def test_a_layer_with_an_adapter_multiplies_once():
+    model, x = adapted(lora_alpha=16), torch.randn(3, 5, 160)
+    expected, state = model(x), {name: p.clone() for name, p in model.state_dict().items()}
+    with packed_linears(model), FlopCounterMode(display=False) as counter:
+        found = model(x)
+        assert sums_of(model) == {"large": True, "small": True}, "small ones too: two products less"
+        # Nothing is left of the adapter's own products but the two that made the sums.
+        assert counter.get_total_flops() == 2 * 4 * 160 * (192 + 8)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), model.base_model.model(x))
+            assert not torch.allclose(model(x), expected, atol=0.1)
+        assert torch.equal(model(x), found)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert sums_of(model) == {} and all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+
+
+def test_an_adapter_in_other_numbers_or_with_gradient_works_as_it_did():
+    for model, cast in ((adapted(torch.bfloat16), False), (adapted(), True)):
+        x = torch.randn(6, 160).to(model.base_model.model.large.weight.dtype)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            expected = model(x)
+            with packed_linears(model):
+                assert torch.equal(model(x), expected)
+                assert sums_of(model) == {"large": False, "small": False}
+    model = adapted()
+    with packed_linears(model):
+        model(torch.randn(6, 160)).sum().backward()
+        assert sums_of(model) == {"large": False, "small": False}
+    assert any(p.grad is not None for n, p in model.named_parameters() if "lora_A" in n)
+
+
+@torch.inference_mode()
+def test_adapters_of_another_kind_are_left_alone():
+    listened, two = adapted(), adapted()
+    listened.base_model.model.large.base_layer.register_forward_hook(lambda *_: None)
+    two.add_adapter("other", LoraConfig(r=2, target_modules=["large"]))
+    two.base_model.set_adapter(["default", "other"])
+    for model, expected in ((listened, {"small"}), (adapted(use_dora=True), set()), (two, set())):
+        x = torch.randn(2, 160)
+        before = model(x)
+        with packed_linears(model):
+            torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+            assert set(sums_of(model)) == expected

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import ROOT
 from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 from warm import Started
@@ -241,6 +243,15 @@ def test_sharding_is_refused_where_accelerate_would_not_shard(make_recipe, monke
     fake_dataset(run_dir)
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="asks for FSDP and Accelerate would run NO instead"):
+        train_arms(load_recipe(path, [PLAIN]))
+
+
+def test_deepspeed_is_refused_before_anything_is_loaded(make_recipe, monkeypatch):
+    """A step of its engine for every micro-batch would be another training than the recipe's."""
+    path, run_dir = make_recipe()
+    fake_dataset(run_dir)
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _self: DistributedType.DEEPSPEED))
+    with pytest.raises(UserError, match=r"recipes/accelerate/fsdp2\.yaml, which shards the same things"):
         train_arms(load_recipe(path, [PLAIN]))
 
 
