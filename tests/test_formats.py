@@ -61,6 +61,13 @@ def test_blocks_are_apart_ragged_ends_are_blocks_and_what_is_not_finite_shows(na
     lost = form.round_trip(bad).isnan()
     assert lost[1, : form.size].all() and lost[2, form.size : 2 * form.size].all()
     assert lost.sum() == 2 * form.size
+    for value in (torch.inf, torch.nan):  # the others are what they are without that block
+        bad, without = matrix.clone(), matrix.clone()
+        bad[1, 0], without[1, : form.size] = value, 0
+        found = form.round_trip(bad)
+        assert found[1, : form.size].isnan().all()
+        found[1, : form.size] = 0
+        assert torch.equal(found, form.round_trip(without))
     assert form.bits == {"mxfp4": 4.25, "mxfp8": 8.25, "nvfp4": 4.5}[name]
 
 

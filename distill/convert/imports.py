@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from distill import console
 from distill.convert.gguf import Header, gguf_config, gguf_model, gguf_tokenizer, read_header, require_gguf
 from distill.errors import RunError, UserError, nearest
-from distill.files import replacing, sync_all, write_atomic
+from distill.files import check_targets, replacing, sync_all, write_atomic
 from distill.integrity import write_sealed
 from distill.models.decode import Sampling, decode
 from distill.models.load import DTYPES
@@ -102,6 +102,7 @@ def import_model(source: str, out: Path | None = None, dtype: str = "fp32") -> t
     out = out or Path("checkpoints") / (source if known else Path(source).stem)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another --out, nothing is written over")
+    check_targets(folder_out=out)
     require_gguf()
     begun = time.perf_counter()
     with _file_of(source, known) as path:

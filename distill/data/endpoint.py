@@ -15,7 +15,7 @@ own defaults then apply (vLLM takes them from the model, unless started with `--
 
 What a server sent becomes an answer that can be stored, or a reason in one line. Nothing is trusted: a bad field
 costs that field, a bad answer that row; bodies end at a size that the question cannot need, unpacked or not, and
-nothing is sent to another host than the one in the recipe.
+nothing is sent to another host than the one in the recipe. Each question has a connection of its own, without cookies.
 
     answer = read_reply(body, key)      # body: bytes of a chat completion; raises BadReply
 

@@ -1,5 +1,6 @@
 """Teacher outputs: every (prompt, sample) once, failures as rows, randomness from the key, flat memory."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -194,12 +195,17 @@ def test_a_part_has_one_maker_and_a_free_process_takes_the_next(make_recipe, scr
     recipe = load_recipe(path, ["generate.part_size=6"])
     make_prompts(recipe)
     real, busy = module.claimed, []
-    assert real(run_dir / "prompts" / "x") and not real(run_dir / "prompts" / "x")  # the first one has it
+    part = run_dir / "prompts" / "x"
+    with pytest.raises(KeyError), real(part) as first, real(part) as second:
+        assert first and not second  # the first one has it
+        raise KeyError  # what fails is free again
+    with real(part) as mine:
+        assert mine
 
     def claimed(part):
         if part.name == "part-00001.parquet":
             busy.append(part)
-            return False
+            return contextlib.nullcontext(False)
         return real(part)
 
     monkeypatch.setattr(module, "claimed", claimed)

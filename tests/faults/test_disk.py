@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import PYTHON
 from gguf_example import write_gguf
 from spread import spread
@@ -190,6 +191,60 @@ def test_a_read_only_folder_is_told_before_work_begins(make_recipe, run_cli, rea
         f"run_dir={shown(f'{read_only}/run')} cannot be written: {read_only} is read-only for you; give another path"
         in err
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "RUN/student", "--out", "CLOSED/x"],
+        ["export", "RUN", "--out", "CLOSED/x.jsonl"],
+        ["import", "GGUF", "--out", "CLOSED/x"],
+        ["inherit", "RUN/student", "--out", "CLOSED/x"],
+        ["evaluate", "RUN/student", "--tasks", "easy", "--out", "CLOSED/x"],
+        ["cost", "RUN", "--break-even", "--out", "CLOSED/x"],
+        ["init", "CLOSED/x"],
+        ["bench", "BENCH"],
+        ["bench", "OPEN", "--out", "CLOSED/x.json"],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[-1:]),
+)
+def test_a_read_only_target_is_told_before_work_begins(finished, tmp_path, run_cli, read_only, words):
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "tiny.gguf", ends={"eot": 0})
+    for name, place in (("BENCH", read_only / "grid"), ("OPEN", tmp_path / "grid")):
+        file = {"title": "t", "recipe": str(finished / "run.yaml"), "run_dir": str(place), "set": {}, "claims": [],
+                "arms": {"a": {}}, "budgets": {"small": {"seeds": 1}}}  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(file))
+    places = {"RUN": finished / "run", "CLOSED": read_only, "GGUF": tmp_path / "tiny.gguf",
+              "BENCH": tmp_path / "BENCH.yaml", "OPEN": tmp_path / "OPEN.yaml"}  # fmt: skip
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    code, _, err = run_cli(*words)
+    assert code == 2 and "Traceback" not in err and str(read_only) in err and "read-only for you" in err, err
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_finished_run_that_was_put_on_a_closed_disk(finished, tmp_path, run_cli):
+    """What is done before is said so; what would have to write says in one line where it cannot."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting needs root: {mounted.stderr.strip()}")
+    try:
+        run = Path(shutil.copytree(finished / "run", place / "run"))
+        subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        recipe = [str(finished / "run.yaml"), f"run_dir={run}"]
+        codes = {}
+        for words in (["filter", *recipe], ["provenance", str(run)], ["report", *recipe], ["run", *recipe],
+                      ["evaluate", *recipe, "evaluate.max_new_tokens=5", "--redo"]):  # fmt: skip
+            codes[words[0]], _, err = run_cli(*words)
+            lines = [line for line in err.splitlines() if line.startswith("distill: ")]
+            assert "Traceback" not in err and len(lines) <= 1, (words, err)
+            assert not codes[words[0]] or (str(run) in lines[0] and "writ" in lines[0]), (words, err)
+        assert codes["provenance"] == 0 and codes["evaluate"] in (1, 2)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path):

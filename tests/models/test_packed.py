@@ -68,6 +68,12 @@ def test_layers_that_somebody_changed_are_left_alone():
         assert model.large.forward is own
     assert model.large.forward is own
     model = Two()
+    model.large.weight = type("Packed", (nn.Parameter,), {})(
+        model.large.weight.detach()
+    )  # as libraries quantize
+    with packed_linears(model):
+        assert packed_dtypes(model) == {}
+    model = Two()
     nn.utils.parametrizations.weight_norm(model.large)
     with packed_linears(model):
         assert packed_dtypes(model) == {}

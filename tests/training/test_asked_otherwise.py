@@ -41,6 +41,11 @@ def test_a_told_teacher_says_what_it_says_behind_its_own_prompt(hub):
     told_messages = [told(m, answer, context) for m, answer in zip(asked, ("4", "yes {question}", ""))]
     assert told_messages[1][1]["content"] == "a longer question? The answer is yes {question}"
     assert [m["role"] for m in told_messages[0]] == ["system", "user"]
+    given = [{"role": "system", "content": "Be long."}, *asked[0]]
+    assert told(given, "4", Context(system="Be brief.")) == [
+        {"role": "system", "content": "Be brief."},
+        *asked[0],
+    ], "one of them, and not the student's"
     answers = [tokenizer(t)["input_ids"] for t in ("five", "no", "or so")]
     data = TokenRows([prompt_ids(tokenizer, m) for m in asked], answers)
     data.messages = told_messages

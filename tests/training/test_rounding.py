@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from distill.config.training import Lora, Objective, Train
 from distill.models.lora import add_lora
-from distill.training.rounding import _outputs, lost_steps, matrices, spacing, stored_matrices, unseen
+from distill.training.rounding import (
+    _outputs,
+    _pushes,
+    lost_steps,
+    matrices,
+    spacing,
+    stored_matrices,
+    unseen,
+)
 from distill.training.step import StudentStep
 from distill.training.train import make_optimizer
 
@@ -52,6 +60,7 @@ def test_weights_between_the_numbers_lose_nothing():
     for model, says in ((build("qwen3"), False), (stored_in(build("qwen3")), True)):
         assert (lost_steps(train, torch.bfloat16, matrices(model)) is not None) == says
         assert lost_steps(train, None, matrices(model)) is None, "float32 sees everything"
+    assert lost_steps(train.model_copy(update={"optimizer": "sgd"}), torch.bfloat16, matrices(model)) is None
     coarse = stored_in(build("qwen3"))
     assert unseen(matrices(coarse), 1e-5, torch.float16).share < unseen(matrices(coarse), 1e-5).share
 
@@ -91,6 +100,13 @@ def test_small_updates_vanish_in_bf16_and_float32_sees_them():
     assert hidden == pytest.approx(exact, rel=0.2), "the weights did move"
     assert low < 0.4 * exact, "and the loss does not see it, but for the norms"
     assert 1.5 * low < head < exact
+
+
+def test_a_step_of_an_adapter_by_hand():
+    """alpha / rank, or alpha / sqrt(rank); rank numbers of variance 1/3, all pushed one way."""
+    sizes = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).abs().sum(0) / 3**0.5
+    torch.testing.assert_close(_pushes(Lora(rank=4, alpha=8)), 2 * sizes)
+    torch.testing.assert_close(_pushes(Lora(rank=4, alpha=8, rslora=True)), 4 * sizes)
 
 
 def test_an_exact_head_multiplies_in_float32():
@@ -144,6 +160,10 @@ def test_files_say_what_the_loaded_model_says(coarse):
     assert (
         stored.share == pytest.approx(loaded.share, abs=0.02) and stored.groups.keys() == loaded.groups.keys()
     )
+    sizes = [
+        sorted(count for _, _, count in of) for of in (stored_matrices(Path(coarse), model), matrices(model))
+    ]
+    assert sizes[0] == sizes[1], "each stands for all of its numbers"
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
