@@ -198,12 +198,12 @@ def to_device(module: nn.Module) -> nn.Module:
     moved: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, p in list(part._parameters.items()):
-            if p is not None:
+            if p is not None and not isinstance(p.data, OnDevice):
                 if id(p) not in moved:
                     moved[id(p)] = nn.Parameter(OnDevice(p.detach()), requires_grad=p.requires_grad)
                 part._parameters[name] = moved[id(p)]
         for name, b in list(part._buffers.items()):
-            if b is not None:
+            if b is not None and not isinstance(b, OnDevice):
                 part._buffers[name] = OnDevice(b)
     return module
 

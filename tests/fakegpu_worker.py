@@ -34,7 +34,7 @@ GPU = torch.device("gpu", 0)
 CPU = torch.device("cpu")
 DENSE = (
     "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl",
-    "total_variation", "alpha_beta_divergence", "ranking_hinge", "ranking_logistic",
+    "total_variation", "alpha_beta_divergence", "ranking_hinge", "ranking_logistic", "top_reverse_kl",
 )  # fmt: skip
 FOUND: dict[str, dict] = {}
 
@@ -107,6 +107,8 @@ def one_step(
     for o in objectives:
         if o.signal in ("sparse", "sampled"):
             batch.signal = stored(o.signal, len(batch.targets))
+        if o.signal == "drawn":
+            batch.drawn = torch.linspace(-6, -1, len(batch.targets))
     if isinstance(said, StoredTeacher):
         batch.signal = States(torch.randn(len(batch.targets), 32, generator=torch.Generator().manual_seed(3)))
     for _ in range(2):  # the first time a router's score function is told, and a teacher's head travels
@@ -136,6 +138,9 @@ def objectives(waits) -> None:
     compare_steps("cross_entropy", waits, [o("cross_entropy")])
     for name in DENSE:
         compare_steps(name, waits, [o("cross_entropy"), o(name)])
+    compare_steps("sampled_reverse_kl", waits, [o("sampled_reverse_kl", clip=0.2)])
+    for target in ("tokens", "model"):
+        compare_steps(f"multi_token {target}", waits, [o("multi_token", target=target, weight=0.1), o("cross_entropy")])
     for tail in ("renormalise", "tail_bucket", "zero"):
         compare_steps(f"sparse_forward_kl {tail}", waits, [o("sparse_forward_kl", tail=tail)])
     compare_steps("sampled_cross_entropy", waits, [o("sampled_cross_entropy")])
@@ -171,7 +176,7 @@ def memory() -> None:
         form = "targets" if name == "cross_entropy" else "dense"
         chunks = (1 if form == "targets" else 2) * chunk * vocabulary * 2
         peaks = []
-        for _ in range(3):  # the least: when Python collects what it no longer needs is chance
+        for _ in range(5):  # the least: when Python collects what it no longer needs is chance
             gc.collect()
             start = HELD.reset()
             fused.fused_loss(hidden, head, [fused.Term(name, form, 1.0, options)], {form: signals[form]})

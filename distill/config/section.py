@@ -52,10 +52,16 @@ class Section(BaseModel):
         A key of `later` is left out while it is at its default: what was made before there was the key is what it was.
         """
         settings = self.model_dump(mode="json", **how)
+        self._forget_later(settings)
+        return settings
+
+    def _forget_later(self, settings: dict[str, Any]) -> None:
         for name in self.later:
             if name in settings and getattr(self, name) == type(self).model_fields[name].default:
                 del settings[name]
-        return settings
+        for name in settings:
+            if isinstance(inner := getattr(self, name, None), Section):
+                inner._forget_later(settings[name])
 
 
 def _unstorable(value: Any) -> str | None:

@@ -14,6 +14,7 @@ from conftest import PYTHON, ROOT
 OBJECTIVES = (
     "cross_entropy", "forward_kl", "reverse_kl", "generalized_jsd", "skew_forward_kl", "skew_reverse_kl",
     "adaptive_kl", "total_variation", "alpha_beta_divergence", "ranking_hinge", "ranking_logistic",
+    "top_reverse_kl", "sampled_reverse_kl", "multi_token tokens", "multi_token model",
     "sparse_forward_kl renormalise", "sparse_forward_kl tail_bucket", "sparse_forward_kl zero",
     "sampled_cross_entropy", "hidden_cosine", "hidden_mse", "router_distillation", "sequence_balance",
     "batch_balance", "several teachers", "stored states", "own head with a soft cap", "packed rows", "uld",
