@@ -140,7 +140,9 @@ def objectives(waits) -> None:
         compare_steps(name, waits, [o("cross_entropy"), o(name)])
     compare_steps("sampled_reverse_kl", waits, [o("sampled_reverse_kl", clip=0.2)])
     for target in ("tokens", "model"):
-        compare_steps(f"multi_token {target}", waits, [o("multi_token", target=target, weight=0.1), o("cross_entropy")])
+        compare_steps(
+            f"multi_token {target}", waits, [o("multi_token", target=target, weight=0.1), o("cross_entropy")]
+        )
     for tail in ("renormalise", "tail_bucket", "zero"):
         compare_steps(f"sparse_forward_kl {tail}", waits, [o("sparse_forward_kl", tail=tail)])
     compare_steps("sampled_cross_entropy", waits, [o("sampled_cross_entropy")])

@@ -163,6 +163,18 @@ def quick_cases() -> list[Case]:
     return [Case(SMALL, method, "forward_kl") for method in (NAIVE, OURS, STORED, DISTILLATION, GKD)]
 
 
+def real_cases(precisions: tuple[str, ...] = ("fp32", "bf16")) -> list[Case]:
+    """SmolLM2's shape, forward KL: a live teacher, stored hidden states, stored tokens, LoRA, and TRL."""
+    cases = []
+    for precision in precisions:
+        more = () if precision == "fp32" else (COMPILED, DISTILLATION_AUTOCAST)
+        cases += [
+            Case(REAL, method, "forward_kl", precision)
+            for method in (NAIVE, OURS, HIDDEN, STORED, LORA, DISTILLATION, *more)
+        ]
+    return cases
+
+
 def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
     """(everything worth measuring on a CPU with these matmul rates, what is left out and why)."""
     ours_and_peers, short = (OURS, DISTILLATION, GKD), (NAIVE, OURS, DISTILLATION, STORED)
@@ -172,8 +184,7 @@ def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
         cases += [Case(LARGE, m, "forward_kl", allocator=allocator) for m in forward]
         others = [(name, m) for name in ("reverse_kl", "generalized_jsd") for m in ours_and_peers]
         cases += [Case(LARGE, m, name, allocator=allocator) for name, m in others]
-    stored = (NAIVE, OURS, HIDDEN, STORED, LORA, DISTILLATION)
-    cases = [Case(REAL, m, "forward_kl") for m in stored] + cases
+    cases = real_cases(("fp32",)) + cases
     left_out = []
     for precision, gain in (
         ("bf16", rates["bf16"] / rates["fp32"]),
@@ -183,8 +194,7 @@ def all_cases(rates: dict[str, float]) -> tuple[list[Case], list[str]]:
             both = [(allocator, m) for allocator in ("glibc", "keeping") for m in short]
             cases += [Case(LARGE, m, "forward_kl", precision, allocator) for allocator, m in both]
             if precision == "bf16":
-                more = (*stored, COMPILED, DISTILLATION_AUTOCAST)
-                cases += [Case(REAL, m, "forward_kl", "bf16") for m in more]
+                cases += real_cases(("bf16",))
         else:
             what = "float32 matmul precision 'medium'" if precision == "medium" else "bf16"
             left_out.append(

@@ -1,6 +1,6 @@
 """How fast the toolkit trains, against TRL's trainers in the same run, as ratios.
 
-    python recipes/benchmarks/training.py [--quick] [--peer-python PATH] [--out FILE] [--json]
+    python recipes/benchmarks/training.py [--quick | --real] [--peer-python PATH] [--out FILE] [--json]
 
 One process per (setting, method, objective, precision, allocator), one at a time, each on one thread; rounds are
 interleaved, so that a slow minute of the machine hits everybody, and the small models' short steps get three turns in
@@ -40,6 +40,7 @@ from cases import (
     counted_work,
     floor_seconds,
     quick_cases,
+    real_cases,
 )
 from script import benchmark_parser, check, leave, run_script
 
@@ -351,6 +352,9 @@ def _block(group: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--peer-python", metavar="PATH", help="an interpreter that can import trl")
+    parser.add_argument(
+        "--real", action="store_true", help="the shape that people train alone: 30 layers to 8"
+    )
     arguments = parser.parse_args(argv)
     check(arguments)
     rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
@@ -358,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    found = training_speed(arguments.quick, peer_python=arguments.peer_python, say=say, **rounds)
+    cases = real_cases() if arguments.real else None
+    found = training_speed(arguments.quick, peer_python=arguments.peer_python, say=say, cases=cases, **rounds)
     leave(found, format_training_speed(found), arguments)
     return 0
 

@@ -156,7 +156,7 @@ for how, run in runs.items():
 rows["control, reap"] = ask(load_model(str(runs["reap"] / "control"), "fp32"), tokenizer, problems)
 
 order = ["whole", "cut by reap", "control, reap", "taught, reap", "cut by random", "taught, random"]
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), gridspec_kw={"wspace": 0.4})
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
 for how, style in (("reap", "-"), ("random", "--")):
     left.plot([line["loss"] for line in step_log(runs[how] / "student")], style, label=f"taught, {how}")
 left.set(xlabel="optimizer step", ylabel="KL from the whole model (nats)", yscale="log")
