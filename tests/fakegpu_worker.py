@@ -111,7 +111,8 @@ def one_step(
             batch.drawn = torch.linspace(-6, -1, len(batch.targets))
     if isinstance(said, StoredTeacher):
         batch.signal = States(torch.randn(len(batch.targets), 32, generator=torch.Generator().manual_seed(3)))
-    for _ in range(2):  # the first time a router's score function is told, and a teacher's head travels
+    # On the device twice: the first time a router's score function is told, and a teacher's head travels.
+    for _ in range(2 if where == GPU else 1):
         model.zero_grad(set_to_none=True)
         waits.take()
         here = step.ready(batch, where)

@@ -242,6 +242,7 @@ class Saver:
         self.folder, self.module, self.optimizer = folder, module, optimizer.optimizer
         self.accelerator, self.source, self.validator = accelerator, source, validator
         self.log: str | None = None  # hash of the step log that belongs to the restored state
+        self.saved_bytes: int | None = None  # what the run's first micro-batch kept for its backward pass
 
     def restore(self) -> tuple[int, int, int, int]:
         """(steps done, tokens trained, read, counted) of the newest state; zeros where there is none."""
@@ -249,7 +250,7 @@ class Saver:
         if state is None:
             return 0, 0, 0, 0
         saved = load_state(state, self.module, self.optimizer)
-        self.log = saved.get("log")
+        self.log, self.saved_bytes = saved.get("log"), saved.get("saved_bytes")
         self.source.restore(saved["source"])
         self.validator.restore(saved["validation"])
         if self.accelerator.scaler is not None:
@@ -262,6 +263,7 @@ class Saver:
         """After `step` steps. Every process calls it; the main one writes. log: the hash of the step log."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         extra = {"tokens": tokens, "read": read, "counted": counted, "scaler": scaler, "log": log}
+        extra["saved_bytes"] = self.saved_bytes
         extra["validation"] = self.validator.state()
         extra["source"] = self.source.state()  # of all processes: asked for on each of them
         main = self.accelerator.is_main_process

@@ -140,7 +140,7 @@ def train_student(
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read, counted = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted)
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted, saver.saved_bytes)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token, saver.log)
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -180,6 +180,7 @@ def train_student(
                 break
             due = train.checkpoint_every and (step + 1) % train.checkpoint_every == 0
             if step + 1 < train.steps and (due or found.stop):
+                saver.saved_bytes = micro.saved_bytes
                 saver.save(step + 1, log.tokens, log.read, micro.counted, train.keep_states, log.sync())
             if found.stop:
                 log.close()
@@ -238,12 +239,19 @@ class MicroBatches:
     """Forward and backward of one lot in pieces that fit; halves the pieces when memory runs out, if asked to."""
 
     def __init__(
-        self, train: Train, pad_id: int, accelerator: Accelerator, step: StudentStep, counted: int = 0
+        self,
+        train: Train,
+        pad_id: int,
+        accelerator: Accelerator,
+        step: StudentStep,
+        counted: int = 0,
+        saved_bytes: int | None = None,
     ):
         self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
         self.counted = counted  # tokens, over all processes, that passed before their step, to be counted
         self.size = train.micro_batch_size
-        self.saved_bytes: int | None = None  # what its first forward pass keeps for the backward pass
+        # What the run's first forward pass kept for the backward pass; after a resume it is known.
+        self.saved_bytes = saved_bytes
 
     def accumulate(self, model: nn.Module, optimizer, lot: Lot, teacher, balancer) -> torch.Tensor:
         """Gradients of the whole lot into the model; each objective's sum over this process's kept tokens."""

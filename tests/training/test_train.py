@@ -90,6 +90,8 @@ def test_resume_is_exact(trained, make_recipe, monkeypatch, options):
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
     assert losses_of(run_dir) == losses_of(whole_dir)
+    counts, expected = (read_json(d / "student" / "manifest.json")["counts"] for d in (run_dir, whole_dir))
+    assert counts["saved_bytes"] == expected["saved_bytes"] > 0, "of the run's first micro-batch"
     assert not list((run_dir / "student").glob("state-*")), "states are dropped once the weights are saved"
 
 
