@@ -140,7 +140,9 @@ def train_student(
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read, counted = saver.restore()
-    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, counted, saver.saved_bytes)
+    micro = MicroBatches(
+        train, student.tokenizer.pad_token_id, accelerator, step_module, counted, saver.saved_bytes
+    )
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token, saver.log)
 
     # ---- the loop ----------------------------------------------------------------------------------
