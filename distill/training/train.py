@@ -140,9 +140,7 @@ def train_student(
     validator = Validator(train, held_out, student.tokenizer.pad_token_id, accelerator, folder)
     saver = Saver(folder, step_module, optimizer, accelerator, source, validator)
     first, tokens, read, counted = saver.restore()
-    micro = MicroBatches(
-        train, student.tokenizer.pad_token_id, accelerator, step_module, counted, saver.saved_bytes
-    )
+    micro = MicroBatches(train, student.tokenizer.pad_token_id, accelerator, step_module, saver, counted)
     log = StepLog(folder, first, tokens, read, accelerator, train, flops_per_token, saver.log)
 
     # ---- the loop ----------------------------------------------------------------------------------
@@ -246,14 +244,14 @@ class MicroBatches:
         pad_id: int,
         accelerator: Accelerator,
         step: StudentStep,
+        saver: Saver | None = None,
         counted: int = 0,
-        saved_bytes: int | None = None,
     ):
         self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
         self.counted = counted  # tokens, over all processes, that passed before their step, to be counted
         self.size = train.micro_batch_size
         # What the run's first forward pass kept for the backward pass; after a resume it is known.
-        self.saved_bytes = saved_bytes
+        self.saved_bytes: int | None = saver.saved_bytes if saver else None
 
     def accumulate(self, model: nn.Module, optimizer, lot: Lot, teacher, balancer) -> torch.Tensor:
         """Gradients of the whole lot into the model; each objective's sum over this process's kept tokens."""

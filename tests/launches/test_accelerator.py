@@ -52,7 +52,8 @@ def test_a_loss_takes_the_memory_that_its_module_says(found):
     """Float32 tensors of a piece, beside chunks of logits: what does not grow with the chunk."""
     most = dict.fromkeys(found["memory"], 13.4)
     most |= {"forward_kl": 5.2, "reverse_kl": 5.2, "generalized_jsd": 7.2, "cross_entropy": 3.2}
-    assert all(2 < found["memory"][name] <= most[name] for name in most), found["memory"]
+    # One tensor more: when Python frees the last of them is chance.
+    assert all(2 < found["memory"][name] <= most[name] + 1 for name in most), found["memory"]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
