@@ -163,7 +163,7 @@ def run_tests(root: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
                 os.dup2(file.fileno(), stream)
         import pytest
 
-        names = [str(root / "tests" / test) for test in tests]
+        names = [f"{root}/tests/{test}" for test in tests]  # a Path would make one slash of a URL's two
         code = pytest.main(
             [*names, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
         )

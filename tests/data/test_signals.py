@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.config.section import Signal
 from distill.config.training import Objective
 from distill.data.scoring import draw
 from distill.data.signals import (
@@ -145,6 +146,17 @@ def test_manifest_round_trip_and_rows_as_a_batch():
     assert taken.form == "sampled" and taken.ids.tolist() == [*rows[2].tolist(), *rows[0].tolist()]
     with pytest.raises(UserError, match="are due"):
         signals.take([0], [5])
+
+
+def test_the_form_that_a_recipe_asks_for():
+    def asked(**section) -> tuple[int, int]:
+        made = SignalFormat.from_recipe(Signal(**section), 9, IDENTITY, width=6)
+        return made.k, made.bits
+
+    assert asked(kind="top_k", k=4) == (4, 8)
+    assert asked(kind="top_k", k=32) == (9, 8), "no more tokens than there are"
+    assert asked(kind="sampled", k=32) == (32, 8), "draws may be more than there are tokens"
+    assert asked(kind="hidden") == (6, 16) and asked(kind="hidden", bits=32) == (6, 32)
 
 
 def test_another_reader_is_refused():
