@@ -79,6 +79,9 @@ def test_every_sample_is_a_row_failures_too(make_recipe, scripted):
     assert {r["verdict"] for r in rows if r["finish_reason"] == "length"} == {"truncated"}
     verdicts = manifest["counts"]["verdicts"]
     assert sum(verdicts.values()) == 48
+    counted = {name: manifest["counts"][name] for name in ("prompt_tokens", "tokens")}
+    asked, written = (sum(r[name] for r in rows) for name in ("prompt_tokens", "completion_tokens"))
+    assert counted == {"prompt_tokens": asked, "tokens": written} and asked != written
 
 
 def test_finished_parts_are_not_asked_again(make_recipe, scripted):
