@@ -91,7 +91,7 @@ def test_non_finite_tokens_are_counted_and_no_per_byte_number_pretends(hub):
     assert found["nll_per_byte"] is None and np.isfinite(found["nll_per_token"])
 
 
-def test_answers_of_another_model(hub):
+def test_answers_of_another_model(hub, monkeypatch):
     """The very tokens for the same vocabulary, the text otherwise; both end with the end token."""
     model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
     problems = [{"messages": [{"role": "user", "content": q}]} for q in ("1+1?", "again?", "cut?")]
@@ -112,6 +112,11 @@ def test_answers_of_another_model(hub):
         total -= sum(float(logs[len(prompt) - 1 + i, t]) for i, t in enumerate(completion))
     assert same["nll_per_token"] == pytest.approx(total / 11, rel=1e-5)
     assert answers_nll(model, tokenizer, problems, answers, True, 1)["documents"] == 1
+    whole = [len(prompt_ids(tokenizer, p["messages"])) + len(i) for p, i in zip(problems, ids)]
+    for room, fitting in ((max(whole[:2]), 2), (max(whole[:2]) - 1, 1)):
+        monkeypatch.setattr(model.config, "max_position_embeddings", room)
+        fits = answers_nll(model, tokenizer, problems, answers, True, 10)
+        assert fits["documents"] == fitting, "prompt and answer together have to fit"
     assert answers_nll(model, tokenizer, problems[2:], answers[2:], True, 1) is None
 
 
