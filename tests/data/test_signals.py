@@ -54,6 +54,14 @@ def test_integers_come_back_in_as_few_bits(bits, data):
     assert unpack(blob, bits, len(values)).tolist() == values
 
 
+def test_bytes_too_many_are_as_wrong_as_too_few():
+    blob = pack(np.array([5, 6, 7]), 7)
+    assert unpack(blob, 7, 3).tolist() == [5, 6, 7]
+    for wrong in (blob[:-1], blob + b"\0"):
+        with pytest.raises(UserError, match=f"has {len(wrong)} bytes where 3 are due"):
+            unpack(wrong, 7, 3)
+
+
 def test_packing_is_most_significant_first():
     assert pack(np.array([1, 2, 7]), 3) == bytes([0b00101011, 0b10000000])
     with pytest.raises(UserError, match="has 1 bytes where 2 are due"):

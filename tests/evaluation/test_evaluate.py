@@ -184,6 +184,18 @@ def test_sampled_answers_depend_on_seed_problem_and_sample_alone(hub):
     assert greedy[0] == greedy[1]
 
 
+def test_rows_of_the_vocabulary_that_no_token_has_are_never_written(hub):
+    """Models are padded to a round number of rows; the tokenizer has no text for those at the end."""
+    model, tokenizer = load_model(hub["plain"], "fp32"), load_tokenizer(hub["plain"])
+    model.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[-8:] = 50 * torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0))
+    problems = held_out(Evaluate(levels={"easy": 4}), Prompts(), 0)
+    rows, _ = answer_problems(model, tokenizer, problems, "m", sampling(samples=2))
+    assert max(token for row in rows for token in row["completion_ids"]) < len(tokenizer)
+
+
 def test_an_answer_s_logprob_is_that_of_the_model(hub):
     model, tokenizer = load_model(hub["qwen3_moe"], "fp32"), load_tokenizer(hub["qwen3_moe"])
     problems = held_out(Evaluate(levels={"easy": 3}), Prompts(), 0)

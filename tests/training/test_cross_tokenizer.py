@@ -235,6 +235,27 @@ def test_both_have_read_the_same_text_at_every_pair(tokenizers, mine, theirs):
         assert translated == ids and len(pairs) == len(ids)
 
 
+@pytest.mark.parametrize("opens", ["student", "teacher"])
+def test_what_one_template_opens_is_no_part_of_the_other_s_completion(tokenizers, opens):
+    """<think> stands in one prompt and in the other's completion: pairs count within completions, and fit as texts."""
+    models = {"student": tokenizers["merged bytes"], "teacher": tokenizers["few merges"]}
+    before = models[opens].chat_template
+    models[opens].chat_template = before + "{% if add_generation_prompt %}<think>{% endif %}"
+    try:
+        student, teacher = models["student"], models["teacher"]
+        text = "the theme</think>these"
+        ids = student(text if opens == "student" else f"<think>{text}", add_special_tokens=False)["input_ids"]
+        translated, pairs = TeacherView(student, teacher).completion(ids)
+    finally:
+        models[opens].chat_template = before
+    mine, theirs = TokenBytes(student).pieces(ids), TokenBytes(teacher).pieces(translated)
+    lead = {name: b"<think>" * (name == opens) for name in models}
+    for i, j in pairs:
+        read = [lead["student"] + b"".join(mine[:i]), lead["teacher"] + b"".join(theirs[:j])]
+        assert read[0] == read[1], (i, j)
+    assert len(pairs) >= 3 and b"".join(theirs).decode() == (text if opens == "teacher" else f"<think>{text}")
+
+
 def test_splits_inside_a_character(tokenizers):
     """Both models may stop inside a character; the pair counts, because the bytes read are the same."""
     plain, merged = tokenizers["plain bytes"], tokenizers["merged bytes"]
