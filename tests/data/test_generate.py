@@ -72,6 +72,9 @@ def test_every_sample_is_a_row_failures_too(make_recipe, scripted):
     assert [(r["prompt_id"], r["sample_idx"]) for r in rows] == [
         (p["prompt_id"], s) for p in prompts for s in (0, 1)
     ]
+    assert scripted.asked == [(recipe.seed, p["prompt_id"], s) for p in prompts for s in (0, 1)], (
+        "the draws' names"
+    )
     assert len(set(scripted.asked)) == 48, "no key is used twice"
     failed = [r for r in rows if r["error"]]
     assert len(failed) == manifest["counts"]["errors"] == 48 // 5

@@ -70,6 +70,9 @@ def test_a_document_begins_with_the_first_token_of_texts(hub):
     tokenizer.bos_token = "<|im_start|>"
     assert tokenizer.bos_token_id != tokenizer.eos_token_id
     assert text_rows(model, tokenizer, ["ab"], 16)[0][0][0] == [tokenizer.bos_token_id]
+    one, two = (text_rows(model, tokenizer, texts, 16) for texts in (["a" * 40], ["a" * 40, "b" * 10]))
+    assert one[1] == list(range(len(one[0]))) and len(one[0]) > 2, "one text: its passes are the units"
+    assert two[1] == [0] * len(one[0]) + [1]
 
 
 def test_batches_do_not_change_the_number(hub):
