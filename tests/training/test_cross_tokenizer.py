@@ -24,7 +24,7 @@ from distill.training.cross_tokenizer import (
     aligned_share,
     byte_level_alphabet,
 )
-from distill.training.losses.ranked import uld_rows
+from distill.training.losses.ranked import uld, uld_rows
 from distill.training.losses.rowwise import per_row
 
 TURNS = (
@@ -136,6 +136,13 @@ def test_uld_is_the_distance_of_sorted_probabilities(seed, rows, mine, theirs, t
     torch.testing.assert_close(uld_rows(student, padded, temperature=temperature), loss)
     chunked = per_row(lambda s, t: uld_rows(s, t, temperature=temperature), student, teacher)
     torch.testing.assert_close(chunked, loss)
+
+
+def test_tokens_without_a_counterpart_cost_nothing():
+    student, teacher = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    found = uld(student, teacher, torch.tensor([1, 0, 1, 0]), temperature=2.0)
+    expected = uld_rows(student, teacher, temperature=2.0)
+    assert found.tolist() == [float(expected[0]), 0.0, float(expected[2]), 0.0] and (expected > 0).all()
 
 
 def test_uld_gradient_and_identities():
