@@ -1,9 +1,13 @@
 """Claims judged together: verdicts by the corrected p-value, and what arms must share to be compared."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from distill.bench.claims import Fact
+from distill.bench.items import read_items
 from distill.bench.judge import _differ, decide
+from distill.bench.plan import Task
 from distill.bench.results import _fact
 from distill.bench.verdicts import effect, verdict_p
 
@@ -70,3 +74,27 @@ def test_a_fact_is_a_mean_with_its_least_and_most_of_the_seeds():
     plain, share = (_fact(Fact(**known, relative=relative), values) for relative in (False, True))
     assert (plain["mean"], plain["range"]) == (2.5, [1.0, 4.0])
     assert (share["mean"], share["range"], share["unit"]) == (0.75, [0.5, 1.0], "%")
+
+
+def test_the_first_sample_of_a_problem_is_its_item(tmp_path):
+    """Several answers to a problem are no several problems."""
+    verdicts = {
+        ("b", 0): "correct",
+        ("b", 1): "wrong",
+        ("a", 0): "wrong",
+        ("a", 1): "correct",
+        ("a", 2): "correct",
+    }
+    rows = [
+        {"prompt_id": problem, "sample_idx": sample, "level": "easy", "verdict": verdict, "tokens": 10 + sample,
+         "solution_nats": 1.5, "solution_tokens": 3}
+        for (problem, sample), verdict in verdicts.items()
+    ]  # fmt: skip
+    folder = tmp_path / "eval" / "answers"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "part-00000.parquet")
+    (items,) = read_items({"arm": {0: Task("run", "x", tmp_path, None)}})["arm"][0].values()
+    assert (
+        items.item.tolist() == ["a", "b"] and items.right.tolist() == [False, True] and items.count == (1, 2)
+    )
+    assert items.tokens.tolist() == [10, 10] and items.nats.tolist() == [1.5, 1.5]

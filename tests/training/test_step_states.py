@@ -20,6 +20,7 @@ from distill.storage import read_json
 from distill.training.arms import body_flops
 from distill.training.live_teachers import FrozenTeacher
 from distill.training.losses.hidden import hidden_mse
+from distill.training.losses.routers import router_distillation
 from distill.training.step import StudentStep, state_objectives
 
 
@@ -69,6 +70,15 @@ def test_routers_that_agree_cost_nothing(hub):
     with torch.no_grad():
         step.model.model.layers[0].mlp.gate.weight.mul_(-3)
     total, _ = step(batch, teacher(batch))
+    with torch.no_grad():
+        mine, theirs = (
+            m(**batch.inputs(), output_router_logits=True).router_logits for m in (step.model, teacher.model)
+        )
+    kept = batch.keep.reshape(-1)
+    layers = [float(router_distillation(m[kept], t[kept]).sum()) for m, t in zip(mine, theirs)]
+    assert len(layers) == 2 and total.item() == pytest.approx(sum(layers) / 2, rel=1e-4), (
+        "the mean of its layers"
+    )
     total.backward()
     assert total.item() > 0.1 and step.model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
