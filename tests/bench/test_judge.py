@@ -87,7 +87,18 @@ def test_nulls_are_rarely_called_and_doses_give_a_limit(seeds, halves):
     assert found["called"] <= 4 and found["called_ci95"][0] <= 0.05 <= found["called_ci95"][1]
     verdicts = {dose["dose"]: dose["verdict"] for dose in found["doses"]}
     assert verdicts[1.0] == verdicts[0.25] == "SUPPORTED" and verdicts[0.1] == "INCONCLUSIVE"
-    assert found["limit"]["dose"] == 0.25 and 0 < found["limit"]["effect"] < 0.1
+    reach = [dose["detectable"] for dose in found["doses"]]
+    assert found["limit"] == {"dose": 0.25, "effect": max(reach)} and 0 < min(reach) < max(reach) < 0.1
+
+
+@pytest.mark.parametrize("seeds", [4, 10])
+def test_halves_of_an_arm_that_is_always_right_differ_by_what_counting_allows(seeds):
+    """Equal in every seed: no spread to go by, and yet not known to the last digit."""
+    values, counts, table = grid({"whole": 2.0}, seeds, problems=50)
+    section = Controls(metric="accuracy.hard", reference="whole", nulls=4)
+    for null in judge_controls(section, values, counts, table, {"whole": range(seeds)})["nulls"]:
+        low, high = null["effect"]["ci95"]
+        assert low < -0.001 and high > 0.001 and not null["called"]
 
 
 @pytest.mark.parametrize("seeds", [4, 10])
