@@ -22,7 +22,7 @@ from distill.config.recipe import load_recipe
 from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training.arms import train_arms
-from distill.training.checkpoint import BEST
+from distill.training.checkpoint import BEST, latest_state
 from distill.training.open_teachers import teacher_dtype
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
@@ -222,6 +222,7 @@ def test_so_many_states_are_kept(trained, make_recipe, monkeypatch):
         "state-0000002",
         "state-0000003",
     ]
+    assert latest_state(run_dir / "student").name == "state-0000003", "the one that a resume takes"
 
 
 LAUNCHES = {"cpu", "cpu2", "ddp", "fsdp2", "gpu", "multinode"}
