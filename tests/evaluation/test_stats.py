@@ -250,6 +250,8 @@ def test_equal_models_are_rarely_called_different():
 def test_pairs_must_be_pairs():
     with pytest.raises(UserError, match="cannot pair 3 answers with 4"):
         paired_comparison([True] * 3, [True] * 4)
+    with pytest.raises(UserError, match="cannot pair 3 answers with 1"):
+        paired_comparison([True] * 3, [True])
 
 
 def test_holm():
