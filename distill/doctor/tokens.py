@@ -12,8 +12,11 @@ from distill.data.signals import STORED
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Lengths, Pair, Side, model_side
 from distill.errors import UserError
+from distill.models.ahead import masks_columns
 from distill.models.chat import opening, reads_the_clock, render, template_date
 from distill.models.load import same_vocabulary
+
+MOST_ROWS = 4  # answers at a time with which guesses by another model still pay (LOG.md, "Decoding")
 
 
 def vocabulary(pair: Pair) -> list[Finding]:
@@ -88,6 +91,36 @@ def _difference(teacher: Side, student: Side) -> str:
         f"{len(only[1]):,} of the student alone (as {only[1][0]!r})" if only[1] else "",
     ]
     return f"{sizes}, {', '.join(filter(None, parts))}"
+
+
+def draft(pair: Pair) -> list[Finding]:
+    """`teacher.draft` guesses the teacher's tokens: the same ids, room for as much text, and few rows at a time."""
+    side, section = pair.draft, pair.recipe.teacher
+    if side is None:
+        return []
+    if not same_vocabulary(side.tokenizer, pair.teacher.tokenizer):
+        text = f"{side.label} has another vocabulary than {pair.teacher.label}: {_difference(pair.teacher, side)}"
+        return [
+            Finding(
+                "draft", FAIL, text, "name a model with the teacher's tokenizer, or leave out teacher.draft"
+            )
+        ]
+    windows = [who.label for who in (side, pair.teacher) if not masks_columns(who.config)]
+    if windows:
+        text = f"{windows[0]} has layers without full attention, in which a guess cannot be taken back"
+        return [Finding("draft", FAIL, text, "leave out teacher.draft")]
+    ratio = side.facts["flops_per_token"] / pair.teacher.facts["flops_per_token"]
+    size = pair.recipe.generate.batch_size
+    found = Finding(
+        "draft", OK, f"{section.draft_tokens} tokens at a time, at {ratio:.0%} of the teacher's FLOPs each"
+    )
+    if size > MOST_ROWS:
+        text = f"{size} answers are written together (generate.batch_size), where guesses cost more than they save"
+        return [
+            found,
+            Finding("draft", WARN, text, f"set generate.batch_size={MOST_ROWS} or less, or leave it out"),
+        ]
+    return [found]
 
 
 # ---- chat template and end of turn ---------------------------------------------------------------------

@@ -240,7 +240,7 @@ def _cutoff(scores: torch.Tensor, sampling: Sampling, below: torch.Tensor | None
     return cutoff.clamp(min=max(least, _LEAST + 0.001))  # what was clamped to _LEAST may be forbidden: -inf
 
 
-class _GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, T, dim] of one layer, appended in place to buffers that grow by blocks.
 
     DynamicLayer concatenates, which copies the whole cache at every step (10 to 18 % of a tiny dense model's
@@ -251,6 +251,11 @@ class _GrowingLayer(DynamicLayer):
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.is_initialized = True
         self.keys, self.values = self.buffers = [keys, values]
+
+    def cut(self, columns: int) -> None:
+        """Keep the first `columns` alone."""
+        if self.is_initialized:
+            self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -387,7 +392,7 @@ class Decoder:
         """A cache that ends in these prompts, and the logits [D, V] behind each; their beginning is read once."""
         cache = DynamicCache(config=self.config)
         if self.elastic:
-            cache.layers = [_GrowingLayer() for _ in cache.layers]
+            cache.layers = [GrowingLayer() for _ in cache.layers]
         lengths, width = torch.tensor(list(map(len, prompts)), device=self.device), max(map(len, prompts))
         column = torch.arange(width, device=self.device)
         if not (shared := self._shared(prompts)):
