@@ -19,7 +19,7 @@ from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
 from distill.errors import RunError, UserError
-from distill.models.ahead import decode_ahead, load_ahead
+from distill.models.ahead import Drafts, decode_ahead, load_ahead
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
@@ -170,6 +170,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._section, self._device, self._model, self._ahead = section, device, None, None
+        self.drafts = Drafts()  # of all answers so far
         self._prompts = Prompts(self.name, self.tokenizer)
 
     @property
@@ -235,7 +236,7 @@ class LocalTeacher:
         if self._ahead is not None and not sampling.stop and self._fits(longest):
             decode_ahead(
                 self.model, self._ahead, ids, sampling, keys=keys, **given, guesses=self._section.draft_tokens,
-                batch_size=self.batch_size, on_finish=finish,
+                batch_size=self.batch_size, on_finish=finish, drafts=self.drafts,
             )  # fmt: skip
             return answers
         decode(

@@ -109,18 +109,21 @@ def draft(pair: Pair) -> list[Finding]:
     if windows:
         text = f"{windows[0]} has layers without full attention, in which a guess cannot be taken back"
         return [Finding("draft", FAIL, text, "leave out teacher.draft")]
+    most, generate = section.draft_tokens, pair.recipe.generate
     ratio = side.facts["flops_per_token"] / pair.teacher.facts["flops_per_token"]
-    size = pair.recipe.generate.batch_size
-    found = Finding(
-        "draft", OK, f"{section.draft_tokens} tokens at a time, at {ratio:.0%} of the teacher's FLOPs each"
-    )
-    if size > MOST_ROWS:
-        text = f"{size} answers are written together (generate.batch_size), where guesses cost more than they save"
-        return [
-            found,
-            Finding("draft", WARN, text, f"set generate.batch_size={MOST_ROWS} or less, or leave it out"),
-        ]
-    return [found]
+    text = f"{most} tokens at a time, each at {ratio:.0%} of the teacher's FLOPs: it pays above "
+    found = [Finding("draft", OK, f"{text}{1 + most * ratio:.1f} tokens a pass")]
+    if generate.batch_size > MOST_ROWS:
+        text = f"{generate.batch_size} answers are written together, where guesses cost more than they save"
+        found.append(
+            Finding("draft", WARN, text, f"set generate.batch_size={MOST_ROWS} or less, or leave it out")
+        )
+    lengths = pair.lengths(pair.teacher, "training")
+    needed = (lengths.longest[0] if lengths else 0) + generate.max_new_tokens + most
+    if side.context and needed > side.context:
+        text = f"{side.label} takes {side.context:,} tokens, and prompts, answers and guesses have up to {needed:,}"
+        found.append(Finding("draft", WARN, f"{text}: parts with such rows are written without it"))
+    return found
 
 
 # ---- chat template and end of turn ---------------------------------------------------------------------

@@ -138,6 +138,9 @@ class Drafts:
     def acceptance(self) -> float:
         return self.taken / max(1, self.drafted)
 
+    def text(self) -> str:
+        return f"{self.taken:,} of {self.drafted:,} guesses were taken ({self.acceptance:.0%})"
+
 
 @torch.inference_mode()
 def decode_ahead(
@@ -153,12 +156,13 @@ def decode_ahead(
     guesses: int = 1,
     batch_size: int | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
+    drafts: Drafts | None = None,
 ) -> tuple[list[Completion], Drafts]:
     """What `decode` gives for these prompts, with up to 1 + `guesses` tokens a row for every pass of the model.
 
     drafter: a `TokenAhead`, which guesses one token, or a causal LM of the same tokens. batch_size: rows at a time;
-    None: all. A column of a draft that was not taken by its row is masked for it, and leaves both caches if no row
-    took it. Best for few rows: on a full machine the further columns cost what they bring.
+    None: all. drafts: counted on. A column of a draft that was not taken by its row is masked for it, and leaves both
+    caches if no row took it. Best for few rows: on a full machine the further columns cost what they bring.
     Raises UserError for caches that cannot be masked by column.
     """
     ahead = isinstance(drafter, TokenAhead)
@@ -169,7 +173,8 @@ def decode_ahead(
     training = [module for both in (model, drafter) for module in both.modules() if module.training]
     model.eval(), drafter.eval()
     found: list[Completion | None] = [None] * len(prompts)
-    drafts, order = Drafts(), sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    drafts = Drafts() if drafts is None else drafts
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     try:
         with packed_linears(model), nullcontext() if ahead else packed_linears(drafter):
             for rows in _groups(order, batch_size or len(prompts)):

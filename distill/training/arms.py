@@ -119,16 +119,12 @@ def train_arm(
     }
     whole = {"rows": len(rows), "tokens_read": int(rows.lengths.sum()), **size}
     per_token = training_flops(student, teacher, whole) / whole["tokens_read"]
-    train, why = compilation(
-        recipe.train, per_token * float(rows.lengths.mean()), student, teacher, accelerator
-    )
-    if accelerator.is_main_process and why:
-        say(f"{arm}: {why}")
-    chosen = recipe.model_copy(update={"train": train})
+    a_row = per_token * float(rows.lengths.mean())
+    chosen = compilation(recipe, a_row, student, teacher, accelerator, lambda line: say(f"{arm}: {line}"))
     counts = train_student(
         chosen, accelerator, student, teacher, source, stage.folder, f"train {arm}", held_out, per_token
     )
-    counts |= {"errors": 0, "compiled": train.compile, **size}
+    counts |= {"errors": 0, "compiled": chosen.train.compile, **size}
     trainable = trainable_table(student.model)
     state_dict = whole_state_dict(student.model)  # gathered by all processes where it is sharded
     if not accelerator.is_main_process:

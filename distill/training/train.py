@@ -20,6 +20,7 @@ import contextlib
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ from distill.training.sources import Lot, Source
 from distill.training.step import StudentStep, of_step, state_objectives, whole_step
 from distill.training.validation import Validator
 
-# What `compile: auto` goes by, measured on one thread (LOG.md, "Training"): compiling takes 40 s and saves 6 to 19 % of
+# What `compile: auto` goes by, measured on one thread (LOG.md, "Training"): compiling takes 40 s and saves 4 to 19 % of
 # a step, and a thread does so many FLOPs a second in a step.
-_LEAST_MINUTES = 20
+_LEAST_MINUTES = 30
 _FLOPS_PER_THREAD = {"fp32": 7e10, "half": 1.2e11}
 
 
@@ -209,18 +210,25 @@ def train_student(
 
 
 def compilation(
-    train: Train, flops_per_row: float, student: BuiltStudent, teacher, accelerator: Accelerator
-) -> tuple[Train, str]:
-    """(`train` with `compile` decided, what to say of it; "" where the recipe decided).
+    recipe: Recipe,
+    flops_per_row: float,
+    student: BuiltStudent,
+    teacher,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Recipe:
+    """The recipe with `train.compile: auto` decided, and the decision said.
 
     The rule counts and does not time: a run that is repeated or resumed chooses alike, and so do all processes.
     """
+    train = recipe.train
     if train.compile != "auto":
-        return train, ""
+        return recipe
     threads, device = torch.get_num_threads(), accelerator.device
     per_second = _FLOPS_PER_THREAD["fp32" if accelerator.mixed_precision == "no" else "half"] * threads
     rows = train.steps * train.batch_size / accelerator.num_processes
     minutes = flops_per_row * rows / per_second / 60
+    foreseen = f"{minutes:.0f} minutes of training are foreseen, and it repays from {_LEAST_MINUTES} on"
     models = [student.model, *(teacher.models if teacher else [])]
     compilers = [os.environ.get("CXX"), "g++", "clang++"]
     reasons = {
@@ -229,16 +237,12 @@ def compilation(
         "text is written between the steps, by plain code": train.on_policy.fraction > 0,
         "the teacher's routing changes at every batch": bool(train.teachers.routings),
         "a mixture of experts is not measured": any(find_routers(bare_model(model)) for model in models),
-        f"{minutes:.0f} minutes of training are foreseen, and it repays from {_LEAST_MINUTES} on": (
-            minutes < _LEAST_MINUTES
-        ),
+        foreseen: minutes < _LEAST_MINUTES,
     }
     against = next((reason for reason, holds in reasons.items() if holds), None)
-    said = f"compile: auto is {'off' if against else 'on'}: "
-    said += (
-        against or f"{minutes:.0f} minutes of training are foreseen, and it repays from {_LEAST_MINUTES} on"
-    )
-    return train.model_copy(update={"compile": against is None}), said
+    if accelerator.is_main_process:
+        say(f"compile: auto is {'off' if against else 'on'}: {against or foreseen}")
+    return recipe.model_copy(update={"train": train.model_copy(update={"compile": against is None})})
 
 
 def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:

@@ -130,7 +130,9 @@ def test_a_draft_must_speak_the_teachers_tokens(bare, recipe):
     sound = recipe(None, None, f"teacher.draft={small}", "generate.batch_size=2")
     findings = examine(sound)
     assert not any(f.state == FAIL for f in findings), format_findings(findings)
-    assert "3 tokens at a time, at " in of(findings, "draft", OK)[0].text
+    said = of(findings, "draft", OK)[0].text
+    flops = [pair.model_side("it", str(m)).facts["flops_per_token"] for m in (small, sound.teacher.model)]
+    assert f"it pays above {1 + 3 * flops[0] / flops[1]:.1f} tokens a pass" in said
     weights = [
         footprint.phases(pair.Pair(asked))[0].parts["weights"]
         for asked in (sound, recipe(None, None, "generate.batch_size=2"))
@@ -138,6 +140,10 @@ def test_a_draft_must_speak_the_teachers_tokens(bare, recipe):
     assert weights[0] - weights[1] == pair.model_side("draft", str(small)).facts["weight_bytes"]
     many = examine(recipe(None, None, f"teacher.draft={small}"))
     assert "8 answers are written together" in of(many, "draft", WARN)[0].text
+    short = bare("short", max_position_embeddings=64)
+    assert (
+        "takes 64 tokens" in of(examine(recipe(None, None, f"teacher.draft={short}")), "draft", WARN)[-1].text
+    )
     other = bare("other", extra=["<|b|>"])
     (told,) = of(examine(recipe(None, None, f"teacher.draft={other}")), "draft", FAIL)
     assert "259 and 258" in told.text or "258 and 259" in told.text

@@ -165,7 +165,7 @@ def test_auto_compiles_where_the_training_foreseen_repays_it(trained, monkeypatc
     monkeypatch.setattr(train_module, "compile_layers", lambda *models: asked.append(len(models)))
     compiled = {}
     for name, least, more, words in (
-        ("short", 20, (), "compile: auto is off: 0 minutes of training are foreseen, and it repays from 20 on"),
+        ("short", 30, (), "compile: auto is off: 0 minutes of training are foreseen, and it repays from 30 on"),
         ("long", 0, (), "compile: auto is on: 0 minutes of training are foreseen, and it repays from 0 on"),
         ("own", 0, ("train.on_policy={fraction: 1.0, max_new_tokens: 4}", "train.objectives=[{name: reverse_kl}]"),
          "compile: auto is off: text is written between the steps, by plain code"),
@@ -178,23 +178,28 @@ def test_auto_compiles_where_the_training_foreseen_repays_it(trained, monkeypatc
 
 
 def test_auto_compiles_no_mixture_and_nothing_on_other_devices():
-    train = Train(compile="auto", steps=10**9)
+    asked = SimpleNamespace(train=Train(compile="auto", steps=10**9))
+    asked.model_copy = lambda update: SimpleNamespace(**update)
     dense, mixture = (SimpleNamespace(model=model_of(family)) for family in ("llama", "qwen3_moe"))
     cpu, gpu = (
-        SimpleNamespace(device=torch.device(kind), num_processes=1, mixed_precision="no")
+        SimpleNamespace(
+            device=torch.device(kind), num_processes=1, mixed_precision="no", is_main_process=True
+        )
         for kind in ("cpu", "cuda")
     )
     teacher = SimpleNamespace(models=[mixture.model])
     for student, other, where, on in (
         (dense, None, cpu, True), (mixture, None, cpu, False), (dense, teacher, cpu, False), (dense, None, gpu, False),
     ):  # fmt: skip
-        chosen, why = train_module.compilation(train, 1e9, student, other, where)
-        assert chosen.compile is on and why.startswith(f"compile: auto is {'on' if on else 'off'}: ")
-    monthly = train_module.compilation(train, 7e10 * torch.get_num_threads(), dense, None, cpu)[1]
-    assert f"{10**9 * train.batch_size / 60:.0f} minutes" in monthly
+        said = []
+        chosen = train_module.compilation(asked, 1e9, student, other, where, said.append)
+        assert chosen.train.compile is on
+        assert said[0].startswith(f"compile: auto is {'on' if on else 'off'}: ")
+    train_module.compilation(asked, 7e10 * torch.get_num_threads(), dense, None, cpu, said.append)
+    assert f"{10**9 * asked.train.batch_size / 60:.0f} minutes" in said[-1]
     for plain in (True, False):
-        kept = train.model_copy(update={"compile": plain})
-        assert train_module.compilation(kept, 1e9, mixture, None, gpu) == (kept, "")
+        asked.train = asked.train.model_copy(update={"compile": plain})
+        assert train_module.compilation(asked, 1e9, mixture, None, gpu, None) is asked
 
 
 def test_held_out_rows_are_looked_at_and_never_trained_on(trained):
