@@ -44,6 +44,7 @@ from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
 CHUNK_LOGITS = 2**22  # of which so many are made into float64 probabilities at a time
+COPIED = 2**28  # bytes of keys and values that options behind their contexts take at a time
 CHUNK_LOGITS_ON_ACCELERATORS = 2**25  # 220 rows at V = 151,936, 256 MiB in float64: few, large kernels
 
 
@@ -181,33 +182,43 @@ def _behind(model, contexts, texts, pad_id: int, vocabulary: int) -> list[list[f
     decoder = Decoder(model, contexts, Sampling(), set(), pad_id)
     places = {context: place for place, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
     cache, logits = decoder.read(list(places))
-    device, width = logits.device, cache.get_seq_length()
+    device = logits.device
     owner = torch.tensor([places[tuple(context)] for context in contexts], device=device)
     first = _said(
         logits[:, :vocabulary].index_select(0, owner),
         torch.tensor([text[0] for text in texts], device=device),
     )
     found = [[said] for said in first.tolist()]
-    # The first token is said by the context; each of the others is said by the one before it. They stand right behind
-    # the context, with padding at the end: windows count columns.
+    # The first token is said by the context; each of the others is said by the one before it.
     longer = [i for i, text in enumerate(texts) if len(text) > 1]
-    if not longer:
-        return found
-    for layer in cache.layers:
-        layer.hold(*(states.index_select(0, owner[longer]) for states in (layer.keys, layer.values)))
-    size = max(len(texts[i]) for i in longer)
-    padded = torch.tensor([texts[i] + [pad_id] * (size - len(texts[i])) for i in longer], device=device)
-    before = torch.tensor([len(contexts[i]) for i in longer], device=device)[:, None]
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    each = sum(states.nbytes for both in kept for states in both) / len(places)
+    size = max(1, int(COPIED // max(1.0, each)))
+    for rows in (longer[start : start + size] for start in range(0, len(longer), size)):
+        for layer, both in zip(cache.layers, kept):
+            layer.hold(*(states.index_select(0, owner[rows]) for states in both))
+        lengths = torch.tensor([len(contexts[i]) for i in rows], device=device)
+        said = iter(_rest(decoder, cache, lengths, [texts[i] for i in rows], vocabulary))
+        for i in rows:
+            found[i] += [next(said) for _ in texts[i][1:]]
+    return found
+
+
+def _rest(decoder: Decoder, cache, lengths: Tensor, texts: list[list[int]], vocabulary: int) -> list[float]:
+    """Of all tokens but the first of each text, one text after the other; the cache ends in contexts of `lengths` [O].
+
+    They stand right behind the context, with padding at the end: windows count columns.
+    """
+    device, width, size = lengths.device, cache.get_seq_length(), max(map(len, texts))
+    padded = torch.tensor([text + [decoder.pad_id] * (size - len(text)) for text in texts], device=device)
     column = torch.arange(size - 1, device=device)
-    fed = column < torch.tensor([len(texts[i]) - 1 for i in longer], device=device)[:, None]
+    fed = column < torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
+    before = lengths[:, None]
     mask = torch.cat([torch.arange(width, device=device) >= width - before, fed], 1)
     with Hooks() as hooks:
-        hooks.before(output_head(model), lambda _head, args: (args[0][fed].unsqueeze(1), *args[1:]))
+        hooks.before(output_head(decoder.model), lambda _head, args: (args[0][fed].unsqueeze(1), *args[1:]))
         logits = decoder.forward(padded[:, :-1], mask, before + column, cache, keep=0)
-    rest = iter(_said(logits[:, :vocabulary], padded[:, 1:][fed]).tolist())
-    for i in longer:
-        found[i] += [next(rest) for _ in texts[i][1:]]
-    return found
+    return _said(logits[:, :vocabulary], padded[:, 1:][fed]).tolist()
 
 
 def _said(logits: Tensor, tokens: Tensor) -> Tensor:

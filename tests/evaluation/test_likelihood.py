@@ -10,6 +10,7 @@ from conftest import CHATML, byte_tokenizer
 from tiny_families import model_of
 from transformers import PreTrainedConfig
 
+from distill.data import scoring
 from distill.data.scoring import logprobs_behind, pieces
 from distill.errors import UserError
 from distill.evaluation.likelihood import _logprobs, _plain_rows, letters_of, likelihoods, question_of
@@ -240,6 +241,21 @@ def test_options_behind_a_question_read_once_are_those_of_whole_rows(family):
         4 * 12 + 7 * 5
     )  # four questions, and the seven options of several tokens but their last, in columns
     assert sum(read) == (9 * 16 if family == "mamba" else shared)
+
+
+def test_contexts_are_copied_for_as_many_options_as_fit(monkeypatch):
+    """At most so many bytes of keys and values: one option at a time gives the same numbers."""
+    model = model_of("gemma3_text")
+    together = logprobs_behind(model, CONTEXTS, OPTIONS, pad_id=0, vocabulary=96)
+    monkeypatch.setattr(scoring, "COPIED", 1)
+    rows = []
+    model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    alone = logprobs_behind(model, CONTEXTS, OPTIONS, pad_id=0, vocabulary=96)
+    assert rows == [4] + [1] * 7
+    for one, many in zip(alone, together):
+        assert one == pytest.approx(many, abs=1e-5)
 
 
 def test_pieces_keep_the_options_of_a_question_together():

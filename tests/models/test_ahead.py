@@ -70,8 +70,9 @@ def spoiled_model(model, how: float):
     return draft
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("guesses", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "guesses"), [("llama", 1), ("llama", 4), ("qwen3_moe", 3), ("deepseek_v3", 3)]
+)
 @pytest.mark.parametrize(
     "sampling", [Sampling(max_new_tokens=17), Sampling(0.9, 0.95, max_new_tokens=17)], ids=str
 )
