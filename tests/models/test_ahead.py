@@ -119,15 +119,19 @@ def test_guesses_that_are_right_are_all_taken(guesses, passes, taken):
 def test_columns_that_no_row_took_leave_the_caches():
     """A draft that is always wrong: the model sees a prompt and an answer, and no column of a guess is kept."""
     model, sampling = model_of("llama").double(), Sampling(max_new_tokens=12)
-    wrong, widths = copy.deepcopy(model), []
+    wrong, widths, theirs = copy.deepcopy(model), [], []
     with torch.no_grad():
         wrong.model.norm.weight.neg_()
-    model.register_forward_pre_hook(
-        lambda _m, _args, given: widths.append(given["attention_mask"].shape[1]), with_kwargs=True
-    )
+    for who, seen in ((model, widths), (wrong, theirs)):
+        who.register_forward_pre_hook(
+            lambda _m, _args, given, seen=seen: seen.append(given["attention_mask"].shape[1]),
+            with_kwargs=True,
+        )
     _, drafts = decode_ahead(model, wrong, [PROMPTS[0]], sampling, eos_ids=set(), pad_id=0, guesses=3)
     assert drafts.taken == 0 and drafts.passes == 11
-    assert widths == [3, *(3 + n + min(3, 11 - n) for n in range(1, 12))]
+    guesses = {n: min(3, 11 - n) for n in range(1, 12)}
+    assert widths == [3, *(3 + n + count for n, count in guesses.items())]
+    assert theirs == [3 + n + further for n, count in guesses.items() for further in range(count)]
 
 
 def test_what_is_drawn_has_the_models_own_distribution():
