@@ -236,7 +236,7 @@ class Endpoint(Section):
 class TeacherSection(Section):
     """Whose outputs train the student: any causal LM from a folder or the hub, or one behind a server."""
 
-    later: ClassVar = ("chat_template_kwargs", "engine", "engine_options")
+    later: ClassVar = ("chat_template_kwargs", "engine", "engine_options", "draft", "draft_tokens")
     model: str = Field(description="folder or hub name of any causal LM")
     chat_template_kwargs: TemplateArguments = Field(
         {},
@@ -260,6 +260,14 @@ class TeacherSection(Section):
         {},
         description="engine vllm: arguments of vllm.LLM, as {gpu_memory_utilization: 0.8, max_model_len: 4096}",
     )
+    draft: str | None = Field(
+        None,
+        description="a smaller model of the same tokens that guesses what the teacher will say in `generate`: the same "
+        "answers, sooner where few are written at a time (generate.batch_size 1 to 4)",
+    )
+    draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(
+        3, description="with `draft`: tokens that it guesses ahead"
+    )
     endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
     terms: Terms = Terms()
 
@@ -270,6 +278,10 @@ class TeacherSection(Section):
         if self.engine == "vllm" and (self.endpoint or self.quantize != "none"):
             raise ValueError(
                 "`engine: vllm` loads the weights here as they are: leave out `endpoint` and `quantize`"
+            )
+        if self.draft and (self.endpoint or self.engine == "vllm"):
+            raise ValueError(
+                "`draft` is for this project's own decoder: leave out `endpoint` and `engine: vllm`, or `draft`"
             )
         if taken := sorted({"model", "dtype", "trust_remote_code", "tokenizer"} & self.engine_options.keys()):
             raise ValueError(f"`engine_options`: {taken[0]} is set by this recipe's own keys; leave it out")

@@ -322,7 +322,11 @@ class Train(Section):
     packing: bool = Field(
         False, description="rows end to end without padding; refused where the model sees across"
     )
-    compile: bool = Field(False, description="torch.compile of the decoder layers")
+    compile: bool | Literal["auto"] = Field(
+        False,
+        description="torch.compile of the decoder layers; auto: where the training foreseen repays it (a CPU, dense "
+        "models, stored text), by a rule that the first lines state",
+    )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(
@@ -363,7 +367,7 @@ class Train(Section):
         aligned = [o for o in self.objectives if o.signal == "aligned"]
         if aligned and (others := [o.name for o in self.objectives if o.live and o.signal != "aligned"]):
             raise ValueError(f"uld is for a teacher with another tokenizer, where {others[0]} means nothing")
-        if self.compile and self.teachers.routings:
+        if self.compile is True and self.teachers.routings:
             raise ValueError(
                 "`teachers.routings` changes the teacher at every batch, which compiled code does not see: leave out "
                 "`compile`"

@@ -114,6 +114,8 @@ def generate(recipe: Recipe, redo: bool = False) -> dict[str, Any]:
                     stage.checkpoint_clock()
     if isinstance(teacher, VllmTeacher):
         teacher.close()
+    if isinstance(teacher, LocalTeacher) and teacher.drafts.passes:
+        console.say(f"generate: {teacher.drafts.text()}")
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         remove_leftovers(stage.folder)  # the claims

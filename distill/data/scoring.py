@@ -19,6 +19,7 @@ they are the whole distribution, to the rounding of the states, at 2 d bytes a t
 Shapes: B rows, T time, N kept tokens, V vocabulary, K stored tokens, n tokens of a chunk, d hidden size.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,16 @@ from distill.data.teachers import Answer, LocalTeacher, Question, closed, taught
 from distill.data.vllm import VllmTeacher
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
-from distill.models.decode import row_seed, uniforms
-from distill.models.head import AtHead, Head, KeptLogits, at_places
+from distill.models.decode import Decoder, Sampling, copies_rows, row_seed, uniforms
+from distill.models.head import AtHead, Head, KeptLogits, at_places, output_head
+from distill.models.hooks import Hooks
 from distill.models.layers import rows_apart
 from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows
 
 BATCH_LOGITS = 2**27  # logits of one forward pass, at most: 512 MiB in float32; a longer row goes alone
 CHUNK_LOGITS = 2**22  # of which so many are made into float64 probabilities at a time
+COPIED = 2**28  # bytes of keys and values that options behind their contexts take at a time
 CHUNK_LOGITS_ON_ACCELERATORS = 2**25  # 220 rows at V = 151,936, 256 MiB in float64: few, large kernels
 
 
@@ -132,6 +135,97 @@ def score_rows(
     return scores
 
 
+def logprobs_behind(
+    model, contexts: list[list[int]], texts: list[list[int]], *, pad_id: int, vocabulary: int
+) -> list[list[float]]:
+    """Natural logs of every token of `texts[i]` behind `contexts[i]`, all rows in one batch (a piece of `pieces`).
+
+    A context that comes several times, as a question before its options, is read once, and each text after it from
+    its cache. A model whose cache cannot be copied reads every row from its beginning.
+    """
+    if _repeat(contexts, texts) and copies_rows(model):
+        return _behind(model, contexts, texts, pad_id, vocabulary)
+    rows = TokenRows(contexts, texts)
+    given = {"keys": [()] * len(rows), "pad_id": pad_id, "vocabulary": vocabulary, "batch_size": len(rows)}
+    return [score.logprobs for score in score_rows(model, rows, None, **given)]
+
+
+def pieces(
+    contexts: list[list[int]], texts: list[list[int]], batch_size: int, vocabulary: int
+) -> list[np.ndarray]:
+    """Row numbers by length, in groups of at most `batch_size` rows and BATCH_LOGITS; those of one context together."""
+    most = max(1, BATCH_LOGITS // vocabulary)
+    if not _repeat(contexts, texts):
+        return list(length_batches(TokenRows(contexts, texts), batch_size, most))
+    found, held = [[]], 0
+    order = sorted(range(len(texts)), key=lambda i: (len(contexts[i]), contexts[i]))
+    for _, same in itertools.groupby(order, key=lambda i: contexts[i]):
+        rows = list(same)
+        tokens = sum(len(texts[i]) for i in rows)
+        if found[-1] and (len(found[-1]) + len(rows) > batch_size or held + tokens > most):
+            found.append([])
+            held = 0
+        found[-1] += rows
+        held += tokens
+    return [np.array(piece) for piece in found]
+
+
+def _repeat(contexts: list[list[int]], texts: list[list[int]]) -> bool:
+    """Whether reading each context once saves a quarter of the tokens: of options it does, of one BOS token not."""
+    every = sum(map(len, contexts))
+    return 4 * (every - sum(map(len, set(map(tuple, contexts))))) > every + sum(map(len, texts))
+
+
+@torch.inference_mode()
+def _behind(model, contexts, texts, pad_id: int, vocabulary: int) -> list[list[float]]:
+    """`logprobs_behind` from the cache of each different context."""
+    decoder = Decoder(model, contexts, Sampling(), set(), pad_id)
+    places = {context: place for place, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
+    cache, logits = decoder.read(list(places))
+    device = logits.device
+    owner = torch.tensor([places[tuple(context)] for context in contexts], device=device)
+    first = _said(
+        logits[:, :vocabulary].index_select(0, owner),
+        torch.tensor([text[0] for text in texts], device=device),
+    )
+    found = [[said] for said in first.tolist()]
+    # The first token is said by the context; each of the others is said by the one before it.
+    longer = [i for i, text in enumerate(texts) if len(text) > 1]
+    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    each = sum(states.nbytes for both in kept for states in both) / len(places)
+    size = max(1, int(COPIED // max(1.0, each)))
+    for rows in (longer[start : start + size] for start in range(0, len(longer), size)):
+        for layer, both in zip(cache.layers, kept):
+            layer.hold(*(states.index_select(0, owner[rows]) for states in both))
+        lengths = torch.tensor([len(contexts[i]) for i in rows], device=device)
+        said = iter(_rest(decoder, cache, lengths, [texts[i] for i in rows], vocabulary))
+        for i in rows:
+            found[i] += [next(said) for _ in texts[i][1:]]
+    return found
+
+
+def _rest(decoder: Decoder, cache, lengths: Tensor, texts: list[list[int]], vocabulary: int) -> list[float]:
+    """Of all tokens but the first of each text, one text after the other; the cache ends in contexts of `lengths` [O].
+
+    They stand right behind the context, with padding at the end: windows count columns.
+    """
+    device, width, size = lengths.device, cache.get_seq_length(), max(map(len, texts))
+    padded = torch.tensor([text + [decoder.pad_id] * (size - len(text)) for text in texts], device=device)
+    column = torch.arange(size - 1, device=device)
+    fed = column < torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
+    before = lengths[:, None]
+    mask = torch.cat([torch.arange(width, device=device) >= width - before, fed], 1)
+    with Hooks() as hooks:
+        hooks.before(output_head(decoder.model), lambda _head, args: (args[0][fed].unsqueeze(1), *args[1:]))
+        logits = decoder.forward(padded[:, :-1], mask, before + column, cache, keep=0)
+    return _said(logits[:, :vocabulary], padded[:, 1:][fed]).tolist()
+
+
+def _said(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[N] of `tokens` [N] by logits [N, V]."""
+    return _summaries(logits, tokens, None, None)[0]
+
+
 def _score_states(model, rows: TokenRows, form: SignalFormat, pad_id: int, vocabulary: int, batch_size: int):
     """`score_rows` for states [N, d] before the head."""
     scores: list[RowScore | None] = [None] * len(rows)
@@ -183,7 +277,7 @@ def chunk_tokens(vocabulary: int, device: torch.device) -> int:
     return max(1, (CHUNK_LOGITS if device.type == "cpu" else CHUNK_LOGITS_ON_ACCELERATORS) // vocabulary)
 
 
-def _summaries(logits: Tensor, targets: Tensor, u: Tensor, form: SignalFormat | None) -> list[Tensor]:
+def _summaries(logits: Tensor, targets: Tensor, u: Tensor | None, form: SignalFormat | None) -> list[Tensor]:
     """logprobs [N]; for top_k also ids and logprobs [N, K], for sampled ids [N, K]. A chunk at a time."""
     found = []
     size = chunk_tokens(logits.shape[1], logits.device)

@@ -9,6 +9,7 @@ gives token ids and log-probabilities; an endpoint (distill/data/endpoint.py) gi
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from transformers import StopStringCriteria
 
 from distill.config.data import TeacherSection
 from distill.errors import RunError, UserError
-from distill.models.ahead import decode_ahead, load_ahead
+from distill.models.ahead import Drafts, decode_ahead, load_ahead
 from distill.models.chat import opening, prompt_ids, whole_turn
 from distill.models.decode import Sampling, decode
 from distill.models.describe import describe_model
@@ -169,6 +170,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(section.model, section.chat_template_kwargs)
         self._section, self._device, self._model, self._ahead = section, device, None, None
+        self.drafts = Drafts()  # of all answers so far
         self._prompts = Prompts(self.name, self.tokenizer)
 
     @property
@@ -176,9 +178,18 @@ class LocalTeacher:
         """Loaded on first use: a finished stage is recognised without touching the weights."""
         if self._model is None:
             self._model = load_model(self._section.model, self._section.dtype, self._device)
-            # Answers are the same; alone they are written sooner with drafts, in batches without.
-            self._ahead = load_ahead(self._section.model, self._model) if self.batch_size == 1 else None
+            self._ahead = self._drafter()
         return self._model
+
+    def _drafter(self) -> torch.nn.Module | None:
+        """Who guesses ahead: the model that the recipe names, or a module beside the weights where answers are alone.
+
+        Answers are the same with and without; in batches they are written sooner without.
+        """
+        section = self._section
+        if section.draft is None:
+            return load_ahead(section.model, self._model) if self.batch_size == 1 else None
+        return load_model(section.draft, section.dtype, self._device)
 
     @property
     def opened(self) -> str:
@@ -188,6 +199,14 @@ class LocalTeacher:
     def context(self) -> int | None:
         """Tokens that it takes, prompt and answer."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _fits(self, longest: int) -> bool:
+        """Whether so many tokens, and the guesses behind them, fit into both models. (`decode` says which do not.)"""
+        context = self.context
+        if self._section.draft:
+            own = getattr(self._ahead.config.get_text_config(), "max_position_embeddings", None)
+            context = min(context or math.inf, (own or math.inf) - self._section.draft_tokens)
+        return longest <= (context or longest)
 
     def open(self) -> None:
         _ = self.model
@@ -214,12 +233,11 @@ class LocalTeacher:
         }
         keys = [questions[place].key for place in asked]
         longest = max(map(len, ids), default=0) + sampling.max_new_tokens
-        if self._ahead is not None and not sampling.stop and longest <= (self.context or longest):
-            for row, (prompt, key) in enumerate(zip(ids, keys)):
-                ((completion,), _) = decode_ahead(
-                    self.model, self._ahead, [prompt], sampling, keys=[key], **given
-                )
-                finish(row, completion)
+        if self._ahead is not None and not sampling.stop and self._fits(longest):
+            decode_ahead(
+                self.model, self._ahead, ids, sampling, keys=keys, **given, guesses=self._section.draft_tokens,
+                batch_size=self.batch_size, on_finish=finish, drafts=self.drafts,
+            )  # fmt: skip
             return answers
         decode(
             self.model,

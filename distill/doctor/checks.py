@@ -51,7 +51,8 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
         ("problems", needs.problems),
     ):
         found += findings_of(name, check, pair)
-    models = [f for side in pair.sides for f in findings_of("models", _model, side, weights)]
+    sides = [*pair.sides, *([pair.draft] if pair.draft else [])]
+    models = [f for side in sides for f in findings_of("models", _model, side, weights)]
     found += models
     if recipe.teacher and recipe.teacher.endpoint:
         found += findings_of("models", _endpoint, pair)
@@ -69,6 +70,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     found += unread
     checks = [
         ("vocabulary", token_checks.vocabulary),
+        ("draft", token_checks.draft),
         ("chat template", token_checks.template),
         ("end of turn", token_checks.end_of_turn),
         *([] if unread else [("context", token_checks.context)]),

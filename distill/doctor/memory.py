@@ -230,10 +230,15 @@ def _generation(pair: Pair) -> Phase:
     rows, new = recipe.generate.batch_size, recipe.generate.max_new_tokens
     cache = _cache(teacher, _prompt(pair, teacher) + new, each)
     logits = 24 * teacher.rows  # scores in float32, their sum in float64
-    weights = _weights(teacher, recipe.teacher.dtype)
+    weights, guesser = _weights(teacher, recipe.teacher.dtype), 0.0
+    if pair.draft:
+        guesser = _weights(pair.draft, recipe.teacher.dtype)
+        cache += _cache(
+            pair.draft, _prompt(pair, teacher) + new, _weight_bytes(pair.draft, recipe.teacher.dtype)
+        )
     parts = {
         **_program(pair, teacher),
-        "weights": weights,
+        "weights": weights + guesser,
         "cache of keys and values": rows * cache,
         "logits": rows * logits,
     }

@@ -148,6 +148,12 @@ class Pair:
             start.made_from and start.made_from.model,
         )
 
+    @cached_property
+    def draft(self) -> Side | None:
+        """Who guesses for the teacher while it writes; None where nobody does."""
+        name = self.recipe.teacher.draft if self.recipe.teacher and self.does("generate") else None
+        return model_side("draft", name) if name else None
+
     @property
     def sides(self) -> list[Side]:
         return [s for s in (self.teacher, self.student) if s]

@@ -12,8 +12,11 @@ from distill.data.signals import STORED
 from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
 from distill.doctor.pair import Lengths, Pair, Side, model_side
 from distill.errors import UserError
+from distill.models.ahead import masks_columns
 from distill.models.chat import opening, reads_the_clock, render, template_date
 from distill.models.load import same_vocabulary
+
+MOST_ROWS = 4  # answers at a time with which guesses by another model still pay (LOG.md, "Decoding")
 
 
 def vocabulary(pair: Pair) -> list[Finding]:
@@ -88,6 +91,39 @@ def _difference(teacher: Side, student: Side) -> str:
         f"{len(only[1]):,} of the student alone (as {only[1][0]!r})" if only[1] else "",
     ]
     return f"{sizes}, {', '.join(filter(None, parts))}"
+
+
+def draft(pair: Pair) -> list[Finding]:
+    """`teacher.draft` guesses the teacher's tokens: the same ids, room for as much text, and few rows at a time."""
+    side, section = pair.draft, pair.recipe.teacher
+    if side is None:
+        return []
+    if not same_vocabulary(side.tokenizer, pair.teacher.tokenizer):
+        text = f"{side.label} has another vocabulary than {pair.teacher.label}: {_difference(pair.teacher, side)}"
+        return [
+            Finding(
+                "draft", FAIL, text, "name a model with the teacher's tokenizer, or leave out teacher.draft"
+            )
+        ]
+    windows = [who.label for who in (side, pair.teacher) if not masks_columns(who.config)]
+    if windows:
+        text = f"{windows[0]} has layers without full attention, in which a guess cannot be taken back"
+        return [Finding("draft", FAIL, text, "leave out teacher.draft")]
+    most, generate = section.draft_tokens, pair.recipe.generate
+    ratio = side.facts["flops_per_token"] / pair.teacher.facts["flops_per_token"]
+    text = f"{most} tokens at a time, each at {ratio:.0%} of the teacher's FLOPs: it pays above "
+    found = [Finding("draft", OK, f"{text}{1 + most * ratio:.1f} tokens a pass")]
+    if generate.batch_size > MOST_ROWS:
+        text = f"{generate.batch_size} answers are written together, where guesses cost more than they save"
+        found.append(
+            Finding("draft", WARN, text, f"set generate.batch_size={MOST_ROWS} or less, or leave it out")
+        )
+    lengths = pair.lengths(pair.teacher, "training")
+    needed = (lengths.longest[0] if lengths else 0) + generate.max_new_tokens + most
+    if side.context and needed > side.context:
+        text = f"{side.label} takes {side.context:,} tokens, and prompts, answers and guesses have up to {needed:,}"
+        found.append(Finding("draft", WARN, f"{text}: parts with such rows are written without it"))
+    return found
 
 
 # ---- chat template and end of turn ---------------------------------------------------------------------

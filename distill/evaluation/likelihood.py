@@ -18,7 +18,8 @@ Four scores, because the usual ones differ and none is right for all: the sum lo
 (acc of the harness); per character (its acc_norm); per UTF-8 byte, which does not depend on the tokenizer (its
 acc_bytes); per token. Of equal options the first is taken.
 
-Only the logits of option tokens are computed. Shapes: O options of all problems.
+A prompt is read once, and every option behind it from its keys and values (a model without such a cache reads each
+option from the beginning). Only the logits of option tokens are computed. Shapes: O options of all problems.
 
 Of given text: nats per token, nats and bits per byte, perplexity.
 
@@ -45,8 +46,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.batches import TokenRows
-from distill.data.scoring import BATCH_LOGITS, length_batches, score_rows
+from distill.data.scoring import logprobs_behind, pieces
 from distill.devices import dealt, even_size
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
@@ -67,12 +67,22 @@ def likelihoods(model, tokenizer, problems: list[dict], batch_size: int = 64) ->
     found: dict[str, list[dict]] = {}
     for task in dict.fromkeys(p["level"] for p in asked):
         own = [p for p in asked if p["level"] == task]
-        found[task] = []
-        for kind in ("letter", "text") if all(p.get("choices") for p in own) else ("letter",):
-            for form, rows_of in (("chat", _chat_rows), ("plain", _plain_rows)):
-                rows = [rows_of(tokenizer, p, kind) for p in own]
-                scores = _scores(model, tokenizer, own, rows, batch_size)
-                found[task].append({"form": form, "options": kind, **scores})
+        kinds = ("letter", "text") if all(p.get("choices") for p in own) else ("letter",)
+        forms = [(kind, form) for kind in kinds for form in ("chat", "plain")]
+        rows = {asked: [ROWS_OF[asked[1]](tokenizer, p, asked[0]) for p in own] for asked in forms}
+        # Together: letters and words stand behind the same prompt, which is read once.
+        every = [row for of_form in rows.values() for of_problem in of_form for row in of_problem]
+        if not all(ids for _, ids, _ in every):
+            raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
+        said = iter(_logprobs(model, tokenizer, *zip(*[row[:2] for row in every]), batch_size))
+        found[task] = [
+            {
+                "form": form,
+                "options": kind,
+                **_scores(own, of_form, [sum(next(said)) for r in of_form for _ in r]),
+            }
+            for (kind, form), of_form in rows.items()
+        ]
     return found
 
 
@@ -97,6 +107,9 @@ def _plain_rows(tokenizer, problem: dict, kind: str) -> Rows:
     before = tokenizer(context, verbose=False)["input_ids"]
     whole = [tokenizer(f"{context} {text}", verbose=False)["input_ids"] for text in texts]
     return [(before, ids[len(before) :] if text else [], text) for ids, text in zip(whole, texts)]
+
+
+ROWS_OF = {"chat": _chat_rows, "plain": _plain_rows}
 
 
 def question_of(problem: dict) -> str:
@@ -129,12 +142,11 @@ def letters_of(problem: dict) -> str:
     return LETTERS[:count]
 
 
-def _scores(model, tokenizer, problems, rows: list[Rows], batch_size: int) -> dict[str, Any]:
-    contexts, tokens, texts = map(list, zip(*(row for found in rows for row in found)))
+def _scores(problems: list[dict], rows: list[Rows], sums: list[float]) -> dict[str, Any]:
+    """Of one form: `sums` [O] are the options' log-probabilities, in the order of `rows`."""
+    _, tokens, texts = zip(*(row for found in rows for row in found))
     starts = np.cumsum([0, *map(len, rows)]).tolist()
-    if not all(tokens):
-        raise UserError("likelihood: a choice without text cannot be scored; remove the problem")
-    sums = np.array([sum(found) for found in _logprobs(model, tokenizer, contexts, tokens, batch_size)])
+    sums = np.array(sums)
     per = {
         "sum": sums,
         "per_character": sums / [len(text) for text in texts],
@@ -152,20 +164,16 @@ def _scores(model, tokenizer, problems, rows: list[Rows], batch_size: int) -> di
 
 def _logprobs(model, tokenizer, contexts, texts, batch_size: int) -> list[list[float]]:
     """Of every token of `texts` behind its context, row by row. The processes of a launch read a share each."""
+    contexts, texts = list(map(list, contexts)), list(map(list, texts))
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    rows = TokenRows(list(contexts), list(texts))
-    size = even_size(len(rows), batch_size)
-    pieces = list(length_batches(rows, size, max(1, BATCH_LOGITS // vocabulary)))
+    dealing = pieces(contexts, texts, even_size(len(texts), batch_size), vocabulary)
 
     def read(piece: np.ndarray) -> list[list[float]]:
-        scores = score_rows(
-            model, rows.subset(piece), None, keys=[(int(i),) for i in piece], pad_id=tokenizer.pad_token_id,
-            vocabulary=vocabulary, batch_size=batch_size,
-        )  # fmt: skip
-        return [score.logprobs for score in scores]
+        given = [contexts[i] for i in piece], [texts[i] for i in piece]
+        return logprobs_behind(model, *given, pad_id=tokenizer.pad_token_id, vocabulary=vocabulary)
 
-    found: list[list[float]] = [[] for _ in range(len(rows))]
-    for piece, scores in zip(pieces, dealt(pieces, read)):
+    found: list[list[float]] = [[] for _ in texts]
+    for piece, scores in zip(dealing, dealt(dealing, read)):
         for i, logprobs in zip(piece, scores):
             found[i] = logprobs
     return found

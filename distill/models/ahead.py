@@ -1,8 +1,9 @@
-"""One token further ahead: the multi-token prediction module of DeepSeek-V3, depth 1, and decoding that it speeds up.
+"""Tokens ahead: the multi-token prediction module of DeepSeek-V3, depth 1, and decoding with drafts, its or a model's.
 
     ahead = TokenAhead(model)                                  # trained by the objective `multi_token`
     states = ahead(shifted(hidden, mask), embeddings, ...)     # [B, T, d], for the model's own output head
     rows, drafts = decode_ahead(model, ahead, prompts, Sampling(max_new_tokens=80), eos_ids={2}, pad_id=0)
+    rows, drafts = decode_ahead(teacher, base, prompts, ..., guesses=3)      # a smaller model of its tokens guesses
 
 The module (arXiv 2412.19437, section 2.2) joins the model's last state of a token with the embedding of the next one,
 sends both through one more decoder layer, and so predicts the token after that; embedding and output head are the
@@ -10,19 +11,20 @@ model's own. Here column j of the module reads token j beside the state of token
 are the model's own, and the first column of a row, which has no state before it, is given zeros. It lies beside the
 weights in `mtp.safetensors`, which `from_pretrained` does not read.
 
-Decoding ("MTP in Inference" there; the scheme of arXiv 2211.17192): the model reads its newest token and the module's
-draft of the one after it in one pass, so what it would say behind the draft is known if the draft is what it says
-itself. The draft is chosen by the same random number as the model's own token of that place (distill/models/decode.py),
-and is taken only if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives,
-token by token, but for the rounding of two columns instead of one. The price: at a temperature above 0 rejection
-sampling takes a draft of distribution q against p with probability sum min(p, q), the most there is; equal numbers take
-it less often.
+Decoding ("MTP in Inference" there; the scheme of arXiv 2211.17192): the model reads its newest token and the drafts of
+those after it in one pass, so what it would say behind a draft is known if the draft is what it says itself. Drafts are
+chosen by the same random numbers as the model's own tokens of their places (distill/models/decode.py), and one is taken
+only if it *is* that token: not only is the distribution kept, every answer is the one that `decode` gives, token by
+token, but for the rounding of several columns instead of one. The price: at a temperature above 0 rejection sampling
+takes a draft of distribution q against p with probability sum min(p, q), the most there is; equal numbers take it less
+often.
 
 Shapes: B rows, T columns, d hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from distill.errors import UserError
 from distill.files import replacing
-from distill.models.decode import Completion, Sampling, choose, row_seed, uniforms
+from distill.models.decode import Completion, GrowingLayer, Sampling, choose, row_seed, uniforms
 from distill.models.head import output_head
 from distill.models.hooks import Hooks
 from distill.models.layers import decoder_layers
@@ -126,21 +128,24 @@ def _one_layer(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @dataclass
 class Drafts:
-    """What became of the module's drafts: `passes` of the model after a prompt, each with one draft a row."""
+    """What became of the drafts: `passes` of the model after the prompts."""
 
     passes: int = 0
-    drafted: int = 0  # drafts that could have been taken: the row went on behind them
+    drafted: int = 0  # drafts that could have been taken: the row had come to their place and went on
     taken: int = 0
 
     @property
     def acceptance(self) -> float:
         return self.taken / max(1, self.drafted)
 
+    def text(self) -> str:
+        return f"{self.taken:,} of {self.drafted:,} guesses were taken ({self.acceptance:.0%})"
+
 
 @torch.inference_mode()
 def decode_ahead(
     model: nn.Module,
-    ahead: TokenAhead,
+    drafter: nn.Module,
     prompts: list[list[int]],
     sampling: Sampling,
     *,
@@ -148,108 +153,230 @@ def decode_ahead(
     pad_id: int,
     keys: list[tuple[Hashable, ...]] | None = None,
     vocab_limit: int | None = None,
+    guesses: int = 1,
+    batch_size: int | None = None,
+    on_finish: Callable[[int, Completion], None] | None = None,
+    drafts: Drafts | None = None,
 ) -> tuple[list[Completion], Drafts]:
-    """What `decode` gives for these prompts, all at once, with up to two tokens a row for every pass of the model.
+    """What `decode` gives for these prompts, with up to 1 + `guesses` tokens a row for every pass of the model.
 
-    A column of a draft that was not taken stays in both caches and is masked for its row. Best for few rows: on a full
-    machine the second column costs what it brings. Raises UserError for caches that cannot be masked by column.
+    drafter: a `TokenAhead`, which guesses one token, or a causal LM of the same tokens. batch_size: rows at a time;
+    None: all. drafts: counted on. A column of a draft that was not taken by its row is masked for it, and leaves both
+    caches if no row took it. Best for few rows: on a full machine the further columns cost what they bring.
+    Raises UserError for caches that cannot be masked by column.
     """
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=_text(model)).layers)
-    if not plain or not all(prompts) or (sampling.temperature > 0 and keys is None):
-        raise UserError(
-            "decode_ahead needs full attention in every layer, prompts with tokens, and keys to sample"
-        )
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    ahead = isinstance(drafter, TokenAhead)
+    if not all(prompts) or (sampling.temperature > 0 and keys is None):
+        raise UserError("decode_ahead needs prompts with tokens, and keys to sample")
+    if not (masks_columns(_text(model)) and (ahead or masks_columns(_text(drafter)))):
+        raise UserError("decode_ahead needs full attention in every layer, of the model and of its draft")
+    training = [module for both in (model, drafter) for module in both.modules() if module.training]
+    model.eval(), drafter.eval()
+    found: list[Completion | None] = [None] * len(prompts)
+    drafts = Drafts() if drafts is None else drafts
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     try:
-        with packed_linears(model), Hooks() as hooks:
-            return _Ahead(model, ahead.eval(), sampling, eos_ids, vocab_limit, hooks).write(
-                prompts, pad_id, keys
-            )
+        with packed_linears(model), nullcontext() if ahead else packed_linears(drafter):
+            for rows in _groups(order, batch_size or len(prompts)):
+                with Hooks() as hooks:
+                    reader = _Reader(model, hooks)
+                    guess = _ByModule(drafter, reader) if ahead else _ByModel(drafter, guesses, hooks)
+                    seeds = [row_seed(keys[row]) if keys is not None else 0 for row in rows]
+                    draw = _Draw(torch.tensor(seeds, device=reader.device), sampling, vocab_limit)
+                    asked = [prompts[row] for row in rows]
+                    written = _Writer(reader, guess, draw, eos_ids, drafts).write(asked, pad_id)
+                for row, completion in zip(rows, written):
+                    found[row] = completion
+                    if on_finish is not None:
+                        on_finish(row, completion)
     finally:
         for module in training:
             module.training = True
+    return found, drafts
+
+
+def masks_columns(config: PreTrainedConfig) -> bool:
+    """Whether what a row did not take can be masked in the cache of such a model: full attention in every layer.
+
+    Windows count columns, and recurrent states cannot be taken back.
+    """
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _groups(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _text(model: nn.Module) -> PreTrainedConfig:
     return bare_model(model).config.get_text_config(decoder=True)
 
 
-class _Ahead:
-    def __init__(self, model, ahead: TokenAhead, sampling: Sampling, eos_ids, vocab_limit, hooks: Hooks):
-        self.model, self.ahead, self.sampling, self.vocab_limit = model, ahead, sampling, vocab_limit
-        self.embed, self.head = model.get_input_embeddings(), output_head(model)
-        self.device = self.embed.weight.device
-        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
-        hooks.before(self.head, self._hear)
-        self.caches = [DynamicCache(config=_text(model)), DynamicCache(config=ahead.body.config)]
-        self.names = [cache_name(model), cache_name(ahead.body)]
+@dataclass(frozen=True)
+class _Draw:
+    """How all who speak choose: by the same random number for the same place of a row."""
 
-    def _hear(self, _head, args) -> None:
+    seeds: Tensor  # [B]
+    sampling: Sampling
+    vocab_limit: int | None
+
+    def __call__(self, logits: Tensor, steps: Tensor) -> Tensor:
+        """Tokens [B] from logits [B, V] for place `steps` [B] of each answer."""
+        u = uniforms(self.seeds, steps) if self.sampling.temperature > 0 else None
+        return choose(logits[:, : self.vocab_limit], self.sampling, u)
+
+
+class _Columns:
+    """A cache, and which of its columns are whose."""
+
+    def __init__(self, config: PreTrainedConfig, name: str):
+        self.cache, self.name, self.mask = DynamicCache(config=config), name, None
+        self.cache.layers = [GrowingLayer() for _ in self.cache.layers]
+
+    def inputs(self, read: Tensor, positions: Tensor) -> dict:
+        """For a pass over new columns, of which `read` [B, T] says whose they are."""
+        self.mask = read if self.mask is None else torch.cat([self.mask, read], 1)
+        given = {"attention_mask": self.mask.long(), "position_ids": positions, self.name: self.cache}
+        return given | {"use_cache": True}
+
+    def settle(self, newest: int, read: Tensor | None = None) -> None:
+        """Of the `newest` columns the first are kept, with `read` [B, T] for their owners; without it none."""
+        kept = self.mask[:, : self.mask.shape[1] - newest]
+        self.mask = kept if read is None else torch.cat([kept, read], 1)
+        for layer in self.cache.layers:
+            layer.cut(self.mask.shape[1])
+
+
+class _Reader:
+    """A causal LM with its columns. `states` [B, T, d] are those of its last pass, before the head."""
+
+    def __init__(self, model: nn.Module, hooks: Hooks):
+        self.model, self.columns = model, _Columns(_text(model), cache_name(model))
+        self.device = model.get_input_embeddings().weight.device
+        hooks.before(output_head(model), self._hear)
+
+    def _hear(self, _head, args):
         self.states = args[0]
+        rows = torch.arange(len(self.states), device=self.device)
+        return None if self.at is None else (self.states[rows, self.at].unsqueeze(1), *args[1:])
 
-    def write(self, prompts: list[list[int]], pad_id: int, keys) -> tuple[list[Completion], Drafts]:
-        rows, limit, width = len(prompts), self.sampling.max_new_tokens, max(map(len, prompts))
-        seeds = [row_seed(key) for key in keys] if keys is not None else [0] * rows
-        self.seeds = torch.tensor(seeds, device=self.device)
+    def __call__(self, ids: Tensor, read: Tensor, positions: Tensor, at: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; [B, 1, V] of the column `at` [B] of each row."""
+        self.at = at
+        return self.model(input_ids=ids, **self.columns.inputs(read, positions)).logits.float()
+
+
+class _ByModule:
+    """Guesses of one token by the module ahead. `before` [B, T, d]: the model's state ahead of every token."""
+
+    most = 1
+
+    def __init__(self, ahead: TokenAhead, reader: _Reader):
+        self.ahead, self.columns = ahead, _Columns(ahead.body.config, cache_name(ahead.body))
+        self.embed, self.head = reader.model.get_input_embeddings(), output_head(reader.model)
+        self.reader = reader
+
+    def __call__(
+        self, before, ids, read, positions, steps: Tensor, at: Tensor, draw: _Draw, count: int
+    ) -> Tensor:
+        """Guesses [B, count] for the places from `steps` [B] on, behind column `at` [B] of these new ones."""
+        states = self.ahead(before, self.embed(ids).to(before.dtype), **self.columns.inputs(read, positions))
+        self.reader.at = None
+        last = states[torch.arange(len(states), device=states.device), at]
+        return draw(self.head(last[:, None])[:, 0].float(), steps)[:, None][:, :count]
+
+
+class _ByModel:
+    """Guesses by another causal LM of the same tokens, one after the other."""
+
+    def __init__(self, model: nn.Module, most: int, hooks: Hooks):
+        self.reader, self.most, self.own = _Reader(model, hooks), most, 0
+
+    def __call__(
+        self, before, ids, read, positions, steps: Tensor, at: Tensor, draw: _Draw, count: int
+    ) -> Tensor:
+        if self.own:  # what it guessed the last time; what became of it is among `ids`
+            self.reader.columns.settle(self.own)
+        token = draw(self.reader(ids, read, positions, at)[:, 0], steps)
+        found, place = [token], positions.gather(1, at[:, None])
+        whose = torch.ones_like(place, dtype=torch.bool)
+        for further in range(1, count):
+            token = draw(self.reader(token[:, None], whose, place + further)[:, 0], steps + further)
+            found.append(token)
+        self.own = count - 1
+        return torch.stack(found, 1)
+
+
+class _Writer:
+    """The answers to some prompts: drafts are guessed, read in one pass, and taken while they are the model's own."""
+
+    def __init__(self, reader: _Reader, guess, draw: _Draw, eos_ids: set[int], drafts: Drafts):
+        self.reader, self.guess, self.draw, self.drafts = reader, guess, draw, drafts
+        self.device, self.limit = reader.device, draw.sampling.max_new_tokens
+        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
+
+    def write(self, prompts: list[list[int]], pad_id: int) -> list[Completion]:
+        rows, width = len(prompts), max(map(len, prompts))
         padded = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
         ids, lengths = (torch.tensor(x, device=self.device) for x in (padded, list(map(len, prompts))))
         mask = torch.arange(width, device=self.device) >= (width - lengths)[:, None]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         self.out = [Completion([], "length", []) for _ in prompts]
-        drafts, made = Drafts(), torch.zeros_like(lengths)
-        live = torch.ones(rows, dtype=torch.bool, device=self.device)
-
-        logits = self._model(ids, mask, positions)
-        newest = self._choose(logits[:, -1], made)
-        live &= self._keep(newest, logits[:, -1], live, limit)
-        # The module reads the prompt and the first token, each beside the state before it.
-        ids, drafted_mask = torch.cat([ids, newest[:, None]], 1), torch.cat([mask, mask[:, -1:]], 1)
-        before = shifted(torch.cat([self.states, self.states[:, -1:]], 1), drafted_mask)
-        positions = torch.cat([positions, lengths[:, None]], 1)
-        draft = self._draft(before, ids, drafted_mask, positions, made + 1, torch.full_like(made, -1))
+        made, end = torch.zeros_like(lengths), torch.full_like(lengths, width - 1)
+        logits = self.reader(ids, mask, positions, end)[:, 0]
+        newest = self.draw(logits, made)
+        live = self._keep(newest, logits, torch.ones(rows, dtype=torch.bool, device=self.device))
         made = made + 1
+        # Who guesses reads the prompt and the first token; a module, each beside the state before it.
+        read = torch.cat([mask, mask[:, -1:]], 1)
+        before = shifted(torch.cat([self.reader.states, self.reader.states[:, -1:]], 1), read)
+        new = (
+            before,
+            torch.cat([ids, newest[:, None]], 1),
+            read,
+            torch.cat([positions, lengths[:, None]], 1),
+        )
+        at = end + 1
         while live.any():
-            place = (lengths + made - 1)[:, None]
-            pair, both = (
-                torch.stack([newest, draft], 1),
-                torch.ones(rows, 2, dtype=torch.bool, device=self.device),
-            )
-            logits = self._model(pair, torch.cat([mask, both], 1), torch.cat([place, place + 1], 1))
-            first, second = self._choose(logits[:, 0], made), self._choose(logits[:, 1], made + 1)
-            goes_on = self._keep(first, logits[:, 0], live, limit)
-            taken = goes_on & (first == draft)
-            drafts.passes += 1
-            drafts.drafted += int(goes_on.sum())
-            drafts.taken += int(taken.sum())
-            still = self._keep(second, logits[:, 1], taken, limit)
-            live = torch.where(taken, still, goes_on)
-            read = torch.stack([torch.ones_like(taken), taken], 1)
-            mask, drafted_mask = torch.cat([mask, read], 1), torch.cat([drafted_mask, read], 1)
-            made = made + 1 + taken
-            draft = self._draft(
-                self.states, torch.stack([first, second], 1), drafted_mask, torch.cat([place + 1, place + 2], 1),
-                made, torch.where(taken, 1, 0),
-            )  # fmt: skip
-            newest = torch.where(taken, second, first)
-        return self.out, drafts
+            # The last token of an answer needs no guess behind it.
+            left = self.limit - min(len(o.ids) for o, on in zip(self.out, live.tolist()) if on)
+            count = min(self.guess.most, left - 1)
+            drafts = self.guess(*new, made, at, self.draw, count) if count else newest[:, None][:, :0]
+            place = (lengths + made - 1)[:, None] + torch.arange(count + 1, device=self.device)
+            place = torch.minimum(place, lengths[:, None] + self.limit)  # of rows that ended, or soon do
+            fed = torch.cat([newest[:, None], drafts], 1)
+            logits = self.reader(fed, torch.ones_like(fed, dtype=torch.bool), place)
+            said, read, newest, live = self._verify(logits, drafts, made, newest, live)
+            self.reader.columns.settle(count + 1, read)
+            most = read.shape[1]
+            new = (self.reader.states[:, :most], said[:, :most], read, place[:, :most] + 1)
+            at = read.sum(1) - 1
+            made = made + at + 1
+        return self.out
 
-    def _model(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        given = {"attention_mask": mask.long(), "position_ids": positions, self.names[0]: self.caches[0]}
-        return self.model(input_ids=ids, use_cache=True, **given).logits.float()
+    def _verify(self, logits: Tensor, drafts: Tensor, made: Tensor, newest: Tensor, live: Tensor) -> tuple:
+        """What the model says at each column, [B, T]; which of the first columns are whose, as far as any row came; the
+        newest token [B]; which rows go on [B]. A row comes to a column by drafts that are the model's own tokens.
+        """
+        self.drafts.passes += 1
+        said, read, here = [], [], live
+        for column in range(logits.shape[1]):
+            token = self.draw(logits[:, column], made + column)
+            goes_on = self._keep(token, logits[:, column], here)
+            said.append(token)
+            read.append(here)
+            newest = torch.where(here, token, newest)
+            live = torch.where(here, goes_on, live)
+            if column == drafts.shape[1]:
+                break
+            here = goes_on & (token == drafts[:, column])
+            self.drafts.drafted += int(goes_on.sum())
+            self.drafts.taken += int(here.sum())
+        read = torch.stack(read, 1)
+        read[:, 0] = True  # an ended row reads on beside the others; nobody hears it
+        return torch.stack(said, 1), read[:, : int(read.sum(1).max())], newest, live
 
-    def _draft(self, before, ids, mask, positions, steps: Tensor, column: Tensor) -> Tensor:
-        """The module's token [B] for place `steps` of each row, said at `column` of those it is given here."""
-        given = {"attention_mask": mask.long(), "position_ids": positions, self.names[1]: self.caches[1]}
-        states = self.ahead(before, self.embed(ids).to(before.dtype), use_cache=True, **given)
-        at = states[torch.arange(len(states), device=self.device), column]
-        return self._choose(self.head(at[:, None])[:, 0].float(), steps)
-
-    def _choose(self, logits: Tensor, steps: Tensor) -> Tensor:
-        u = uniforms(self.seeds, steps) if self.sampling.temperature > 0 else None
-        return choose(logits[:, : self.vocab_limit], self.sampling, u)
-
-    def _keep(self, tokens: Tensor, logits: Tensor, rows: Tensor, limit: int) -> Tensor:
+    def _keep(self, tokens: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
         """Write these tokens to `rows` [B]; which of them go on."""
         on = rows.clone()
         logs = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
@@ -262,5 +389,5 @@ class _Ahead:
             found.ids.append(int(tokens[row]))
             found.logprobs.append(float(logs[row]))
             found.finish_reason = "stop" if bool(ends[row]) else "length"
-            on[row] = not bool(ends[row]) and len(found.ids) < limit
+            on[row] = not bool(ends[row]) and len(found.ids) < self.limit
         return on

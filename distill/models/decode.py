@@ -121,7 +121,7 @@ def decode(
         problems.append(f"decode: batch_size={batch_size} must be 1 or more")
     if problems:
         raise UserError(*problems)
-    decoder = _Decoder(model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size, stopping)
+    decoder = Decoder(model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size, stopping)
     results: list[Completion | None] = [None] * len(prompts)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -136,6 +136,18 @@ def decode(
         for module in training:
             module.training = True
     return results
+
+
+def copies_rows(model) -> bool:
+    """Whether rows of the model's cache can be padded, dropped, joined and copied: attention and nothing else.
+
+    Recurrent states, sparse-attention indexers and the like keep transformers' layers and run in whole batches of one
+    prompt length: slower, and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
+    """
+    if cache_name(model) is None:
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def row_seed(key: tuple[Hashable, ...]) -> int:
@@ -228,7 +240,7 @@ def _cutoff(scores: torch.Tensor, sampling: Sampling, below: torch.Tensor | None
     return cutoff.clamp(min=max(least, _LEAST + 0.001))  # what was clamped to _LEAST may be forbidden: -inf
 
 
-class _GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, T, dim] of one layer, appended in place to buffers that grow by blocks.
 
     DynamicLayer concatenates, which copies the whole cache at every step (10 to 18 % of a tiny dense model's
@@ -239,6 +251,11 @@ class _GrowingLayer(DynamicLayer):
     def hold(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.is_initialized = True
         self.keys, self.values = self.buffers = [keys, values]
+
+    def cut(self, columns: int) -> None:
+        """Keep the first `columns` alone."""
+        if self.is_initialized:
+            self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -284,10 +301,21 @@ class _Batch:
     logprobs: torch.Tensor  # [B, max_new_tokens + 1]
 
 
-class _Decoder:
+class Decoder:
     """The operations on a batch: prefill, step, and the exchange of finished rows for waiting ones."""
 
-    def __init__(self, model, prompts, sampling, eos_ids, pad_id, keys, vocab_limit, batch_size, stopping):
+    def __init__(
+        self,
+        model,
+        prompts,
+        sampling,
+        eos_ids,
+        pad_id,
+        keys=None,
+        vocab_limit=None,
+        batch_size=1,
+        stopping=None,
+    ):
         self.model, self.prompts, self.sampling, self.keys = model, prompts, sampling, keys
         self.pad_id, self.vocab_limit, self.stopping = pad_id, vocab_limit, stopping
         self.batch_size, self.device = batch_size, model.get_input_embeddings().weight.device
@@ -302,11 +330,7 @@ class _Decoder:
             raise UserError(
                 f"{type(inner).__name__} keeps no keys and values of attention; decode needs that cache"
             )
-        # Rows of plain attention caches can be padded, dropped and joined. Recurrent states, sparse-attention
-        # indexers and the like keep transformers' layers and run in whole batches of one prompt length:
-        # slower, and right even where a model's padding is not (DeepSeek-V3.2 in transformers 5.23).
-        attention = (DynamicLayer, DynamicSlidingWindowLayer)
-        self.elastic = all(type(layer) in attention for layer in layers)
+        self.elastic = copies_rows(model)
         self.refill = _REFILL.get(self.device.type, True)
 
     def completions(self) -> Iterator[tuple[int, Completion]]:
@@ -355,29 +379,29 @@ class _Decoder:
         mask = torch.arange(width, device=self.device) >= width - fed
         # What a finished row is fed is padding to whoever reads the mask: routing statistics do.
         mask[:, -1] &= ~batch.done
-        self._choose(batch, self._forward(newest, mask, fed - 1, batch.cache))
+        self._choose(batch, self.forward(newest, mask, fed - 1, batch.cache))
 
-    def _forward(self, ids, mask, positions, cache, keep: int = 1) -> torch.Tensor:
+    def forward(self, ids, mask, positions, cache, keep: int = 1) -> torch.Tensor:
         """Logits [B, V] of the last position that the head sees; with `keep` 0 it is given all of them."""
         optional = {"position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in optional.items() if name in self.accepted}
         given |= {"attention_mask": mask.long(), self.cache_name: cache, "use_cache": True}
         return self.model(input_ids=ids, **given).logits[:, -1]
 
-    def _read(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, torch.Tensor]:
+    def read(self, prompts: list[tuple[int, ...]]) -> tuple[DynamicCache, torch.Tensor]:
         """A cache that ends in these prompts, and the logits [D, V] behind each; their beginning is read once."""
         cache = DynamicCache(config=self.config)
         if self.elastic:
-            cache.layers = [_GrowingLayer() for _ in cache.layers]
+            cache.layers = [GrowingLayer() for _ in cache.layers]
         lengths, width = torch.tensor(list(map(len, prompts)), device=self.device), max(map(len, prompts))
         column = torch.arange(width, device=self.device)
         if not (shared := self._shared(prompts)):
             padded = [(self.pad_id,) * (width - len(prompt)) + prompt for prompt in prompts]
             places = column - (width - lengths).unsqueeze(1)
             ids = torch.tensor(padded, device=self.device)
-            return cache, self._forward(ids, places >= 0, places.clamp(min=0), cache)
+            return cache, self.forward(ids, places >= 0, places.clamp(min=0), cache)
         head = torch.tensor([prompts[0][:shared]], device=self.device)
-        self._forward(head, torch.ones_like(head), column[None, :shared], cache)
+        self.forward(head, torch.ones_like(head), column[None, :shared], cache)
         for layer in cache.layers:
             layer.hold(*(states.expand(len(prompts), -1, -1, -1) for states in (layer.keys, layer.values)))
         # What follows stands right behind it and padding at the end: windows count columns, and none is between.
@@ -388,7 +412,7 @@ class _Decoder:
             hooks.before(
                 output_head(self.model), lambda _head, args: (args[0][rows, ends].unsqueeze(1), *args[1:])
             )
-            logits = self._forward(
+            logits = self.forward(
                 ids, column < lengths.unsqueeze(1), column[shared:].expand(len(prompts), -1), cache, keep=0
             )
         places = (column - (width - lengths).unsqueeze(1)).clamp(
@@ -459,7 +483,7 @@ class _Decoder:
         del waiting[: len(rows)]
         asked = [tuple(self.prompts[row]) for row in rows]
         places = {prompt: place for place, prompt in enumerate(dict.fromkeys(asked))} if self.elastic else {}
-        cache, logits = self._read(list(places) or asked)
+        cache, logits = self.read(list(places) or asked)
         if 0 < len(places) < len(rows):
             owner = torch.tensor([places[prompt] for prompt in asked], device=self.device)
             logits = logits.index_select(0, owner)

@@ -33,7 +33,7 @@ from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.open_teachers import live_teachers
 from distill.training.rounding import lost_steps, matrices
 from distill.training.sources import OnPolicyRows, Source, StoredRows
-from distill.training.train import make_accelerator, train_student
+from distill.training.train import compilation, make_accelerator, train_student
 from distill.training.validation import split_rows
 
 # Keys of `train` that change how a run proceeds, not what it computes: they may differ on resume.
@@ -44,6 +44,9 @@ NOT_IDENTITY = {
     **dict.fromkeys(("attention", "compile", "tf32", "deterministic"), True),
     "teachers": {"remember_gb"},
 }  # fmt: skip
+
+# Of `teacher`: how it writes and where it sits, which no score depends on.
+_WRITING = {"terms", "device", "engine", "engine_options", "draft", "draft_tokens"}
 
 
 def train_arms(recipe: Recipe, redo: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -116,10 +119,12 @@ def train_arm(
     }
     whole = {"rows": len(rows), "tokens_read": int(rows.lengths.sum()), **size}
     per_token = training_flops(student, teacher, whole) / whole["tokens_read"]
+    a_row = per_token * float(rows.lengths.mean())
+    chosen = compilation(recipe, a_row, student, teacher, accelerator, lambda line: say(f"{arm}: {line}"))
     counts = train_student(
-        recipe, accelerator, student, teacher, source, stage.folder, f"train {arm}", held_out, per_token
+        chosen, accelerator, student, teacher, source, stage.folder, f"train {arm}", held_out, per_token
     )
-    counts |= {"errors": 0, **size}
+    counts |= {"errors": 0, "compiled": chosen.train.compile, **size}
     trainable = trainable_table(student.model)
     state_dict = whole_state_dict(student.model)  # gathered by all processes where it is sharded
     if not accelerator.is_main_process:
@@ -159,7 +164,7 @@ def _identity(recipe: Recipe, needs_teacher: bool) -> dict[str, Any]:
     return {
         "student": recipe.student.identity(),
         "train": recipe.train.identity(exclude=NOT_IDENTITY),
-        "teacher": teacher and teacher.identity(exclude={"terms", "device", "engine", "engine_options"}),
+        "teacher": teacher and teacher.identity(exclude=_WRITING),
         "seed": recipe.seed,
     }
 

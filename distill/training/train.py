@@ -19,6 +19,8 @@ Optimizer and learning rate are pure functions of the recipe and the step (`make
 import contextlib
 import math
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from distill.devices import from_all
 from distill.errors import RunError, UserError
 from distill.models.layers import attend_by_row, choose_attention, compile_layers, rows_apart
 from distill.models.precision import Precision, arithmetic, training_attention
+from distill.models.routers import bare_model, find_routers
 from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
 from distill.training.checkpoint import Interrupts, Saver
@@ -44,6 +47,11 @@ from distill.training.memory import OutOfMemory, memory_advice, saved_for_backwa
 from distill.training.sources import Lot, Source
 from distill.training.step import StudentStep, of_step, state_objectives, whole_step
 from distill.training.validation import Validator
+
+# What `compile: auto` goes by, measured on one thread (LOG.md, "Training"): compiling takes 40 s and saves 4 to 19 % of
+# a step, and a thread does so many FLOPs a second in a step.
+_LEAST_MINUTES = 30
+_FLOPS_PER_THREAD = {"fp32": 7e10, "half": 1.2e11}
 
 
 def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Accelerator:
@@ -199,6 +207,42 @@ def train_student(
         "micro_batch_size": micro.size,
         "saved_bytes": micro.saved_bytes,  # of the first micro-batch: its activations, for the backward pass
     }
+
+
+def compilation(
+    recipe: Recipe,
+    flops_per_row: float,
+    student: BuiltStudent,
+    teacher,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Recipe:
+    """The recipe with `train.compile: auto` decided, and the decision said.
+
+    The rule counts and does not time: a run that is repeated or resumed chooses alike, and so do all processes.
+    """
+    train = recipe.train
+    if train.compile != "auto":
+        return recipe
+    threads, device = torch.get_num_threads(), accelerator.device
+    per_second = _FLOPS_PER_THREAD["fp32" if accelerator.mixed_precision == "no" else "half"] * threads
+    rows = train.steps * train.batch_size / accelerator.num_processes
+    minutes = flops_per_row * rows / per_second / 60
+    foreseen = f"{minutes:.0f} minutes of training are foreseen, and it repays from {_LEAST_MINUTES} on"
+    models = [student.model, *(teacher.models if teacher else [])]
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    reasons = {
+        f"not measured on {device.type}": device.type != "cpu",
+        "no C++ compiler is here (g++)": not any(name and shutil.which(name) for name in compilers),
+        "text is written between the steps, by plain code": train.on_policy.fraction > 0,
+        "the teacher's routing changes at every batch": bool(train.teachers.routings),
+        "a mixture of experts is not measured": any(find_routers(bare_model(model)) for model in models),
+        foreseen: minutes < _LEAST_MINUTES,
+    }
+    against = next((reason for reason, holds in reasons.items() if holds), None)
+    if accelerator.is_main_process:
+        say(f"compile: auto is {'off' if against else 'on'}: {against or foreseen}")
+    return recipe.model_copy(update={"train": train.model_copy(update={"compile": against is None})})
 
 
 def prepare_model(train: Train, student: BuiltStudent, teacher=None) -> None:

@@ -12,11 +12,12 @@ from conftest import PYTHON, ROOT
 
 from distill.config.recipe import load_recipe
 from distill.data import generate as module
+from distill.data import teachers
 from distill.data.prompts import make_prompts
 from distill.data.provenance import provenance
 from distill.data.teachers import Answer
 from distill.errors import RunError, UserError
-from distill.models.ahead import TokenAhead
+from distill.models.ahead import TokenAhead, decode_ahead
 from distill.models.load import load_model
 from distill.storage import read_json, read_rows
 
@@ -274,3 +275,24 @@ def test_a_teacher_with_a_module_beside_it_writes_the_same_rows_one_at_a_time(
             read_rows(run / "generations", ["completion_ids", "finish_reason", "text", "prompt_ids"])
         )
     assert rows["drafts"] == rows["plain"] and len({tuple(r["completion_ids"]) for r in rows["plain"]}) > 3
+
+
+def test_a_teacher_with_a_draft_writes_the_same_rows(make_recipe, hub, run_cli, monkeypatch):
+    """By another model's guesses, two rows at a time; where the draft's context is too short, by the plain decoder."""
+    rows, asked = {}, []
+    monkeypatch.setattr(
+        teachers, "decode_ahead", lambda *given, **how: asked.append(how) or decode_ahead(*given, **how)
+    )
+    settings = ("generate.batch_size=2", "generate.max_new_tokens=9", "generate.temperature=0.7")
+    for name, more in (
+        ("drafts", (f"teacher.draft={hub['plain']}", "teacher.draft_tokens=2")),
+        ("plain", ()),
+    ):
+        path, run = make_recipe(teacher=hub["llama"], student="llama", name=name)
+        code, _, err = run_cli("generate", path, *settings, *more)
+        assert code == 0, err
+        rows[name] = list(
+            read_rows(run / "generations", ["completion_ids", "finish_reason", "text", "prompt_ids"])
+        )
+    assert rows["drafts"] == rows["plain"] and len({tuple(r["completion_ids"]) for r in rows["plain"]}) > 3
+    assert asked and all(how["guesses"] == 2 and how["batch_size"] == 2 for how in asked)

@@ -124,6 +124,42 @@ def test_vocabularies_of_one_size_and_different_content(bare, recipe):
     assert "258 tokens and its embedding 100 rows" in of(examine(recipe(small)), "vocabulary", FAIL)[0].text
 
 
+def test_a_draft_must_speak_the_teachers_tokens(bare, recipe):
+    """Same ids, full attention, few rows, and its weights count; whoever does not generate needs none of it."""
+    small = bare("small", num_hidden_layers=1)
+    sound = recipe(None, None, f"teacher.draft={small}", "generate.batch_size=2")
+    findings = examine(sound)
+    assert not any(f.state == FAIL for f in findings), format_findings(findings)
+    said = of(findings, "draft", OK)[0].text
+    flops = [pair.model_side("it", str(m)).facts["flops_per_token"] for m in (small, sound.teacher.model)]
+    assert f"it pays above {1 + 3 * flops[0] / flops[1]:.1f} tokens a pass" in said
+    weights = [
+        footprint.phases(pair.Pair(asked))[0].parts["weights"]
+        for asked in (sound, recipe(None, None, "generate.batch_size=2"))
+    ]
+    assert weights[0] - weights[1] == pair.model_side("draft", str(small)).facts["weight_bytes"]
+    many = examine(recipe(None, None, f"teacher.draft={small}"))
+    assert "8 answers are written together" in of(many, "draft", WARN)[0].text
+    short = bare("short", max_position_embeddings=64)
+    assert (
+        "takes 64 tokens" in of(examine(recipe(None, None, f"teacher.draft={short}")), "draft", WARN)[-1].text
+    )
+    other = bare("other", extra=["<|b|>"])
+    (told,) = of(examine(recipe(None, None, f"teacher.draft={other}")), "draft", FAIL)
+    assert "259 and 258" in told.text or "258 and 259" in told.text
+    assert "teacher's tokenizer" in told.fix
+    windows = bare("windows", model_type="gemma3_text", sliding_window=16, head_dim=8,
+                   layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+    (told,) = of(examine(recipe(None, None, f"teacher.draft={windows}")), "draft", FAIL)
+    assert "without full attention" in told.text
+    with pytest.raises(UserError, match="missing-draft"):
+        check_recipe(recipe(None, None, "teacher.draft=missing-draft"), "generate")
+    trained = examine(recipe(None, None, f"teacher.draft={other}"), "train")
+    assert not [f for f in trained if f.check == "draft"]
+    with pytest.raises(UserError, match="`draft` is for this project's own decoder"):
+        recipe(None, None, f"teacher.draft={small}", "teacher.engine=vllm")
+
+
 def test_another_end_of_turn(bare, recipe, tmp_path):
     """The base model's tokenizer ends with <|endoftext|>, the teacher and the template with <|im_end|>."""
     teacher, student = bare("teacher", extra=["<|endoftext|>"]), bare("student", extra=["<|endoftext|>"])

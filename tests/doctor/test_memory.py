@@ -10,7 +10,7 @@ from distill.config.evaluation import Evaluate
 from distill.config.training import Objective
 from distill.data.batches import TokenRows
 from distill.doctor import memory
-from distill.models.decode import Sampling, _Decoder
+from distill.models.decode import Decoder, Sampling
 from distill.models.describe import describe_config
 from distill.models.precision import training_attention
 from distill.training.memory import saved_for_backward
@@ -50,7 +50,7 @@ def test_what_a_step_keeps_is_what_was_forecast(low, length):
 def test_a_cache_is_what_was_forecast():
     model = LlamaForCausalLM(CONFIG).eval()
     prompts, new = [[5] * 70] * 4, 30
-    decoder = _Decoder(model, prompts, Sampling(max_new_tokens=new), {2}, 0, None, None, 4, None)
+    decoder = Decoder(model, prompts, Sampling(max_new_tokens=new), {2}, 0, None, None, 4, None)
     batch = decoder.admit(list(range(4)), 4)
     while not bool((batch.made >= new - 1).all()):
         decoder.step(batch)

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CHATML, byte_tokenizer
+from tiny_families import model_of
 from transformers import PreTrainedConfig
 
+from distill.data import scoring
+from distill.data.scoring import logprobs_behind, pieces
 from distill.errors import UserError
-from distill.evaluation.likelihood import _plain_rows, letters_of, likelihoods, question_of
+from distill.evaluation.likelihood import _logprobs, _plain_rows, letters_of, likelihoods, question_of
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
@@ -205,3 +208,84 @@ def test_on_the_command_line(run_cli, hub, tmp_path):
         "evaluate", hub["llama"], "--tasks", "easy", "--likelihood", "--out", tmp_path / "no"
     )
     assert code == 2 and "multiple-choice" in err
+
+
+ROWS = [  # (a question, its options): lengths that pad each other, options of one token, one question alone
+    ([5, 9, 3, 40, 41, 42, 43], [[7], [8, 9], [10, 11, 12, 13, 14, 15]]),
+    ([20, 21], [[22, 23, 24], [25]]),
+    ([30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41], [[50, 51, 52, 53, 54], [60, 61], [62, 63, 64]]),
+    ([70], [[71, 72]]),
+]
+CONTEXTS = [context for context, options in ROWS for _ in options]
+OPTIONS = [option for _, options in ROWS for option in options]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe", "deepseek_v3", "mamba"])
+def test_options_behind_a_question_read_once_are_those_of_whole_rows(family):
+    """Against one sequence at a time in float64 sums; gemma3_text has windows of 4 tokens, mamba no cache to copy."""
+    small = {"num_hidden_layers": 2, "state_size": 4} if family == "mamba" else {}
+    model = model_of(family, **small)
+    read = []
+    handle = model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    found = logprobs_behind(model, CONTEXTS, OPTIONS, pad_id=0, vocabulary=96)
+    handle.remove()
+    assert [len(row) for row in found] == [len(option) for option in OPTIONS]
+    for context, option, row in zip(CONTEXTS, OPTIONS, found):
+        with torch.no_grad():
+            logs = model(torch.tensor([context + option])).logits[0].double().log_softmax(-1)
+        wanted = [float(logs[len(context) - 1 + i, t]) for i, t in enumerate(option)]
+        assert row == pytest.approx(wanted, abs=1e-5)
+    shared = (
+        4 * 12 + 7 * 5
+    )  # four questions, and the seven options of several tokens but their last, in columns
+    assert sum(read) == (9 * 16 if family == "mamba" else shared)
+
+
+def test_contexts_are_copied_for_as_many_options_as_fit(monkeypatch):
+    """At most so many bytes of keys and values: one option at a time gives the same numbers."""
+    model = model_of("gemma3_text")
+    together = logprobs_behind(model, CONTEXTS, OPTIONS, pad_id=0, vocabulary=96)
+    monkeypatch.setattr(scoring, "COPIED", 1)
+    rows = []
+    model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    alone = logprobs_behind(model, CONTEXTS, OPTIONS, pad_id=0, vocabulary=96)
+    assert rows == [4] + [1] * 7
+    for one, many in zip(alone, together):
+        assert one == pytest.approx(many, abs=1e-5)
+
+
+def test_pieces_keep_the_options_of_a_question_together():
+    found = pieces(CONTEXTS, OPTIONS, 4, 96)
+    assert sorted(i for piece in found for i in piece) == list(range(len(OPTIONS)))
+    assert [{tuple(CONTEXTS[i]) for i in piece} for piece in found] == [{(70,), (20, 21)}, {tuple(ROWS[0][0])},
+                                                                      {tuple(ROWS[2][0])}]  # fmt: skip
+    model = model_of("llama")
+    rows = (model, SimpleNamespace(pad_token_id=0), CONTEXTS, OPTIONS)
+    for one, many in zip(_logprobs(*rows, 3), _logprobs(*rows, 64)):
+        assert one == pytest.approx(many, abs=1e-5)
+
+
+def test_every_prompt_is_read_once_for_letters_and_words(hub):
+    """Two problems: their chat prompts, and the two texts of the plain form, whatever the number of options."""
+    model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
+    problems = [problem(i, choices, "A") for i, choices in enumerate(CHOICES[:2])]
+    rows = []
+    handle = model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    likelihoods(model, tokenizer, problems)
+    handle.remove()
+    contexts = {tuple(prompt_ids(tokenizer, p["messages"])) for p in problems}
+    contexts |= {
+        tuple(before)
+        for p in problems
+        for kind in ("letter", "text")
+        for before, _, _ in _plain_rows(tokenizer, p, kind)
+    }
+    read = [shape[0] for shape in rows if shape[0] > 1]
+    # Letters and words of seven options in both forms, but for `x`, which is one token: the prompt says it.
+    assert read == [len(contexts), 4 * 7 - 1]

@@ -15,12 +15,15 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import ROOT
+from tiny_families import model_of
 from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 from warm import Started
 
 from distill.config.recipe import load_recipe
+from distill.config.training import Train
 from distill.errors import RunError, UserError
 from distill.storage import read_json
+from distill.training import train as train_module
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST, latest_state
 from distill.training.open_teachers import teacher_dtype
@@ -159,6 +162,49 @@ def test_compiled_layers_train_the_same(trained, monkeypatch):
     whole, _ = trained("whole", *SGD, "train.steps=2")
     compiled, _ = trained("compiled", *SGD, "train.steps=2", "train.compile=true")
     assert_same(whole, compiled, 1e-5)
+
+
+def test_auto_compiles_where_the_training_foreseen_repays_it(trained, monkeypatch, capsys):
+    """By a count and not by a clock: a repeated run chooses alike. What is chosen is said, and kept in the manifest."""
+    asked = []
+    monkeypatch.setattr(train_module, "compile_layers", lambda *models: asked.append(len(models)))
+    compiled = {}
+    for name, least, more, words in (
+        ("short", 30, (), "compile: auto is off: 0 minutes of training are foreseen, and it repays from 30 on"),
+        ("long", 0, (), "compile: auto is on: 0 minutes of training are foreseen, and it repays from 0 on"),
+        ("own", 0, ("train.on_policy={fraction: 1.0, max_new_tokens: 4}", "train.objectives=[{name: reverse_kl}]"),
+         "compile: auto is off: text is written between the steps, by plain code"),
+    ):  # fmt: skip
+        monkeypatch.setattr(train_module, "_LEAST_MINUTES", least)
+        _, run_dir = trained(name, *SGD, "train.steps=2", "train.compile=auto", *more)
+        assert words in capsys.readouterr().out
+        compiled[name] = read_json(run_dir / "student" / "manifest.json")["counts"]["compiled"]
+    assert compiled == {"short": False, "long": True, "own": False} and asked == [1]
+
+
+def test_auto_compiles_no_mixture_and_nothing_on_other_devices():
+    asked = SimpleNamespace(train=Train(compile="auto", steps=10**9))
+    asked.model_copy = lambda update: SimpleNamespace(**update)
+    dense, mixture = (SimpleNamespace(model=model_of(family)) for family in ("llama", "qwen3_moe"))
+    cpu, gpu = (
+        SimpleNamespace(
+            device=torch.device(kind), num_processes=1, mixed_precision="no", is_main_process=True
+        )
+        for kind in ("cpu", "cuda")
+    )
+    teacher = SimpleNamespace(models=[mixture.model])
+    for student, other, where, on in (
+        (dense, None, cpu, True), (mixture, None, cpu, False), (dense, teacher, cpu, False), (dense, None, gpu, False),
+    ):  # fmt: skip
+        said = []
+        chosen = train_module.compilation(asked, 1e9, student, other, where, said.append)
+        assert chosen.train.compile is on
+        assert said[0].startswith(f"compile: auto is {'on' if on else 'off'}: ")
+    train_module.compilation(asked, 7e10 * torch.get_num_threads(), dense, None, cpu, said.append)
+    assert f"{10**9 * asked.train.batch_size / 60:.0f} minutes" in said[-1]
+    for plain in (True, False):
+        asked.train = asked.train.model_copy(update={"compile": plain})
+        assert train_module.compilation(asked, 1e9, mixture, None, gpu, None) is asked
 
 
 def test_held_out_rows_are_looked_at_and_never_trained_on(trained):
