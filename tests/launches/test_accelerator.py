@@ -65,6 +65,12 @@ def test_an_optimizer_step_waits_once(found, optimizer):
     assert step["waits"] == 1 and "train.py" in next(iter(step["where"])), step["where"]
 
 
+def test_the_first_micro_batch_of_a_step_is_made_before_the_wait_of_the_last(found):
+    """On a device, that is; four micro-batches, which batch_balance reads twice: once to count, once to train."""
+    made = found["batches made within a step"]
+    assert made == {"cpu": [8, 8, 8, 8], "gpu": [8, 6, 6, 6]}
+
+
 def test_the_step_counter_comes_back_to_where_the_update_reads_it(found):
     """The fused update is one kernel, which refuses a counter on the CPU; the plain one reads it on the host."""
     assert found["step counters"] == {"True": ["gpu:0"], "False": ["cpu"]}
