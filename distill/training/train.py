@@ -58,55 +58,76 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
     )
-    kind, world = accelerator.distributed_type, accelerator.num_processes
-    if recipe.train.batch_size < world:
-        raise UserError(
-            f"train.batch_size={recipe.train.batch_size} is below the {world} processes; raise it to {world}"
-        )
+    kind = accelerator.distributed_type
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and kind != DistributedType.FSDP:
         raise UserError(
             f"this launch asks for FSDP and Accelerate would run {kind.value} instead, since it shards on "
             "accelerators only; on CPU use recipes/accelerate/cpu2.yaml"
         )
-    if kind == DistributedType.DEEPSPEED:
-        raise UserError(
-            "DeepSpeed takes an optimizer step of its own for every micro-batch, clips by its own file and keeps its "
-            "own state; use recipes/accelerate/fsdp2.yaml, which shards the same things under this loop"
-        )
-    if kind == DistributedType.FSDP and recipe.train.on_policy.fraction:
-        raise UserError(
-            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
-            "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
-        )
-    if kind == DistributedType.FSDP:
-        _shard_exactly(recipe, accelerator)
+    half = accelerator.mixed_precision != "no"
+    found = launch_problems(
+        recipe,
+        accelerator.num_processes,
+        kind == DistributedType.FSDP,
+        half,
+        kind == DistributedType.DEEPSPEED,
+    )
+    if found:
+        raise UserError(*found)
+    if kind == DistributedType.FSDP and half:
+        _shard_exactly(accelerator)
     return accelerator
 
 
-def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+def launch_problems(
+    recipe: Recipe, world: int, sharded: bool, half: bool, deepspeed: bool = False
+) -> list[str]:
+    """What this training cannot do in a launch of `world` processes. Asked before a run begins, too.
 
-    Accelerate's policy does all three in 16 bits. Raises UserError for what a sharded student cannot do.
+    sharded: under FSDP2. half: products in 16 bits or fewer.
     """
-    if recipe.train.teachers.own_start and recipe.student.adapter == "lora":
-        raise UserError(
+    train, found = recipe.train, []
+    if deepspeed:
+        return [
+            "DeepSpeed takes an optimizer step of its own for every micro-batch, clips by its own file and keeps its "
+            "own state; use recipes/accelerate/fsdp2.yaml, which shards the same things under this loop"
+        ]
+    if train.batch_size < world:
+        found.append(
+            f"train.batch_size={train.batch_size} is below the {world} processes; raise it to {world}"
+        )
+    if sharded and train.on_policy.fraction:
+        found.append(
+            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
+            "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
+        )
+    if sharded and train.teachers.own_start and recipe.student.adapter == "lora":
+        found.append(
             "train.teachers.own_start: the starting weights of a sharded LoRA student lie inside what trains, where "
             "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
         )
-    if any(o.signal == "ahead" for o in recipe.train.objectives):
-        raise UserError(
+    if sharded and any(o.signal == "ahead" for o in train.objectives):
+        found.append(
             "multi_token: a sharded student's embedding and head are whole inside its own forward pass alone; use "
             "recipes/accelerate/ddp.yaml"
         )
-    plugin = accelerator.state.fsdp_plugin
-    if recipe.train.head_precision == "fp32" and plugin.mixed_precision_policy is not None:
-        raise UserError(
+    if sharded and half and train.head_precision == "fp32":
+        found.append(
             "train.head_precision=fp32: a sharded student's weights come together in 16 bits, the head's too; use "
             "recipes/accelerate/ddp.yaml, or train.precision=fp32"
         )
-    if plugin.mixed_precision_policy is not None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+    return found
 
+
+def _shard_exactly(accelerator: Accelerator) -> None:
+    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+
+    Accelerate's policy does all three in 16 bits.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32,
             output_dtype=None, cast_forward_inputs=False,
@@ -309,7 +330,7 @@ class MicroBatches:
                 if not again:
                     raise memory_advice(error, self.train, self.size) from None
                 optimizer.zero_grad(set_to_none=True)
-                self.size, self.saved_bytes, self._made = self.size // 2, None, None
+                self.size, self.saved_bytes = self.size // 2, None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

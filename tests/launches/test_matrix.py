@@ -29,6 +29,9 @@ FULL = "student.adapter=full"
 WHAT = {
     "lora": ["student.adapter=lora", MIXED],
     "full": [FULL, MIXED],
+    "tied": [FULL, MIXED],
+    "ahead": [FULL, "train.objectives=[{name: cross_entropy}, {name: multi_token, weight: 0.3}]"],
+    "ahead_alone": [FULL, "train.objectives=[{name: multi_token, frozen: true, target: model}]"],
     "mixture": [
         FULL, "train.expert_bias_step=0.01", "train.expert_bias_freeze=0",
         "train.objectives=[{name: cross_entropy}, {name: batch_balance, weight: 0.1}]",
@@ -43,6 +46,7 @@ WHAT = {
     "hidden": [FULL, "generate.signal={kind: hidden}", "train.objectives=[{name: forward_kl}]"],
 }  # fmt: skip
 WHOLE_RUNS = {"stored", "hidden"}
+SHARDED = ("lora", "full", "tied", "mixture", *sorted(WHOLE_RUNS))  # the others are refused under FSDP2
 RESUMED = {(2, 1), (1, 3), (3, 2)}  # killed with so many processes, finished with so many
 OF = {"alone": ("cpu2", 1), "ddp 2": ("cpu2", 2), "ddp 3": ("cpu2", 3), "fsdp2 2": ("fsdp2", 2),
       "fsdp2 3": ("fsdp2", 3)}  # fmt: skip
@@ -66,7 +70,9 @@ class Matrix:
 
     def __init__(self, root: Path, hub: dict):
         self.root, self.hub, self.done = root, hub, set()
-        self.students = {"mixture": save_model(root / "m", MIXTURE, byte_tokenizer(CHATML), seed=5)}
+        tied = {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8}
+        made = {"mixture": MIXTURE, "tied": tied}
+        self.students = {n: save_model(root / n, c, byte_tokenizer(CHATML), seed=5) for n, c in made.items()}
 
     def words(self, group: str, what: str, options: list[str]) -> list[str]:
         """One command, with what it reads laid ready."""
@@ -84,7 +90,7 @@ class Matrix:
     def student(self, group: str, what: str) -> Path:
         if group not in self.done:
             file, processes = OF[group]
-            names = [w for w in WHAT if file != "fsdp2" or w not in ("on_policy", *WHOLE_RUNS)]
+            names = [w for w in WHAT if file != "fsdp2" or w in SHARDED]
             commands = [self.words(group, name, WHAT[name]) for name in names]
             if file != "fsdp2":
                 commands += [self.killed(*pair) for pair in sorted(RESUMED) if pair[1] == processes]
@@ -110,13 +116,12 @@ def matrix(tmp_path_factory, hub):
 
 
 def weights(folder: Path) -> dict:
-    return load_file(next(folder.glob("*.safetensors")))
+    """Of all files: a module for a token ahead lies beside the model."""
+    return {(p.name, name): t for p in folder.glob("*.safetensors") for name, t in load_file(p).items()}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize(
-    "how, what", [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in ("lora", "full", "mixture")]
-)
+@pytest.mark.parametrize("how, what", [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in SHARDED])
 def test_the_weights_of_one_process(matrix, how, what, processes):
     one, many = matrix.student("alone", what), matrix.student(f"{how} {processes}", what)
     assert processes_of(one) == 1 and processes_of(many) == processes

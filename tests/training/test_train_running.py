@@ -19,11 +19,13 @@ from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, s
 from warm import Started
 
 from distill.config.recipe import load_recipe
+from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
 from distill.training.open_teachers import teacher_dtype
+from distill.training.sources import Lot
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
@@ -116,7 +118,7 @@ def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
     )
     micro = MicroBatches.__new__(MicroBatches)
     micro.train, micro.pad_id, micro.accelerator, micro.step = train, 0, accelerator, one
-    micro.size, micro.saved_bytes = 4, 77
+    micro.size, micro.saved_bytes, micro._made = 4, 77, None
 
     def forward(_model, batch, _signals):
         called.append(len(batch.row_tokens))
@@ -127,11 +129,23 @@ def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
     micro._forward = forward
     optimizer = SimpleNamespace(zero_grad=lambda **_: called.append("gradients"))
     balancer = SimpleNamespace(forget=lambda: called.append("counts"), mask=None)
-    lot = SimpleNamespace(share=np.arange(7), rows=stored(7), tokens=10)
+    lot = Lot(stored(7), np.arange(7), 10, 0)
     micro.accumulate(None, optimizer, lot, None, balancer)
     assert (micro.size, micro.saved_bytes) == (2, None)
     assert called[:1] == ["counts"] and sorted(called[1:3]) == [3, 4]
     assert called[3:5] == ["gradients", "counts"] and sorted(called[5:]) == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("most_tokens, most", [(None, 4), (20, 6)])
+def test_a_process_with_less_to_do_makes_up_the_numbers(most_tokens, most):
+    """By the lengths of everyone's rows: seven of other processes, one of them with much longer ones."""
+    rows = TokenRows([[5] * 4] * 4, [[6, 1]] * 4)
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.train, micro.size = SimpleNamespace(micro_batch_tokens=most_tokens, packing=False), 2
+    lot = Lot(rows, np.arange(4), 8, 24, [rows.lengths, np.array([6] * 7), np.array([30] * 6)])
+    pieces = micro._pieces(lot)
+    assert [weight for _, weight in pieces] == [1.0] * 2 + [0.0] * (most - 2)
+    assert np.concatenate([indices for indices, _ in pieces[:2]]).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
