@@ -10,9 +10,14 @@ import sys
 
 from distill.commands.cli import main
 from distill.errors import RunError
+from distill.training import train
 from distill.training.checkpoint import Saver
 
 if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        from fsdp_launch import Sharded
+
+        train.Accelerator = Sharded
     real, how = Saver.save, os.environ.get("DISTILL_TEST_STOP_HOW", "all")
 
     def save(self, step, *given):
