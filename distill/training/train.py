@@ -147,8 +147,8 @@ def train_student(
 ) -> dict[str, Any]:
     """Train `student` in place for `recipe.train.steps` optimizer steps on what `source` gives; returns counts.
 
-    `teacher(batch)` returns signals by form, or is None. Goes on from the newest state in `folder`. Raises UserError for
-    rows that cannot be trained on, RunError for a loss that is not finite or want of memory, Interrupted after SIGTERM.
+    `teacher(batch)` returns signals by form, or is None. Goes on from the newest state in `folder`. UserError for
+    rows that cannot be trained on, RunError for a loss that is not finite or want of memory, Interrupted by SIGTERM.
     """
     train, rank = recipe.train, accelerator.process_index
 

@@ -1,5 +1,8 @@
 """A launch of which one process fails: it says why, the others end in one line, and the same command goes on."""
 
+import signal
+import time
+
 import pytest
 import warm
 from conftest import ROOT
@@ -45,6 +48,27 @@ def test_one_that_ends_alone_is_told_of_and_the_run_goes_on(make_recipe, how, co
     whole, ended = (load_file(next(folder.glob("*.safetensors"))) for _, folder in words.values())
     assert processes_of(words["ended"][1]) == 2
     assert_same(whole, ended, 1e-6)
+
+
+def test_one_that_is_told_to_stop_stops_all_of_them_with_their_state(make_recipe):
+    """SIGTERM to one process, as of a machine that is taken away: the step ends, all leave, and the run goes on."""
+    weights, options = {}, [*OPTIONS, "train.steps=30", "train.checkpoint_every=0"]
+    for name in ("whole", "told"):
+        path, run_dir = make_recipe(name=name)
+        fake_dataset(run_dir)
+        if name == "told":
+            ranks = [Started(["train", path, *options], **warm._rank(rank, 2, {})) for rank in range(2)]
+            log = run_dir / "student" / "metrics.jsonl"
+            while ranks[0].poll() is None and not (log.is_file() and log.read_text().count("\n") >= 3):
+                time.sleep(0.01)
+            ranks[1].kill(signal.SIGTERM)
+            assert [rank.wait() for rank in ranks] == [143, 143], [rank.errors for rank in ranks]
+            assert "stopped by SIGTERM after step" in ranks[0].errors
+            (state,) = (run_dir / "student").glob("state-*")
+            assert int(state.name.partition("-")[2]) < 30
+        forked(["train", path, *options], 1 if name == "whole" else 2)
+        weights[name] = load_file(next((run_dir / "student").glob("*.safetensors")))
+    assert_same(weights["whole"], weights["told"], 1e-6)
 
 
 def test_what_all_of_them_find_is_said_once_and_before_work_begins(make_recipe):

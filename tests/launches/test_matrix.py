@@ -8,6 +8,7 @@ accelerators only.
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -157,6 +158,32 @@ def test_a_launch_file_as_it_stands_trains_on_a_cpu(make_recipe, name):
     done = started([*launch, "-m", "distill", "train", path, *SGD, MIXED])
     assert done.returncode == 0, done.stderr[-3000:]
     assert processes_of(run_dir / "student") == {"cpu": 1, "gpu": 1, "ddp": 2, "multinode": 2}[name]
+
+
+def test_two_machines_are_one_launch(matrix, tmp_path):
+    """Two launchers, as on two machines that share a folder, with the file for them: the weights of one process."""
+    run_dir, path = tmp_path / "two", tmp_path / "two.yaml"
+    path.write_text(
+        RECIPE.format(run_dir=run_dir, teacher=matrix.hub["qwen3_moe"], student=matrix.hub["llama"])
+    )
+    fake_dataset(run_dir)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "distill", "train", str(path), *SGD, "train.batch_size=7", "train.micro_batch_size=2"]
+    place = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launch = [*LAUNCH, str(FILES["multinode"]), *place, "--machine_rank"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    machines = [
+        subprocess.Popen(
+            [*launch, rank, *words, *WHAT["full"]], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [machine.communicate(timeout=1800)[1].decode()[-2000:] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert processes_of(run_dir / "student") == 2
+    assert_same(weights(matrix.student("alone", "full")), weights(run_dir / "student"), 1e-6)
 
 
 def test_every_file_is_launched_by_something():
