@@ -297,7 +297,8 @@ class MicroBatches:
             return
         lot = self.lot(source, step)
         indices, _ = self._pieces(lot)[0]
-        self._next, self._made = (step, lot), self._batch(lot.rows, indices)
+        with contextlib.suppress(OutOfMemory):  # what has no room now is made in its own step
+            self._next, self._made = (step, lot), self._batch(lot.rows, indices)
 
     def _pieces(self, lot: Lot) -> list[tuple[np.ndarray, float]]:
         """This process's micro-batches with their weights: as many as the process has that needs most.

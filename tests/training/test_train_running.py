@@ -25,7 +25,7 @@ from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST
 from distill.training.open_teachers import teacher_dtype
-from distill.training.sources import Lot
+from distill.training.sources import Lot, StoredRows
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
@@ -134,6 +134,30 @@ def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
     assert (micro.size, micro.saved_bytes) == (2, None)
     assert called[:1] == ["counts"] and sorted(called[1:3]) == [3, 4]
     assert called[3:5] == ["gradients", "counts"] and sorted(called[5:]) == [1, 2, 2, 2]
+
+
+def test_what_has_no_room_ahead_is_made_in_its_own_step():
+    """On a device whose memory is full at that moment; on a CPU nothing is made ahead at all."""
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.train, micro.size = SimpleNamespace(micro_batch_tokens=None, packing=False, steps=9), 2
+    micro._next, micro._made, made = None, None, []
+
+    def batch(_rows, indices):
+        made.append(len(indices))
+        if len(made) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return "batch"
+
+    micro._batch, source = batch, StoredRows(stored(12), 5, 0)
+    for kind, tried in (("cpu", []), ("cuda", [2])):
+        micro.accelerator = SimpleNamespace(device=torch.device(kind), process_index=0, num_processes=1)
+        micro.look_ahead(source, 3)
+        assert made == tried and micro._made is None
+    assert micro.lot(source, 3).share.tolist() == source.lot(3).share.tolist()
+    micro.look_ahead(source, 4)
+    assert micro._made == "batch" and micro.lot(source, 4) is micro._next[1]
+    micro.look_ahead(source, 9)  # behind the last one
+    assert made == [2, 2]
 
 
 @pytest.mark.parametrize("most_tokens, most", [(None, 4), (20, 6)])
