@@ -204,10 +204,10 @@ def check_targets(**targets: str | Path | None) -> None:
 
 
 def like_it(path: str | Path) -> str:
-    """`; did you mean 'NAME'?`, of what lies beside a path that is not there; "" for nothing like it."""
+    """`, did you mean 'NAME'?`, of what lies beside a path that is not there; "" for nothing like it, or if it is."""
     wanted = Path(path)
     try:
-        beside = [p.name for p in wanted.parent.iterdir()]
+        beside = [p.name for p in wanted.parent.iterdir() if p.name != wanted.name]
     except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(wanted.name, beside, n=1, cutoff=0.7)

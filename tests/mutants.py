@@ -123,9 +123,9 @@ def problems(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
 
 
 def copy_project(root: Path) -> None:
-    """Package and tests as copies, all the rest as links: tests find their files where they expect them."""
+    """What names files by their place in the project as copies, all the rest as links."""
     for path in ROOT.iterdir():
-        if path.name in ("distill", "tests"):
+        if path.name in ("distill", "tests", "recipes"):
             shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         elif not path.name.startswith("."):
             (root / path.name).symlink_to(path)
@@ -163,7 +163,7 @@ def run_tests(root: Path, tests: tuple[str, ...]) -> tuple[int | None, str]:
                 os.dup2(file.fileno(), stream)
         import pytest
 
-        names = [str(root / "tests" / test) for test in tests]
+        names = [f"{root}/tests/{test}" for test in tests]  # a Path would make one slash of a URL's two
         code = pytest.main(
             [*names, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
         )
@@ -264,12 +264,17 @@ def main() -> int:
         copy_project(root)
         warm_up(root)
         try:
-            trial, unseen = Trial(root), []
+            trial, unseen, untried = Trial(root), [], []
             for number, mutant in enumerate(mutants, options.start):
                 if (mutant.file, mutant.before, mutant.after) in known:
                     continue
                 begun = time.monotonic()
-                found = trial.seen(mutant)
+                try:
+                    found = trial.seen(mutant)
+                except TableError as error:  # the others can still be tried
+                    untried.append(mutant)
+                    print(f"{number:4}  NOT TRIED  {mutant.name}\n{error}", file=sys.stderr, flush=True)
+                    continue
                 if not found:
                     unseen.append(mutant)
                 word = "seen" if found else ("explained" if mutant.why else "NOT SEEN")
@@ -283,11 +288,11 @@ def main() -> int:
                     entry |= {"outcome": word, "by": found}
                     with options.record.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(entry) + "\n")
-        except TableError as error:
-            print(error, file=sys.stderr)
-            return 2
         finally:
             os.chdir(ROOT)
+    for mutant in untried:
+        print(f"not tried: {mutant.name}")
+    mutants = [m for m in mutants if m not in untried]
     explained = [m for m in unseen if m.why]
     open_ones = [m for m in unseen if not m.why]
     share = (len(mutants) - len(unseen)) / max(1, len(mutants) - len(explained))
@@ -297,7 +302,7 @@ def main() -> int:
         f"{len(mutants)} changes: {len(mutants) - len(unseen)} seen, {len(explained)} not seen and explained, "
         f"{len(open_ones)} not seen; {share:.1%} of those that can be seen"
     )
-    return 1 if open_ones else 0
+    return 2 if untried else 1 if open_ones else 0
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def amount(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1e30:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a finite number from 0 up; give one")
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is not a number from 0 to 1e30; give one")
     return value
 
 

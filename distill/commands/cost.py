@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.commands.command import Command, amount, json_argument
-from distill.errors import UserError
-from distill.files import check_targets
+from distill.errors import UserError, nearest
+from distill.files import check_targets, like_it, shown
 
 _BILLS = ("deepseek-v3", "deepseek-r1")
 
@@ -104,6 +104,11 @@ def _run_and_prices(arguments: argparse.Namespace) -> tuple[Path, dict[str, floa
         from distill.data.ledger import recipe_prices
 
         run_dir = Path(arguments.what)
+        if not run_dir.is_dir():
+            raise UserError(
+                f"'{shown(arguments.what)}' is no folder of a run, and no published bill"
+                f"{like_it(run_dir) or nearest(arguments.what, _BILLS)}"
+            )
         prices = recipe_prices(run_dir) or {}
     if arguments.usd_per_hour is not None:
         prices["usd_per_device_hour"] = arguments.usd_per_hour

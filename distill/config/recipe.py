@@ -223,6 +223,8 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
             raise UserError(
                 f"recipe '{path}' is a run's folder; did you mean '{path.rstrip('/')}/recipe.yaml'?"
             )
+        if file.is_dir():
+            raise UserError(f"recipe '{path}' is a folder; give a file, as {path.rstrip('/')}/NAME.yaml")
         known = {p.stem: f"recipes/{p.name}" for p in sorted((PROJECT_ROOT / "recipes").glob("*.yaml"))}
         if close := get_close_matches(Path(path).stem, known, n=1):
             raise UserError(f"recipe '{path}' not found; did you mean '{known[close[0]]}'?")
@@ -230,6 +232,11 @@ def read_recipe(path: str) -> tuple[Path, dict[str, Any]]:
     try:
         text, as_written = unsealed(file.read_text(encoding="utf-8"))
         data = load_yaml(text)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}), so it is no recipe, or "
+            "was saved otherwise; save it as UTF-8"
+        ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); look at its permissions") from None
     except (

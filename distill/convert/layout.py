@@ -12,6 +12,7 @@ makes a byte-level one (Gemma), and the file would answer nonsense. Byte-level t
 """
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -155,6 +156,11 @@ def export_gguf(model: str, out: Path | None, llama_cpp: Path | None) -> str:
     )
     if done.returncode or not out.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        if missing := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", last):
+            raise RunError(
+                f"llama.cpp's converter needs the package {missing[1]!r}, which is not installed here: pip install "
+                f"{missing[1]}, then run again"
+            )
         raise RunError(f"llama.cpp's converter refused {layout.folder}: {last}")
     about = about.partition("; whether")[0]
     return f"{about}\n{out}: {out.stat().st_size / 1e6:,.0f} MB ({layout.outtype})"

@@ -19,7 +19,7 @@ import yaml
 from distill.config.recipe import Recipe, load_recipe
 from distill.data.terms import in_card, terms_lines
 from distill.errors import RunError, UserError
-from distill.files import replacing
+from distill.files import like_it, replacing, shown
 from distill.integrity import verify_folder
 from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
 
@@ -150,6 +150,8 @@ def export(run_dir: Path, form: str, out: Path, plain: bool = False) -> int:
 
 
 def _finished_dataset(run_dir: Path) -> Path:
+    if not run_dir.is_dir():
+        raise UserError(f"{shown(run_dir)} is no folder; give the run_dir of a recipe{like_it(run_dir)}")
     folder = run_dir / "dataset"
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not finished; run `distill filter RECIPE` first")

@@ -50,6 +50,24 @@ def test_specialists_come_first_each_of_its_own_seed(tmp_path):
     assert set(base.needs) == {"sums-1", "lists-1"} and mean.checkpoint == base.recipe.student.model
 
 
+def test_the_same_recipe_again_has_seeds_of_its_own(tmp_path):
+    tasks = planned(tmp_path, lambda data: data["arms"]["sums"].update(seed_offset=50))
+    assert [tasks[f"{arm}-{seed}"].recipe.seed for arm in ("sums", "lists") for seed in (0, 1)] == [
+        50,
+        51,
+        0,
+        1,
+    ]
+
+
+def test_the_student_of_one_arm_teaches_another(tmp_path):
+    def taught(data):
+        data["arms"]["merged"] = {"teacher": "sums", "set": {"generate.by_tag": False, "train.teachers": {}}}
+
+    made = planned(tmp_path, taught)["merged-1"]
+    assert made.recipe.teacher.model == "runs/sums-1/student" and "sums-1" in made.needs
+
+
 def test_a_specialist_belongs_to_the_text_of_a_claim(tmp_path):
     def of(change):
         data = yaml.safe_load(yaml.safe_dump(BENCH))

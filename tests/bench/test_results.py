@@ -2,7 +2,9 @@
 
 import pytest
 
+from distill.bench.claims import Fact
 from distill.bench.judge import _differ, decide
+from distill.bench.results import _fact
 from distill.bench.verdicts import effect, verdict_p
 
 
@@ -58,3 +60,13 @@ def test_arms_share_what_a_claim_says_they_do():
     assert differ("tokens", ["a", "c"]) == "a 2000, c 2100"
     assert differ("prompts", ["a", "c"]) == "a y, c z"
     assert differ("prompts", ["a", "b", "checkpoint"]) is None
+
+
+def test_a_fact_is_a_mean_with_its_least_and_most_of_the_seeds():
+    """Relative ones are shares of the arm that is taken away, seed by seed."""
+    values = {"new@train.seconds": {0: 3.0, 1: 8.0, 2: 5.0}, "old@train.seconds": {0: 2.0, 1: 4.0}}
+    known = {"id": "f", "sentence": "s", "statement": "t", "because": "b", "metric": "train.seconds",
+             "effect": {"new": 1, "old": -1}}  # fmt: skip
+    plain, share = (_fact(Fact(**known, relative=relative), values) for relative in (False, True))
+    assert (plain["mean"], plain["range"]) == (2.5, [1.0, 4.0])
+    assert (share["mean"], share["range"], share["unit"]) == (0.75, [0.5, 1.0], "%")

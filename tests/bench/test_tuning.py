@@ -64,6 +64,9 @@ def test_the_best_rate_is_chosen_and_an_edge_is_called_one(path):
     assert edges(tuned(bench, 0.1), ["control", "base"]) == ["control"], (
         "it takes over what is best for sequence"
     )
+    assert edges(tuned(bench, min(RATES)), ["sequence", "more"]) == ["sequence", "more"], (
+        "the first is one too"
+    )
     text = tuning_text(found)
     assert "an edge" in text.splitlines()[1] and "an edge" not in text.splitlines()[0]
 

@@ -11,6 +11,7 @@ from conftest import PYTHON, ROOT
 
 from distill import console
 from distill.commands.cli import build_parser, main
+from distill.files import like_it
 
 
 @pytest.mark.parametrize(
@@ -240,3 +241,32 @@ def test_a_path_with_an_equals_sign_is_no_override(tmp_path, monkeypatch):
     assert [is_override(word) for word in ("train.steps=3", "runs/lr=1e-4/student", "./a=b", "lr=1e-4", "lr=2")] == [
         True, False, False, False, True,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["cost", "deepseek-v4"], "no published bill; did you mean 'deepseek-v3'?"),
+        (["cost", "nothing"], "no published bill; valid: deepseek-v3, deepseek-r1"),
+        (["cost", "TMP/first_rum"], "did you mean 'TMP/first_run'?"),
+        (["cost", "--break-even", "TMP/first_rum"], "did you mean 'TMP/first_run'?"),
+        (
+            ["export", "TMP/first_rum", "--out", "TMP/x.jsonl"],
+            "give the run_dir of a recipe, did you mean",
+        ),
+        (["run", "TMP/first_run"], "is a folder; give a file, as TMP/first_run/NAME.yaml"),
+        (["doctor", "TMP/latin.yaml"], "not UTF-8 (byte 0xe9 at 12), so it is no recipe"),
+        (["describe", "TMP/latin.yaml"], "is not a folder; give a saved model folder"),
+    ],
+    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else "",
+)
+def test_what_is_not_there_is_told_with_what_is(words, said, tmp_path, run_cli):
+    (tmp_path / "first_run").mkdir()
+    (tmp_path / "latin.yaml").write_bytes("run_dir: caf\u00e9".encode("latin-1"))
+    code, _, err = run_cli(*(word.replace("TMP", str(tmp_path)) for word in words))
+    assert code == 2 and said.replace("TMP", str(tmp_path)) in err and "Traceback" not in err, err
+
+
+def test_a_name_is_never_proposed_for_itself(tmp_path):
+    (tmp_path / "model").write_text("")
+    assert like_it(tmp_path / "model") == "" and "model" in like_it(tmp_path / "modle")

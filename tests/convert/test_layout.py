@@ -39,6 +39,9 @@ def test_the_converter_is_run_where_it_is(model, tmp_path, run_cli):
     refused = str(tmp_path / "refuse.gguf")
     code, _, told = run_cli("export", str(model), "--gguf", "--llama-cpp", str(there), "--out", refused)
     assert code == 1 and told.count("\n") == 1 and "was not recognized" in told
+    (there / "convert_hf_to_gguf.py").write_text("import no_such_package_at_all")
+    code, _, told = run_cli("export", str(model), "--gguf", "--llama-cpp", str(there), "--out", refused)
+    assert code == 1 and told.count("\n") == 1 and "pip install no_such_package_at_all" in told
     code, _, told = run_cli("export", str(model), "--gguf", "--llama-cpp", str(tmp_path))
     assert code == 2 and "convert_hf_to_gguf.py" in told
 

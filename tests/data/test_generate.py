@@ -72,6 +72,9 @@ def test_every_sample_is_a_row_failures_too(make_recipe, scripted):
     assert [(r["prompt_id"], r["sample_idx"]) for r in rows] == [
         (p["prompt_id"], s) for p in prompts for s in (0, 1)
     ]
+    assert scripted.asked == [(recipe.seed, p["prompt_id"], s) for p in prompts for s in (0, 1)], (
+        "the draws' names"
+    )
     assert len(set(scripted.asked)) == 48, "no key is used twice"
     failed = [r for r in rows if r["error"]]
     assert len(failed) == manifest["counts"]["errors"] == 48 // 5
@@ -79,6 +82,9 @@ def test_every_sample_is_a_row_failures_too(make_recipe, scripted):
     assert {r["verdict"] for r in rows if r["finish_reason"] == "length"} == {"truncated"}
     verdicts = manifest["counts"]["verdicts"]
     assert sum(verdicts.values()) == 48
+    counted = {name: manifest["counts"][name] for name in ("prompt_tokens", "tokens")}
+    asked, written = (sum(r[name] for r in rows) for name in ("prompt_tokens", "completion_tokens"))
+    assert counted == {"prompt_tokens": asked, "tokens": written} and asked != written
 
 
 def test_finished_parts_are_not_asked_again(make_recipe, scripted):

@@ -9,7 +9,7 @@ from conftest import ROOT
 from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.config.recipe import load_prompts, load_recipe
-from distill.data.prompts import file_prompts, held_out, make_prompts, named_problems
+from distill.data.prompts import file_prompts, held_out, make_prompts, named_problems, task_prompts
 from distill.errors import UserError
 from distill.storage import read_rows
 from distill.tasks.benchmarks import PRESETS, check_template, render
@@ -337,3 +337,18 @@ def test_solutions_of_a_file_are_its_completions(write):
     for half in ({"solutions": True}, {"solution_column": "worked"}):
         with pytest.raises(ValueError, match="give both or neither"):
             Prompts(source=path, **half)
+
+
+def test_repeated_problems_are_rows_of_their_own_and_solutions_come_where_asked():
+    """A family with few problems: without `distinct` they repeat, and every row keeps a name of its own."""
+    levels = {"easy": 1500}
+    rows = task_prompts("train", levels, Prompts(families=["addition"], distinct=False), 0)
+    ids, asked = (
+        {row[key] if key == "prompt_id" else str(row[key]) for row in rows}
+        for key in ("prompt_id", "messages")
+    )
+    assert len(ids) == len(rows) == 1500 > len(asked)
+    distinct = task_prompts("train", levels, Prompts(families=["addition"], distinct=True), 0)
+    assert len({str(row["messages"]) for row in distinct}) == len(distinct)
+    assert {row["solution"] for row in rows} == {None}
+    assert all(row["solution"] for row in task_prompts("train", {"easy": 7}, Prompts(solutions=True), 0))

@@ -307,6 +307,18 @@ def test_signals_that_were_never_stored_are_said(make_recipe, run_cli):
     assert code == 2 and "has no teacher signals that this student can read" in err
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_cut_off_answers_are_scored_where_they_are_kept(hub, cut):
+    teacher = LocalTeacher(TeacherSection(model=hub["llama"]), torch.device("cpu"), 4)
+    questions = [Question([{"role": "user", "content": text}], (0, text, 0)) for text in ("a", "b", "c")]
+    answers = given_answers(teacher, questions, ["x", "yy", "z"], lambda _: None)
+    for answer, reason in zip(answers, ("stop", "length", "error")):
+        answer.finish_reason = reason
+    score_answers(Signal(kind="top_k", k=3), teacher, questions, answers, cut=cut)
+    assert [a.signal_ids is not None for a in answers] == [True, cut, False]
+    assert [len(a.logprobs) == len(a.completion_ids) for a in answers] == [True, cut, False]
+
+
 def test_a_teacher_that_breaks_gives_failed_rows(hub):
     teacher = LocalTeacher(TeacherSection(model=hub["llama"]), torch.device("cpu"), 4)
     teacher.model.lm_head.weight.data.fill_(float("nan"))

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.config.section import Signal
 from distill.config.training import Objective
 from distill.data.scoring import draw
 from distill.data.signals import (
@@ -51,6 +52,14 @@ def test_integers_come_back_in_as_few_bits(bits, data):
     blob = pack(np.array(values, dtype=np.int64), bits)
     assert len(blob) == -(-len(values) * bits // 8)
     assert unpack(blob, bits, len(values)).tolist() == values
+
+
+def test_bytes_too_many_are_as_wrong_as_too_few():
+    blob = pack(np.array([5, 6, 7]), 7)
+    assert unpack(blob, 7, 3).tolist() == [5, 6, 7]
+    for wrong in (blob[:-1], blob + b"\0"):
+        with pytest.raises(UserError, match=f"has {len(wrong)} bytes where 3 are due"):
+            unpack(wrong, 7, 3)
 
 
 def test_packing_is_most_significant_first():
@@ -145,6 +154,17 @@ def test_manifest_round_trip_and_rows_as_a_batch():
     assert taken.form == "sampled" and taken.ids.tolist() == [*rows[2].tolist(), *rows[0].tolist()]
     with pytest.raises(UserError, match="are due"):
         signals.take([0], [5])
+
+
+def test_the_form_that_a_recipe_asks_for():
+    def asked(**section) -> tuple[int, int]:
+        made = SignalFormat.from_recipe(Signal(**section), 9, IDENTITY, width=6)
+        return made.k, made.bits
+
+    assert asked(kind="top_k", k=4) == (4, 8)
+    assert asked(kind="top_k", k=32) == (9, 8), "no more tokens than there are"
+    assert asked(kind="sampled", k=32) == (32, 8), "draws may be more than there are tokens"
+    assert asked(kind="hidden") == (6, 16) and asked(kind="hidden", bits=32) == (6, 32)
 
 
 def test_another_reader_is_refused():

@@ -69,6 +69,7 @@ def test_llama_brings_its_naming_rule_and_r1_does_not():
     assert any('begins with "Llama"' in c for c in llama["conditions"])
     assert any("Built with Llama" in c for c in llama["conditions"])
     assert "choose 'Llama-tiny'" in name_problem(llama, "tiny")
+    assert name_problem(llama, "tiny-Llama"), "it has to stand first"
     assert name_problem(llama, "Llama-tiny") is None and name_problem(llama, "llama3-tiny") is None
     derived = decide(teacher("deepseek-ai/DeepSeek-R1-Distill-Llama-8B"), STUDENT)
     assert name_problem(derived, "tiny") and derived["provider"] == "DeepSeek"

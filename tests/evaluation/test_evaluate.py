@@ -1,5 +1,6 @@
 """Evaluation: resumes model by model, compares in the stated direction, and never hides a failure."""
 
+import itertools
 import json
 import math
 import shutil
@@ -14,7 +15,8 @@ from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.data.prompts import held_out
 from distill.evaluation.answers import answer_problems
-from distill.evaluation.fidelity import TokenCalibration, fidelity
+from distill.evaluation.fidelity import Reader, TokenCalibration, fidelity
+from distill.evaluation.fidelity import read_rows as read_rows_of
 from distill.evaluation.schema import check
 from distill.evaluation.scores import compare, summarise
 from distill.models.chat import prompt_ids
@@ -111,14 +113,17 @@ def test_nan_logits_are_errors_not_wrong_answers(make_recipe, run_cli, hub, tmp_
 PAIRS = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13, 1]), ([14, 15], [1])]
 
 
-def test_fidelity_is_the_definition(hub):
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_fidelity_is_the_definition(hub, order):
     """Agreement and both KLs against float64 by hand, on ragged answers; errors clustered by answer."""
     student, teacher = load_model(hub["llama"], "fp32"), load_model(hub["plain"], "fp32")
     calibration = TokenCalibration()
-    rows = TokenRows(*map(list, zip(*PAIRS)))
+    pairs = [PAIRS[i] for i in order]
+    rows = TokenRows(*map(list, zip(*pairs)))
     found = fidelity(student, teacher, rows, pad_id=0, batch_size=2, calibration=calibration)
+    read = read_rows_of(student, rows, 0, Reader(teacher), batch_size=3)
     per_answer = []  # [tokens, agreements, forward, reverse, nats]
-    for prompt, completion in PAIRS:
+    for prompt, completion in pairs:
         ids = torch.tensor([prompt + completion])
         with torch.no_grad():
             q, p = (m(ids).logits[0].double().log_softmax(-1) for m in (student, teacher))
@@ -131,6 +136,8 @@ def test_fidelity_is_the_definition(hub):
             sums[4] -= float(q[t, ids[0, t + 1]])
         per_answer.append(sums)
     tokens, agree, forward, reverse, nats = np.array(per_answer).T
+    assert read.counts.tolist() == tokens.tolist(), "each answer has its own"
+    assert read.sums == pytest.approx(np.array([agree, forward, reverse]), rel=1e-4)
     assert (found["answers"], found["tokens"], found["not_finite"]) == (3, 7, 0)
     for name, sums in (("top1_agreement", agree), ("forward_kl", forward), ("reverse_kl", reverse)):
         mean = sums.sum() / 7
@@ -175,6 +182,18 @@ def test_sampled_answers_depend_on_seed_problem_and_sample_alone(hub):
     assert answers(sampling(seed=1), problems) != whole
     greedy = [answers(Evaluate(max_new_tokens=6, seed=seed), problems) for seed in (0, 1)]
     assert greedy[0] == greedy[1]
+
+
+def test_rows_of_the_vocabulary_that_no_token_has_are_never_written(hub):
+    """Models are padded to a round number of rows; the tokenizer has no text for those at the end."""
+    model, tokenizer = load_model(hub["plain"], "fp32"), load_tokenizer(hub["plain"])
+    model.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[-8:] = 50 * torch.randn(8, head.shape[1], generator=torch.Generator().manual_seed(0))
+    problems = held_out(Evaluate(levels={"easy": 4}), Prompts(), 0)
+    rows, _ = answer_problems(model, tokenizer, problems, "m", sampling(samples=2))
+    assert max(token for row in rows for token in row["completion_ids"]) < len(tokenizer)
 
 
 def test_an_answer_s_logprob_is_that_of_the_model(hub):

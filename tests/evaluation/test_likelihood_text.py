@@ -70,6 +70,9 @@ def test_a_document_begins_with_the_first_token_of_texts(hub):
     tokenizer.bos_token = "<|im_start|>"
     assert tokenizer.bos_token_id != tokenizer.eos_token_id
     assert text_rows(model, tokenizer, ["ab"], 16)[0][0][0] == [tokenizer.bos_token_id]
+    one, two = (text_rows(model, tokenizer, texts, 16) for texts in (["a" * 40], ["a" * 40, "b" * 10]))
+    assert one[1] == list(range(len(one[0]))) and len(one[0]) > 2, "one text: its passes are the units"
+    assert two[1] == [0] * len(one[0]) + [1]
 
 
 def test_batches_do_not_change_the_number(hub):
@@ -91,7 +94,7 @@ def test_non_finite_tokens_are_counted_and_no_per_byte_number_pretends(hub):
     assert found["nll_per_byte"] is None and np.isfinite(found["nll_per_token"])
 
 
-def test_answers_of_another_model(hub):
+def test_answers_of_another_model(hub, monkeypatch):
     """The very tokens for the same vocabulary, the text otherwise; both end with the end token."""
     model, tokenizer = load_model(hub["llama"], "fp32"), load_tokenizer(hub["llama"])
     problems = [{"messages": [{"role": "user", "content": q}]} for q in ("1+1?", "again?", "cut?")]
@@ -112,6 +115,11 @@ def test_answers_of_another_model(hub):
         total -= sum(float(logs[len(prompt) - 1 + i, t]) for i, t in enumerate(completion))
     assert same["nll_per_token"] == pytest.approx(total / 11, rel=1e-5)
     assert answers_nll(model, tokenizer, problems, answers, True, 1)["documents"] == 1
+    whole = [len(prompt_ids(tokenizer, p["messages"])) + len(i) for p, i in zip(problems, ids)]
+    for room, fitting in ((max(whole[:2]), 2), (max(whole[:2]) - 1, 1)):
+        monkeypatch.setattr(model.config, "max_position_embeddings", room)
+        fits = answers_nll(model, tokenizer, problems, answers, True, 10)
+        assert fits["documents"] == fitting, "prompt and answer together have to fit"
     assert answers_nll(model, tokenizer, problems[2:], answers[2:], True, 1) is None
 
 

@@ -12,8 +12,10 @@ import pytest
 import yaml
 from conftest import PYTHON
 from gguf_example import write_gguf
+from grid_example import in_this_process, written
 from spread import spread
 
+from distill.bench.items import ITEMS
 from distill.commands.cli import main
 from distill.errors import RunError
 from distill.files import (
@@ -138,6 +140,45 @@ def test_no_file_of_a_command_is_left_half(name, finished, tmp_path):
     again = contents(run, made)
     assert again.keys() == whole.keys()
     same = [n for n in whole if n.endswith((".parquet", ".safetensors", "rows.jsonl"))]
+    assert {n: again[n][1] for n in same} == {n: whole[n][1] for n in same}
+
+
+# The files that a bench itself writes, beside those of its runs.
+JUDGED = ["clock.json", "results.json", "results.parquet", ITEMS, "bench.html"]
+
+
+@pytest.mark.slow
+def test_no_file_of_a_bench_is_left_half(tmp_path):
+    arms = {
+        "start": {},
+        "more": {"start": "start", "set": {"train.steps": 3}},
+    }
+    bench, grid = written(tmp_path, arms=arms, claims=[], curves=[]), tmp_path / "grid"
+    words = ["bench", bench, "--budget", "small", "--jobs", "1"]
+    with in_this_process():
+        assert main(words) == 0
+        whole = contents(grid, ["."])
+        # Its own files first, with every task done; then a task's weights, which the next task waits for.
+        limits = {name: whole[name][0] * 9 // 10 for name in JUDGED}
+        student = max(n for n in whole if n.startswith("start-0/start/") and n.endswith(".safetensors"))
+        for name, limit in limits.items():
+            clear(grid, [n for n in JUDGED if n != "clock.json" or name == n])
+            code, said = limited(limit, *words)
+            # A limit below the clock's size meets a model card first, which is one task's failure.
+            assert code == 1 and "Traceback" not in said, (name, said)
+            assert "cannot write" in said and f"in {grid}" in said and "free some space" in said, (name, said)
+            assert name == "clock.json" or not (grid / name).exists(), name
+            assert not [p for p in grid.rglob(".*") if is_leftover(p)], name
+        for gone in (f"{task}-0" for task in ("start", "more")):
+            clear(grid, [gone])
+        code, said = limited(whole[student][0] - 1, *words)
+        assert code == 1 and "Traceback" not in said, said
+        assert "1 of 4 tasks failed" in said and "free some space" in said and "start-0" in said, said
+        assert not [p for p in grid.rglob(".*") if is_leftover(p)]
+        assert main(words) == 0
+    again = contents(grid, ["."])
+    assert again.keys() == whole.keys()
+    same = [n for n in whole if n.endswith((".safetensors", ITEMS)) or n.endswith("rows.parquet")]
     assert {n: again[n][1] for n in same} == {n: whole[n][1] for n in same}
 
 

@@ -217,14 +217,14 @@ def test_whole_model_does_not_pool_layers():
 def test_whole_model_weighs_by_assignments_and_tokens():
     layers = {
         "a": layer(tokens=100, experts_per_token=3, load_cv=1.0, confidence=0.5, max_violation=2.0),
-        "b": layer(tokens=300, load_cv=2.0, confidence=0.9, max_violation=3.0, router_entropy=1.4),
+        "b": layer(tokens=500, load_cv=2.0, confidence=0.9, max_violation=3.0, router_entropy=1.4),
     }
     layers["b"]["token_drop"] = {"1.0": 0.5}
     found = metrics.whole_model(layers)
-    assert found["load_cv"] == pytest.approx((300 * 1 + 300 * 2) / 600)
-    assert found["token_drop"]["1.0"] == pytest.approx(0.25)
-    assert found["confidence"] == pytest.approx((100 * 0.5 + 300 * 0.9) / 400)
-    assert found["router_entropy_normalised"] == pytest.approx((0.7 + 3 * 1.4) / 4 / math.log(4))
+    assert found["load_cv"] == pytest.approx((300 * 1 + 500 * 2) / 800)
+    assert found["token_drop"]["1.0"] == pytest.approx(500 * 0.5 / 800)
+    assert found["confidence"] == pytest.approx((100 * 0.5 + 500 * 0.9) / 600)
+    assert found["router_entropy_normalised"] == pytest.approx((0.7 + 5 * 1.4) / 6 / math.log(4))
     assert (found["max_violation_worst"], found["max_violation_worst_layer"]) == (3.0, "b")
     layers["a"] |= {"router_entropy": None, "confidence": None}
     unknown = metrics.whole_model(layers)

@@ -1,12 +1,13 @@
 """Group shares: OLMoE's definition, and a guard that finds planted specialists and nothing in noise."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 
 from distill.moe import metrics
-from distill.moe.specialisation import GroupShares, critical
+from distill.moe.specialisation import FALSE_ENTRY_RATE, GroupShares, critical
 
 
 def uniform_choices(tokens: int, experts: int, k: int, seed: int) -> torch.Tensor:
@@ -15,6 +16,13 @@ def uniform_choices(tokens: int, experts: int, k: int, seed: int) -> torch.Tenso
 
 def overall(indices: torch.Tensor, experts: int) -> torch.Tensor:
     return torch.bincount(indices.flatten(), minlength=experts).double() / len(indices)
+
+
+def test_the_critical_value_is_two_sided_and_shared_by_all_comparisons():
+    for comparisons in (1, 24, 1000):
+        beyond = 2 * (1 - NormalDist().cdf(critical(comparisons)))
+        assert beyond * comparisons == pytest.approx(FALSE_ENTRY_RATE, rel=1e-6)
+    assert critical(0) == critical(1)
 
 
 def test_shares_by_hand_and_in_parts():

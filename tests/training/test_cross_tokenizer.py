@@ -24,7 +24,7 @@ from distill.training.cross_tokenizer import (
     aligned_share,
     byte_level_alphabet,
 )
-from distill.training.losses.ranked import uld_rows
+from distill.training.losses.ranked import uld, uld_rows
 from distill.training.losses.rowwise import per_row
 
 TURNS = (
@@ -138,6 +138,13 @@ def test_uld_is_the_distance_of_sorted_probabilities(seed, rows, mine, theirs, t
     torch.testing.assert_close(chunked, loss)
 
 
+def test_tokens_without_a_counterpart_cost_nothing():
+    student, teacher = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    found = uld(student, teacher, torch.tensor([1, 0, 1, 0]), temperature=2.0)
+    expected = uld_rows(student, teacher, temperature=2.0)
+    assert found.tolist() == [float(expected[0]), 0.0, float(expected[2]), 0.0] and (expected > 0).all()
+
+
 def test_uld_gradient_and_identities():
     student, teacher = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda s: uld_rows(s, teacher, temperature=2.0), student.requires_grad_())
@@ -233,6 +240,27 @@ def test_both_have_read_the_same_text_at_every_pair(tokenizers, mine, theirs):
         assert b"".join(mine[:j]) == b"".join(theirs[:i])
     if student is teacher:
         assert translated == ids and len(pairs) == len(ids)
+
+
+@pytest.mark.parametrize("opens", ["student", "teacher"])
+def test_what_one_template_opens_is_no_part_of_the_other_s_completion(tokenizers, opens):
+    """<think> stands in one prompt and in the other's completion: pairs count within completions, and fit as texts."""
+    models = {"student": tokenizers["merged bytes"], "teacher": tokenizers["few merges"]}
+    before = models[opens].chat_template
+    models[opens].chat_template = before + "{% if add_generation_prompt %}<think>{% endif %}"
+    try:
+        student, teacher = models["student"], models["teacher"]
+        text = "the theme</think>these"
+        ids = student(text if opens == "student" else f"<think>{text}", add_special_tokens=False)["input_ids"]
+        translated, pairs = TeacherView(student, teacher).completion(ids)
+    finally:
+        models[opens].chat_template = before
+    mine, theirs = TokenBytes(student).pieces(ids), TokenBytes(teacher).pieces(translated)
+    lead = {name: b"<think>" * (name == opens) for name in models}
+    for i, j in pairs:
+        read = [lead["student"] + b"".join(mine[:i]), lead["teacher"] + b"".join(theirs[:j])]
+        assert read[0] == read[1], (i, j)
+    assert len(pairs) >= 3 and b"".join(theirs).decode() == (text if opens == "teacher" else f"<think>{text}")
 
 
 def test_splits_inside_a_character(tokenizers):

@@ -83,6 +83,19 @@ def test_lines_that_the_state_does_not_know_are_told(tmp_path, capsys):
     assert "is not as training wrote it" in capsys.readouterr().err
 
 
+def test_the_loss_of_a_line_is_the_weighted_sum_of_its_objectives(tmp_path):
+    train = Train(
+        objectives=[{"name": "cross_entropy", "weight": 0.2}, {"name": "forward_kl", "weight": 3.0}]
+    )
+    log = StepLog(tmp_path, 0, 0, 0, Accelerator(cpu=True), train)
+    with contextlib.suppress(AttributeError):
+        log.write(0, [1.5, 4.0], 0.1, 0.2, Lot(None, None, 4, 9))
+    log.sync()
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["loss"] == pytest.approx(0.2 * 1.5 + 3.0 * 4.0)
+    assert line["objectives"] == {"cross_entropy": 1.5, "forward_kl": 4.0}
+
+
 def test_what_fits_is_not_touched(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(1, 2))

@@ -67,7 +67,7 @@ def test_a_teachers_row_is_left_whole(source):
 
 def test_tags_count_the_same_whatever_their_tokens(source):
     """Over two processes as in one: each knows its own rows, and the shares are of the whole step."""
-    lot = source(balance=True).lot(1)
+    lot = source(balance=True).lot(3)
     by_tag = {tag: lot.rows.weights[np.repeat(lot.rows.tags == tag, lot.rows.completion_lengths)] for tag in
               set(lot.rows.tags)}  # fmt: skip
     assert len(by_tag) == 2 and len({len(w) for w in by_tag.values()}) == 2, "tags of different sizes"
@@ -86,8 +86,10 @@ def test_tags_count_the_same_whatever_their_tokens(source):
         return gather
 
     for round_ in range(2):  # the first round only collects
-        shares = [source(gather_of(rank, round_), balance=True).lot(1, rank, 2) for rank in range(2)]
+        shares = [source(gather_of(rank, round_), balance=True).lot(3, rank, 2) for rank in range(2)]
     weights = {tag: {float(w) for w in values} for tag, values in by_tag.items()}
+    mixes = {float(np.mean(share.rows.tags == "long")) for share in shares}
+    assert len(mixes) == 2, "each process alone would give other weights"
     for share in shares:
         for tag, (_, found) in zip(share.rows.tags, completions(share.rows)):
             assert {float(w) for w in found} == weights[tag]

@@ -120,6 +120,21 @@ def test_a_model_that_sees_across_packed_rows_is_refused():
         check_packing(AutoModelForCausalLM.from_config(config), V)
 
 
+def test_a_model_that_counts_places_through_the_whole_pack_is_refused():
+    """It sees no neighbour, yet a row that stands later is not what it is alone."""
+    model = build("gpt2")
+    model.set_attn_implementation("eager")
+    check_packing(model, V)
+    places = model.transformer.wpe
+
+    def counted_through(module, arguments, found):
+        return 30 * places.weight[torch.arange(found.shape[-2])].expand_as(found)
+
+    places.register_forward_hook(counted_through)
+    with pytest.raises(UserError, match="sees from one packed row into the next"):
+        check_packing(model, V)
+
+
 def test_the_heads_forward_is_back_after_an_error():
     model = build("qwen3")
     at = AtHead(model)

@@ -161,7 +161,7 @@ def test_bias_update_is_the_papers_rule(hub):
         ExpertBiasBalancer(AutoModelForCausalLM.from_config(config))
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "deepseek_v3", hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0, moe_intermediate_size=8,
+        "deepseek_v3", hidden_size=16, num_hidden_layers=2, first_k_dense_replace=0, moe_intermediate_size=8,
         n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, num_attention_heads=2, vocab_size=30,
         num_key_value_heads=2, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
@@ -180,10 +180,12 @@ def test_bias_update_is_the_papers_rule(hub):
     model(ids)
     load = torch.bincount(seen[0][balancer.mask.reshape(-1).bool()].reshape(-1), minlength=4).double()
     assert load.sum() == 21 * 2
+    balancer.counts[1].fill_(7)  # an even layer: the step's violation is that of the worst one
     violation = balancer.update(0.001)
     torch.testing.assert_close(router.bias, (0.001 * torch.sign(load.mean() - load)).float())
-    assert violation == pytest.approx(float(load.max() / load.mean() - 1))
-    assert float(balancer.counts[0].sum()) == 0
+    assert violation == pytest.approx(float(load.max() / load.mean() - 1)) and violation > 0
+    assert not balancer.routers[1].bias.any()
+    assert [float(counts.sum()) for counts in balancer.counts] == [0, 0]
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_state(trained, make_recipe, monkeypatch):

@@ -36,7 +36,7 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "student" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make_recipe):
+def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make_recipe, capsys):
     options = [PLAIN, "train.steps=80", "train.checkpoint_every=0", "train.batch_size=4"]
     path, run_dir = make_recipe(name="told")
     fake_dataset(run_dir)
@@ -50,9 +50,14 @@ def test_sigterm_saves_after_the_step_and_the_same_command_goes_on(trained, make
     assert "stopped by SIGTERM after step" in errors and "state saved" in errors and "Traceback" not in errors
     (state,) = (run_dir / "student").glob("state-*")
     assert int(state.name.partition("-")[2]) == log.read_text().count("\n") >= 5
+    first, rest = log.read_text().split("\n", 1)
+    log.write_text(first.replace('"seconds": ', '"seconds": 1', 1) + "\n" + rest)
+    capsys.readouterr()
     whole, _ = trained("whole", *options)
+    assert "is not as training wrote it" not in capsys.readouterr().err
     resumed, _ = trained("told", *options)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert "is not as training wrote it" in capsys.readouterr().err, "the state knows the lines of its log"
 
 
 def out_of_memory(monkeypatch, most_rows: int) -> list[int]:

@@ -8,6 +8,7 @@ from training_example import stored
 from distill.config.recipe import load_recipe
 from distill.config.training import Validation
 from distill.errors import UserError
+from distill.training.checkpoint import BEST, saved_step
 from distill.training.validation import Validator, split_rows
 
 
@@ -17,6 +18,7 @@ class Says(torch.nn.Module):
     def __init__(self, *values: float):
         super().__init__()
         self.values, self.modes, self.states = list(values), [], ()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0]))
 
     def ready(self, batch, device):
         return batch.to(device)
@@ -67,6 +69,18 @@ def test_its_memory_comes_back(looking):
     assert other.best == float("inf")
     other.restore(known.state())
     assert (other.best, other.best_step, other.worse) == (4.0, 2, 1) and other.state() == known.state()
+
+
+def test_the_best_weights_carry_the_step_that_they_are_of(looking, tmp_path):
+    """A state that is as old as they are keeps them; an older one forgets that look, which comes again."""
+    section = "train.validation={rows: 7, every: 1, keep_best: true}"
+    known = looking([5.0, 4.0, 4.5], section)[0]
+    assert saved_step(tmp_path / BEST) == known.best_step == 2
+    same, older = looking([], section)[0], looking([], section)[0]
+    same.restore(known.state())
+    assert (same.best, same.best_step) == (4.0, 2)
+    older.restore({"best": 5.0, "best_step": 1, "worse": 0})
+    assert older.best == float("inf")
 
 
 def test_looks_are_due_after_every_so_many_steps_and_after_the_last(looking):
