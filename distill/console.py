@@ -15,8 +15,9 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -44,6 +45,12 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launched() -> int:
+    """How many processes the launch has that this one belongs to: 1 without a launcher."""
+    said = os.environ.get("WORLD_SIZE", "")
+    return int(said) if said.isdecimal() and "RANK" in os.environ else 1
+
+
 def say(line: str) -> None:
     """A line about how far the work is, on standard output."""
     if first_process() and not quiet():
@@ -53,6 +60,23 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """A line that matters even under --quiet, on standard error."""
     if first_process():
+        print(f"distill: {line}", file=sys.stderr, flush=True)
+
+
+# Seconds after which a launcher has ended the other processes of a launch of which one has failed.
+_LAUNCHER_ENDS = 2.0
+
+
+def fail(lines: Sequence[str]) -> None:
+    """The last lines of a process that ends by a mistake, on standard error.
+
+    Most mistakes are found by every process of a launch: the first says so at once, and then the launcher ends the
+    others. One that another process alone has found it says itself, a moment later and by its number.
+    """
+    if not first_process():
+        time.sleep(_LAUNCHER_ENDS)
+        lines = [f"process {os.environ['RANK']}: {line}" for line in lines]
+    for line in lines:
         print(f"distill: {line}", file=sys.stderr, flush=True)
 
 

@@ -290,7 +290,7 @@ class OnPretended:
 def optimizer_steps(waits, folder: Path) -> None:
     """Micro-batches, clipping, the update and the balancer as `train_student` has them; a state saved and read."""
     from distill.config.training import Train
-    from distill.training.sources import Lot
+    from distill.training.sources import StoredRows
     from distill.training.train import MicroBatches, StepFound, make_optimizer
 
     objectives = [
@@ -315,11 +315,17 @@ def optimizer_steps(waits, folder: Path) -> None:
                 group["fused"] = False if optimizer_name == "adamw" else None
             micro = MicroBatches(train, 0, accelerator, step)
             micro.saved_bytes = 0  # storages have no address here to count them by
-            lot = Lot(data, np.argsort(data.lengths, kind="stable"), int(data.completion_lengths.sum()), 0)
+            source = StoredRows(data, len(data), 0)
+            collated, real = [], data.collate
+            data.collate = lambda *given, real=real, seen=collated: seen.append(1) or real(*given)
+            made = []
             for number in range(4):
                 waits.take()
+                lot, before = micro.lot(source, number), len(collated)
                 sums = micro.accumulate(step, optimizer, lot, teacher, None)
+                made.append(len(collated) - before)
                 norm = accelerator.clip_grad_norm_(step.parameters(), 1.0)
+                micro.look_ahead(source, number + 1)
                 seen = StepFound(torch.cat([sums, torch.zeros_like(sums[:1])]), norm, None, lot.tokens)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -342,6 +348,7 @@ def optimizer_steps(waits, folder: Path) -> None:
                             FOUND.setdefault("step counters", {})[str(fused)] = sorted(
                                 set(map(str, counters))
                             )
+            FOUND.setdefault("batches made within a step", {})[where.type] = made
             last = dict(waits.last)
             ends[where] = {n: p.detach() for n, p in step.named_parameters()} | {
                 "means": torch.tensor(seen.means)

@@ -13,7 +13,7 @@ import traceback
 from distill import __version__, console
 from distill.commands import artifacts, cost, recipe, setup
 from distill.commands.command import Command
-from distill.errors import DistillError, nearest
+from distill.errors import DistillError, UserError, nearest
 
 _MODULES = (recipe, setup, cost, artifacts)
 COMMANDS: dict[str, Command] = {c.name: c for module in _MODULES for c in module.COMMANDS}
@@ -86,14 +86,17 @@ def main(argv: list[str] | None = None) -> int:
     console.set_verbosity(arguments.verbosity)
     console.hush_foreign_bars()
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        command = COMMANDS[arguments.command]
+        if console.launched() > 1 and not command.shared:
+            raise UserError(
+                f"`distill {command.name}` is the work of one process; start it without accelerate launch (torchrun)"
+            )
+        return command.run(arguments)
     except DistillError as error:
         if console.verbose():
             traceback.print_exception(error)
-        # Under a launcher every process finds the same mistake; one of them says so.
-        for problem in error.problems:
-            # What a user wrote may be of any length; the fix stands at the end.
-            console.warn(problem if len(problem) <= 1000 else f"{problem[:600]} ... {problem[-380:]}")
+        # What a user wrote may be of any length; the fix stands at the end.
+        console.fail([p if len(p) <= 1000 else f"{p[:600]} ... {p[-380:]}" for p in error.problems])
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndistill: interrupted; the same command continues where it stopped", file=sys.stderr)
@@ -104,9 +107,22 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         from distill.files import system_problem
 
+        if _left_alone(error):
+            console.warn(
+                "another process of this launch has ended: what it said, here or on its machine, is the reason; then "
+                "the same command goes on from what was saved"
+            )
+            return 1
         if (problem := system_problem(error)) is None:
             raise  # a bug of ours, which should look like one
         if console.verbose():
             traceback.print_exception(error)
-        console.warn(problem)
+        console.fail([problem])
         return 1
+
+
+def _left_alone(error: Exception) -> bool:
+    """Whether a process of a launch has lost the others: what a collective raises when one of them is gone."""
+    text = str(error)
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
+    return isinstance(error, RuntimeError) and console.launched() > 1 and any(words in text for words in gone)

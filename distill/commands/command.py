@@ -22,6 +22,7 @@ class Command:
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    shared: bool = False  # whether the processes of a launch do it together
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -88,9 +88,11 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
         from distill.commands.plan import derived
         from distill.training.start import planned_base
 
-        print(resolved(recipe))
         with planned_base(recipe) as planned:
-            for name, value in derived(planned).items():
+            forecast = derived(planned)
+        if console.first_process():
+            print(resolved(recipe))
+            for name, value in forecast.items():
                 print(f"# {name}: {_shown(value)}")
         return 0
     from distill import pipeline
@@ -100,9 +102,11 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
         pipeline.run(recipe, "base", arguments.redo, say=console.say)
     check_recipe(recipe, command)
     pipeline.run(recipe, command, arguments.redo, say=console.say)
+    if not console.first_process():  # pages are one process's work
+        return 0
     if command == "run":
         _report(recipe.path, arguments.lang)
-    elif command == "evaluate" and console.first_process():
+    elif command == "evaluate":
         _dossier(recipe.path / "eval", arguments.lang)
     return 0
 
@@ -344,17 +348,24 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
 
 
 COMMANDS = [
-    Command("demo", "the whole story on this machine, no download (recipes/demo.yaml)", demo_arguments, demo),
-    Command("run", "every stage of the recipe, resuming what is done", page_arguments, stage),
-    Command("generate", "the teacher answers the training prompts", stage_arguments, stage),
-    Command("filter", "keep what the verifier accepts, as a training set", filter_arguments, filter_rows),
-    Command("train", "train the student, and the control arm without a teacher", stage_arguments, stage),
+    Command(
+        "demo", "the whole story on this machine, no download (recipes/demo.yaml)", demo_arguments, demo, True
+    ),
+    Command("run", "every stage of the recipe, resuming what is done", page_arguments, stage, True),
+    Command("generate", "the teacher answers the training prompts", stage_arguments, stage, True),
+    Command(
+        "filter", "keep what the verifier accepts, as a training set", filter_arguments, filter_rows, True
+    ),
+    Command(
+        "train", "train the student, and the control arm without a teacher", stage_arguments, stage, True
+    ),
     Command("report", "one self-contained report.html from a run folder", page_arguments, stage),
     Command(
         "evaluate",
         "measure checkpoints on held-out problems: a recipe's, or any named ones",
         evaluate_arguments,
         evaluate,
+        True,
     ),
     Command("bench", "arms and seeds over a recipe, with verdicts", bench_arguments, bench_command),
 ]

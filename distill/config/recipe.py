@@ -82,11 +82,13 @@ class Recipe(Section):
             raise ValueError(
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
             )
-        several = self.train.teachers.models or self.train.teachers.own_start
-        if self.teacher and self.teacher.device == "sharded" and (several or self.teacher.quantize != "none"):
+        section = self.train.teachers
+        uneven = section.models or section.own_start or section.remember_gb
+        if self.teacher and self.teacher.device == "sharded" and (uneven or self.teacher.quantize != "none"):
             raise ValueError(
                 "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
-                "equally often: leave out `train.teachers` and `teacher.quantize`, or set `teacher.device: auto`"
+                "equally often: leave out `train.teachers` (its models, own_start and remember_gb) and "
+                "`teacher.quantize`, or set `teacher.device: auto`"
             )
         if self.prompts.documents and (unfit := self._needs_answers()):
             raise ValueError(f"`prompts.documents` has no questions: leave out {', '.join(unfit)}")

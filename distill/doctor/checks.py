@@ -8,6 +8,7 @@
 command that runs a recipe makes the same checks of its part of it first: a FAIL stops it, a WARN is printed once.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +30,10 @@ from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, fin
 from distill.doctor.pair import Pair, Side, base_of, model_side
 from distill.errors import UserError
 from distill.models.load import check_model, check_weights, resolve_model, tokenizer_fingerprint
+from distill.models.precision import resolve_precision
 from distill.tasks.problems import FAMILIES
+from distill.training.open_teachers import ALONE
+from distill.training.train import launch_problems
 
 
 def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:
@@ -62,6 +66,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     if command != "evaluate" and not any(f.state == FAIL for f in models):
         found += findings_of("terms", _terms, pair)
     if pair.does("train"):
+        found += findings_of("launch", _launch, pair, weights)
         found += findings_of("precision", student_checks.precision, pair)
         found += findings_of("trackers", _trackers, pair)
     if any(f.state == FAIL for f in models):
@@ -179,6 +184,21 @@ def _prompts(pair: Pair) -> list[Finding]:
             except UserError as error:
                 found += failures("prompts", error)
     return found
+
+
+def _launch(pair: Pair, starts: bool) -> list[Finding]:
+    """That the processes of this launch can train so: a stage of hours may come before they do."""
+    recipe, world = pair.recipe, console.launched()
+    if world == 1:
+        alone = starts and recipe.teacher and recipe.teacher.device == "sharded"
+        return failures("launch", UserError(ALONE)) if alone else []
+    fsdp, deepspeed = (
+        os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")
+    )
+    half = resolve_precision(recipe.train.precision, pair.device).accelerate != "no"
+    if found := launch_problems(recipe, world, fsdp, half, deepspeed):
+        raise UserError(*found)
+    return [Finding("launch", OK, f"{world} processes share the rows of a step")]
 
 
 def _trackers(pair: Pair) -> list[Finding]:

@@ -11,23 +11,34 @@ whose `!function` lines run code of that folder: include only what you trust.
 
 A mixture of experts is asked one request at a time. The harness pads its batches without a mask, and routing
 statistics must not count padding.
+
+The processes of a launch share the requests. The harness's own way deals documents: it repeats requests to make numbers
+even, which routing would count, and joins results in another order, which the bootstrap of some errors sees.
 """
 
 import hashlib
 import importlib.util
 import logging
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from distill.config.evaluation import Evaluate
+from distill.console import first_process
+from distill.devices import dealt, even_size, from_all, main_alone, summed
 from distill.errors import DistillError, RunError, UserError
 from distill.models.routers import find_routers
-from distill.moe.recording import record_routing
+from distill.moe.recording import Recording, record_routing
 
 BATCH_SIZE = 32  # requests at a time of a dense model, at most
+_MOST, _MOST_ALONE = (
+    16 * BATCH_SIZE,
+    64,
+)  # requests of one piece of work; of a model that is asked one at a time
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 
 
@@ -69,7 +80,6 @@ def _index(include: str | None, tasks: tuple[str, ...]):
 def run_harness(model, tokenizer, section: Evaluate) -> dict[str, Any]:
     """`Harness` of metrics.json. Raises RunError with the harness's own reason where it fails."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     routed = bool(find_routers(model))
     batch = 1 if routed else min(section.batch_size, BATCH_SIZE)
@@ -77,7 +87,7 @@ def run_harness(model, tokenizer, section: Evaluate) -> dict[str, Any]:
     def evaluate() -> dict:
         manager = _manager(section)  # first: it quietens the loggers
         return simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+            model=_sharing(model, tokenizer, batch),
             tasks=section.harness,
             limit=section.harness_limit,
             task_manager=manager,
@@ -92,6 +102,7 @@ def run_harness(model, tokenizer, section: Evaluate) -> dict[str, Any]:
         if routed:
             with record_routing(model, keep="counts") as recording:
                 found = evaluate()
+            _of_all(recording)
             moe = recording.summary()
         else:
             found = evaluate()
@@ -103,12 +114,46 @@ def run_harness(model, tokenizer, section: Evaluate) -> dict[str, Any]:
     result: dict[str, Any] = {
         "lm_eval": version("lm_eval"),
         "limit": section.harness_limit,
-        "tasks": {name: _task(name, found) for name in found["results"]},
+        "tasks": {name: _task(name, found) for name in found["results"]} if found else {},
         "seconds": round(time.perf_counter() - start, 3),
     }
     if moe:
         result["moe"] = moe
-    return result
+    return main_alone(lambda: result)  # the others were told nothing (LOCAL_RANK)
+
+
+def _sharing(model, tokenizer, batch: int):
+    """The harness's model around `model`: every process answers its share of the requests and knows all answers.
+
+    Requests are cut the same way whatever the number of processes.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Sharing(HFLM):
+        def _share(self, answer: Callable[..., list], requests: list, quiet: bool) -> list:
+            size = even_size(len(requests), _MOST if batch > 1 else _MOST_ALONE)
+            pieces = [requests[i : i + size] for i in range(0, len(requests), size)]
+            quiet = quiet or not first_process()
+            return list(chain.from_iterable(dealt(pieces, lambda piece: answer(piece, disable_tqdm=quiet))))
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return self._share(super().loglikelihood, requests, disable_tqdm)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            return self._share(super().loglikelihood_rolling, requests, disable_tqdm)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return self._share(super().generate_until, requests, disable_tqdm)
+
+    return Sharing(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+def _of_all(recording: Recording) -> None:
+    """The counts of all processes, in each of them, of layers gone through twice too."""
+    for name in sorted({name for names in from_all(list(recording.layers)) for name in names}):
+        router, _, visit = name.partition(" pass ")
+        recording.record_of(recording.layers[router].router, int(visit or 1))
+    recording.reduce(summed)
 
 
 def _task(name: str, found: dict) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def _unanswered(name: str, path: str, model, tokenizer, plan: Plan, reference, i
     spent = {"seconds": seconds, **nothing, "flops": 0, "flops_per_answer": 0}
     result["cost"] = {
         **spent,
-        **usage_cost(model, tokenizer, result["model"], nothing, plan.usd_per_hour, plan.section.speed),
+        **_usage(name, model, tokenizer, result["model"], nothing, plan),
     }
     result["warnings"] = []
     return result
@@ -293,7 +293,7 @@ def _harness(name: str, model, tokenizer, section: Evaluate) -> dict[str, Any]:
     from distill.evaluation.harness import run_harness
 
     console.say(f"evaluate {name}: lm-evaluation-harness, {', '.join(section.harness)}")
-    return main_alone(lambda: run_harness(model, tokenizer, section))
+    return run_harness(model, tokenizer, section)
 
 
 def _text(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distill.config.training import Context
 from distill.data.batches import Batch, TokenRows
 from distill.models.chat import prompt_ids
+from distill.models.layers import rows_apart
 from distill.moe.interventions import sample_experts
 from distill.training.live_teachers import FrozenTeacher, LiveTeacher, NotHeard
 
@@ -48,7 +49,8 @@ class ToldTeacher(NotHeard):
         )
         rows.tags = batch.tags
         asked = rows.collate(np.arange(len(rows)), self.tokenizer.pad_token_id)
-        return {"dense": self.teacher(asked.to(batch.keep.device))["dense"]}
+        with rows_apart(asked.rows):  # padded, however the student's lie
+            return {"dense": self.teacher(asked.to(batch.keep.device))["dense"]}
 
 
 def told(messages: list[dict], answer: str, context: Context) -> list[dict]:

@@ -58,11 +58,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Tensor] | None:
-    """What `save_pretrained(state_dict=...)` needs of a sharded module; None where nothing is sharded."""
-    tensors = module.state_dict()
+    """What `save_pretrained(state_dict=...)` needs of a sharded module; None where nothing is sharded.
+
+    A weight of two names (a head tied to its embedding) is one tensor here too, or it would be saved twice.
+    """
+    tensors = module.state_dict(keep_vars=True)
     if not any(isinstance(t, DTensor) for t in tensors.values()):
         return None
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    found: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in found:
+            found[id(tensor)] = whole(tensor)
+    return {name: found[id(tensor)] for name, tensor in tensors.items()}
 
 
 def put(tensor: Tensor, value: Tensor) -> None:

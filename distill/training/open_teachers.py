@@ -25,6 +25,11 @@ from distill.training.live_teachers import (
     StoredTeacher,
 )
 
+ALONE = (
+    "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several with "
+    "accelerate launch, or set teacher.device=auto (or cpu)"
+)
+
 
 def live_teachers(
     recipe: Recipe,
@@ -85,10 +90,7 @@ def _load(recipe: Recipe, name: str, device: torch.device, half: torch.dtype | N
     """A teacher where `teacher.device` wants it. Raises UserError where nothing could be sharded over."""
     where = recipe.teacher.device
     if where == "sharded" and not dist.is_initialized():
-        raise UserError(
-            "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several "
-            "with accelerate launch, or set teacher.device=auto (or cpu)"
-        )
+        raise UserError(ALONE)
     place = device if where == "auto" else torch.device("cpu")
     model = load_model(name, recipe.teacher.dtype, place, quantize=recipe.teacher.quantize)
     if recipe.teacher.quantize == "none":
@@ -107,5 +109,6 @@ def shard_layers(model: nn.Module, device: torch.device) -> nn.Module:
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder_layers(model.requires_grad_(False))[1]:
-        fully_shard(layer, mesh=mesh)
+        # Said explicitly: a layer that nothing sharded stands around would stay whole after its first pass.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return model.to(device)

@@ -25,7 +25,7 @@ reaches is the usual way for lengths to explode; it is looked for in the stored 
 every buffer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,11 +46,15 @@ class Lot:
     share: np.ndarray  # indices into `rows` of this process, shortest first
     tokens: int  # completion tokens of the step over all processes: what losses are divided by
     read: int  # tokens of the step over all processes, prompts too
+    lengths: Sequence[np.ndarray] = ()  # of the rows of every process, as `share` has them; (): one process
 
 
 class Source(Protocol):
     stats: dict[str, float]  # what to log beside the loss; {} for nothing
     passed: int  # tokens that went through the student before the step, to write its rows; 0 for stored ones
+    fixed: (
+        bool  # whether a lot depends on nothing that training changes: it may be asked for ahead of its time
+    )
 
     def lot(self, step: int, rank: int, world: int) -> Lot:
         """The rows of 0-based optimizer step `step`; the same on every call with the same arguments."""
@@ -63,6 +67,8 @@ class Source(Protocol):
 
 class StoredRows:
     """A dataset on disk: which rows make a step is a pure function of (seed, step)."""
+
+    fixed = True
 
     def __init__(self, rows: TokenRows, batch_size: int, seed: int, balance: bool = False):
         self.stats, self.passed, self.balance = {}, 0, balance
@@ -77,7 +83,8 @@ class StoredRows:
             for row in chosen:
                 self.rows.weights[_span(self.rows, row)] = shares[self.rows.tags[row]]
         tokens, read = self.rows.completion_lengths[chosen].sum(), self.rows.lengths[chosen].sum()
-        return Lot(self.rows, self.plan.share(step, rank, world), int(tokens), int(read))
+        lengths = [self.rows.lengths[chosen[r::world]] for r in range(world)]
+        return Lot(self.rows, self.plan.share(step, rank, world), int(tokens), int(read), lengths)
 
     def state(self) -> None:
         return None
@@ -116,6 +123,8 @@ _DOMAIN = 77  # of the random stream that decides who writes a row; sampling has
 
 class OnPolicyRows:
     """A `distill.training.sources.Source`: stored rows, some of them answered by the student."""
+
+    fixed = False
 
     def __init__(
         self,
@@ -180,9 +189,9 @@ class OnPolicyRows:
         made.tags = None if self.rows.tags is None else self.rows.tags[chosen[mine]]
         made.messages = None if self.rows.messages is None else [self.rows.messages[i] for i in chosen[mine]]
         counted = self._weigh(made)
-        counts = self.gather((counted, int(made.lengths.sum())))
-        tokens, read = (sum(column) for column in zip(*counts))
-        return Lot(made, np.argsort(made.lengths, kind="stable"), max(1, tokens), read)
+        share = np.argsort(made.lengths, kind="stable")
+        counts, lengths = zip(*self.gather((counted, made.lengths[share])))
+        return Lot(made, share, max(1, sum(counts)), int(sum(map(np.sum, lengths))), lengths)
 
     def _weigh(self, made: TokenRows) -> int:
         """Give the tokens of the rows their weights where the recipe asks for any; how many count."""

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -33,8 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.config.recipe import Recipe
 from distill.config.training import Train
-from distill.data.batches import TokenRows, check_packing, even_pieces, micro_batches
-from distill.devices import from_all
+from distill.data.batches import Batch, TokenRows, check_packing, even_pieces, micro_batches
 from distill.errors import RunError, UserError
 from distill.models.layers import attend_by_row, choose_attention, compile_layers, rows_apart
 from distill.models.precision import Precision, arithmetic, training_attention
@@ -72,45 +72,70 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
             f"this launch asks for FSDP and Accelerate would run {kind.value} instead, since it shards on "
             "accelerators only; on CPU use recipes/accelerate/cpu2.yaml"
         )
-    if kind == DistributedType.DEEPSPEED:
-        raise UserError(
-            "DeepSpeed takes an optimizer step of its own for every micro-batch, clips by its own file and keeps its "
-            "own state; use recipes/accelerate/fsdp2.yaml, which shards the same things under this loop"
-        )
-    if kind == DistributedType.FSDP and recipe.train.on_policy.fraction:
-        raise UserError(
-            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
-            "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
-        )
-    if kind == DistributedType.FSDP:
-        _shard_exactly(recipe, accelerator)
+    half = accelerator.mixed_precision != "no"
+    found = launch_problems(
+        recipe,
+        accelerator.num_processes,
+        kind == DistributedType.FSDP,
+        half,
+        kind == DistributedType.DEEPSPEED,
+    )
+    if found:
+        raise UserError(*found)
+    if kind == DistributedType.FSDP and half:
+        _shard_exactly(accelerator)
     return accelerator
 
 
-def _shard_exactly(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+def launch_problems(
+    recipe: Recipe, world: int, sharded: bool, half: bool, deepspeed: bool = False
+) -> list[str]:
+    """What this training cannot do in a launch of `world` processes. Asked before a run begins, too.
 
-    Accelerate's policy does all three in 16 bits. Raises UserError for what a sharded student cannot do.
+    sharded: under FSDP2. half: products in 16 bits or fewer.
     """
-    if recipe.train.teachers.own_start and recipe.student.adapter == "lora":
-        raise UserError(
+    train, found = recipe.train, []
+    if deepspeed:
+        return [
+            "DeepSpeed takes an optimizer step of its own for every micro-batch, clips by its own file and keeps its "
+            "own state; use recipes/accelerate/fsdp2.yaml, which shards the same things under this loop"
+        ]
+    if train.batch_size < world:
+        found.append(
+            f"train.batch_size={train.batch_size} is below the {world} processes; raise it to {world}"
+        )
+    if sharded and train.on_policy.fraction:
+        found.append(
+            "train.on_policy: a student whose weights are sharded cannot write by itself, since processes decode "
+            "unequally long; use recipes/accelerate/ddp.yaml, or train.on_policy.fraction=0"
+        )
+    if sharded and train.teachers.own_start and recipe.student.adapter == "lora":
+        found.append(
             "train.teachers.own_start: the starting weights of a sharded LoRA student lie inside what trains, where "
             "they cannot be asked without it; use recipes/accelerate/ddp.yaml, or student.adapter=full"
         )
-    if any(o.signal == "ahead" for o in recipe.train.objectives):
-        raise UserError(
+    if sharded and any(o.signal == "ahead" for o in train.objectives):
+        found.append(
             "multi_token: a sharded student's embedding and head are whole inside its own forward pass alone; use "
             "recipes/accelerate/ddp.yaml"
         )
-    plugin = accelerator.state.fsdp_plugin
-    if recipe.train.head_precision == "fp32" and plugin.mixed_precision_policy is not None:
-        raise UserError(
+    if sharded and half and train.head_precision == "fp32":
+        found.append(
             "train.head_precision=fp32: a sharded student's weights come together in 16 bits, the head's too; use "
             "recipes/accelerate/ddp.yaml, or train.precision=fp32"
         )
-    if plugin.mixed_precision_policy is not None:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+    return found
 
+
+def _shard_exactly(accelerator: Accelerator) -> None:
+    """Sharded as in one process: gradients are summed in float32, and neither inputs nor losses are rounded.
+
+    Accelerate's policy does all three in 16 bits.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32,
             output_dtype=None, cast_forward_inputs=False,
@@ -130,11 +155,10 @@ def train_student(
 ) -> dict[str, Any]:
     """Train `student` in place for `recipe.train.steps` optimizer steps on what `source` gives; returns counts.
 
-    `teacher(batch)` returns signals by form, or is None. Continues from the newest state in `folder`. Raises
-    UserError for rows that cannot be trained on, RunError where a loss or gradient stops being finite or
-    memory runs out, and Interrupted after SIGTERM (in all three the last saved state is kept).
+    `teacher(batch)` returns signals by form, or is None. Goes on from the newest state in `folder`. UserError for
+    rows that cannot be trained on, RunError for a loss that is not finite or want of memory, Interrupted by SIGTERM.
     """
-    train, world, rank = recipe.train, accelerator.num_processes, accelerator.process_index
+    train, rank = recipe.train, accelerator.process_index
 
     # ---- model, optimizer, state -------------------------------------------------------------------
     bare = student.model
@@ -158,8 +182,8 @@ def train_student(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(hash((recipe.seed, step, rank)) % 2**63)  # dropout; so no RNG state to save
-            lot = source.lot(step, rank, world)
-            _check_lot(train, student, lot, world)
+            lot = micro.lot(source, step)
+            _check_lengths(train, student, lot.rows)
 
             # ---- forward and backward, micro-batch by micro-batch ----------------------------------
             longest = int(lot.rows.lengths[lot.share].max(initial=0))
@@ -174,6 +198,7 @@ def train_student(
             frozen = step >= train.steps * (1 - train.expert_bias_freeze)
             speed = 0.0 if frozen else train.expert_bias_step
             violation = balancer.update(speed, accelerator.reduce) if balancer else None
+            micro.look_ahead(source, step + 1)
             found = StepFound(totals, norm, violation, lot.tokens)
             _check_finite(step, found, scaled=accelerator.scaler is not None)
             optimizer.step()
@@ -293,9 +318,49 @@ class MicroBatches:
     ):
         self.train, self.pad_id, self.accelerator, self.step = train, pad_id, accelerator, step
         self.counted = counted  # tokens, over all processes, that passed before their step, to be counted
+        self._next: tuple[int, Lot] | None = None  # a step to come, and its rows
+        self._made: Batch | None = None  # its first micro-batch, on its way to the device
         self.size = train.micro_batch_size
         # What the run's first forward pass kept for the backward pass; after a resume it is known.
         self.saved_bytes: int | None = saver.saved_bytes if saver else None
+
+    def lot(self, source: Source, step: int) -> Lot:
+        """The rows of `step`."""
+        if self._next is not None and self._next[0] == step:
+            return self._next[1]
+        self._next = self._made = None
+        return source.lot(step, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def look_ahead(self, source: Source, step: int) -> None:
+        """While the device still works: the rows of `step` and its first micro-batch, on their way already.
+
+        The loop waits for the device next. What is made here need not be made after that, with an idle device. A CPU
+        has no such time: there this does nothing.
+        """
+        if self.accelerator.device.type == "cpu" or not source.fixed or step >= self.train.steps:
+            return
+        lot = self.lot(source, step)
+        indices, _ = self._pieces(lot)[0]
+        with contextlib.suppress(OutOfMemory):  # what has no room now is made in its own step
+            self._next, self._made = (step, lot), self._batch(lot.rows, indices)
+
+    def _pieces(self, lot: Lot) -> list[tuple[np.ndarray, float]]:
+        """This process's micro-batches with their weights: as many as the process has that needs most.
+
+        Every process knows the lengths of all, so none need ask: on a GPU everyone would wait for the answers.
+        """
+        train = self.train
+
+        def cut(lengths: np.ndarray) -> list[np.ndarray]:
+            every, tokens = np.arange(len(lengths)), train.micro_batch_tokens
+            return list(micro_batches(every, lengths, self.size, tokens, padded=not train.packing))
+
+        own = [lot.share[piece] for piece in cut(lot.rows.lengths[lot.share])]
+        return even_pieces(own, max([len(own), *(len(cut(lengths)) for lengths in lot.lengths)]))
+
+    def _batch(self, rows: TokenRows, indices: np.ndarray) -> Batch:
+        batch = rows.pack(indices) if self.train.packing else rows.collate(indices, self.pad_id)
+        return self.step.ready(batch, self.accelerator.device)
 
     def accumulate(self, model: nn.Module, optimizer, lot: Lot, teacher, balancer) -> torch.Tensor:
         """Gradients of the whole lot into the model; each objective's sum over this process's kept tokens."""
@@ -314,19 +379,13 @@ class MicroBatches:
                 torch.cuda.empty_cache()
 
     def _once(self, model: nn.Module, lot: Lot, teacher, balancer) -> torch.Tensor:
-        train, accelerator, rows = self.train, self.accelerator, lot.rows
-        sums = torch.zeros(len(train.objectives), dtype=torch.float64, device=accelerator.device)
-        pieces = list(
-            micro_batches(
-                lot.share, rows.lengths, self.size, train.micro_batch_tokens, padded=not train.packing
-            )
-        )
-        pieces = even_pieces(pieces, max(from_all(len(pieces))))
+        accelerator, pieces, made = self.accelerator, self._pieces(lot), self._made
+        self._made = None
+        sums = torch.zeros(len(self.train.objectives), dtype=torch.float64, device=accelerator.device)
 
         def batches():
-            for indices, weight in pieces:
-                batch = rows.pack(indices) if train.packing else rows.collate(indices, self.pad_id)
-                yield self.step.ready(batch, accelerator.device), weight
+            for i, (indices, weight) in enumerate(pieces):
+                yield made if made and not i else self._batch(lot.rows, indices), weight
 
         if balancer:
             balancer.mask = None
@@ -357,14 +416,6 @@ class MicroBatches:
             total, terms = model(batch, signals)
         self.saved_bytes = saved()
         return total, terms
-
-
-def _check_lot(train: Train, student: BuiltStudent, lot: Lot, world: int) -> None:
-    _check_lengths(train, student, lot.rows)
-    if train.batch_size < world:
-        raise UserError(
-            f"train.batch_size={train.batch_size} is below the {world} processes; raise it to {world}"
-        )
 
 
 def _check_lengths(train: Train, student: BuiltStudent, rows: TokenRows) -> None:

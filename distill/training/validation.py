@@ -20,7 +20,6 @@ from torch import nn
 
 from distill.config.training import Train, Validation
 from distill.data.batches import TokenRows, even_pieces, micro_batches
-from distill.devices import from_all
 from distill.errors import UserError
 from distill.models.layers import rows_apart
 from distill.training.checkpoint import BEST, load_trained, save_trained, saved_step
@@ -66,18 +65,19 @@ class Validator:
         `objective` is then the weighted sum of the objectives per token.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        share = np.argsort(self.rows.lengths, kind="stable")[rank::world]
+        order = np.argsort(self.rows.lengths, kind="stable")
         training = [m for m in module.modules() if m.training]
         module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         try:
             with torch.no_grad():
-                pieces = list(
-                    micro_batches(
-                        share, self.rows.lengths, self.train.micro_batch_size, self.train.micro_batch_tokens
-                    )
-                )
-                pieces = even_pieces(pieces, max(from_all(len(pieces))))
+                size, tokens = self.train.micro_batch_size, self.train.micro_batch_tokens
+                # Of all processes: as many passes as the one that needs most.
+                cut = [
+                    list(micro_batches(order[r::world], self.rows.lengths, size, tokens))
+                    for r in range(world)
+                ]
+                pieces = even_pieces(cut[rank], max(map(len, cut)))
 
                 def batches():
                     for indices, weight in pieces:

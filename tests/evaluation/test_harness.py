@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from launching import forked, processes_of
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -145,6 +146,34 @@ def test_the_command_puts_it_into_metrics(run_cli, hub, tasks, tmp_path, monkeyp
     assert code == 0, err
     found = read_json(tmp_path / "out" / "metrics.json")["models"]["llama"]["harness"]
     assert found["tasks"]["tiny_choice"]["n"] == found["limit"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_processes_share_the_requests(hub, tmp_path, family, monkeypatch):
+    """Sixty documents of three options are pieces for two processes; numbers, errors, hash and routing are of one."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {
+            "question": f"{i} + 1" * (1 + i % 7),
+            "choices": [" yes", " no", " 3"],
+            "label": i % 3,
+            "answer": "2",
+        }
+        for i in range(60)
+    ]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("choice", CHOICE), ("generate", GENERATE)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(data=tmp_path / "docs.jsonl"))
+    asked = ["--harness", "tiny_choice,tiny_generate", "--harness-include", str(tmp_path), "--no-speed"]
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        forked(["evaluate", hub[family], *asked, "--out", str(out)], processes)
+        assert processes_of(out) == processes
+        (result,) = (model["harness"] for model in read_json(out / "metrics.json")["models"].values())
+        found.append({key: value for key, value in result.items() if key != "seconds"})
+    assert found[0] == found[1] and found[0]["tasks"]["tiny_choice"]["n"] == 60
+    assert ("moe" in found[0]) == (family == "qwen3_moe")
 
 
 def test_what_is_wrong_is_said_before_anything_runs(tasks, monkeypatch):

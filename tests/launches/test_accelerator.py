@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     # No fork: torch takes a new kind of device only where nothing has asked for its operators yet.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [PYTHON, str(ROOT / "tests" / "fakegpu_worker.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -63,6 +63,12 @@ def test_an_optimizer_step_waits_once(found, optimizer):
     # Adam's first steps have the size of the rate, 0.01, whatever the gradient: roundings of attention show.
     assert step["difference"] < (1e-4 if optimizer == "adamw" else 2e-5)
     assert step["waits"] == 1 and "train.py" in next(iter(step["where"])), step["where"]
+
+
+def test_the_first_micro_batch_of_a_step_is_made_before_the_wait_of_the_last(found):
+    """On a device, that is; four micro-batches, which batch_balance reads twice: once to count, once to train."""
+    made = found["batches made within a step"]
+    assert made == {"cpu": [8, 8, 8, 8], "gpu": [8, 6, 6, 6]}
 
 
 def test_the_step_counter_comes_back_to_where_the_update_reads_it(found):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from launching import LAUNCH, forked, processes_of, run
 
-from distill.storage import hash_file, read_json
+from distill.storage import hash_file, parts, read_json
 
 TIMES = re.compile(r"seconds|per_second|usd_per")
 
@@ -27,6 +27,34 @@ def evaluated(tmp_path, hub, name: str, start):
     options += ["--text", str(text), "--precision", "bf16", "--teacher", hub["qwen3_moe"], "--out", str(out)]
     start(["evaluate", hub["llama"], *options])
     return out
+
+
+@pytest.mark.slow
+def test_more_processes_than_rows(tmp_path, hub, make_recipe):
+    """One problem and one part for three processes: two of them have nothing, and nobody waits for ever."""
+    found = {}
+    for processes in (1, 3):
+        out = tmp_path / f"eval {processes}"
+        options = [
+            "--tasks",
+            "easy",
+            "--problems",
+            "1",
+            "--max-new-tokens",
+            "6",
+            "--teacher",
+            hub["qwen3_moe"],
+        ]
+        forked(["evaluate", hub["llama"], *options, "--out", str(out)], processes)
+        path, run_dir = make_recipe(name=f"run {processes}")
+        forked(["generate", path, "generate.part_size=100", "generate.signal={kind: top_k, k: 4}"], processes)
+        generations = run_dir / "generations"
+        assert processes_of(out) == processes_of(generations) == processes
+        found[processes] = (
+            untimed(read_json(out / "metrics.json")),
+            [hash_file(p) for p in parts(generations)],
+        )
+    assert found[1] == found[3]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])

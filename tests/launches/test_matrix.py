@@ -8,6 +8,7 @@ accelerators only.
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,9 @@ FULL = "student.adapter=full"
 WHAT = {
     "lora": ["student.adapter=lora", MIXED],
     "full": [FULL, MIXED],
+    "tied": [FULL, MIXED],
+    "ahead": [FULL, "train.objectives=[{name: cross_entropy}, {name: multi_token, weight: 0.3}]"],
+    "ahead_alone": [FULL, "train.objectives=[{name: multi_token, frozen: true, target: model}]"],
     "mixture": [
         FULL, "train.expert_bias_step=0.01", "train.expert_bias_freeze=0",
         "train.objectives=[{name: cross_entropy}, {name: batch_balance, weight: 0.1}]",
@@ -43,7 +47,15 @@ WHAT = {
     "hidden": [FULL, "generate.signal={kind: hidden}", "train.objectives=[{name: forward_kl}]"],
 }  # fmt: skip
 WHOLE_RUNS = {"stored", "hidden"}
-RESUMED = {(2, 1), (1, 3), (3, 2)}  # killed with so many processes, finished with so many
+SHARDED = ("lora", "full", "tied", "mixture", *sorted(WHOLE_RUNS))  # the others are refused under FSDP2
+# Killed in this launch, finished in that one.
+RESUMED = {
+    ("ddp 2", "alone"),
+    ("alone", "ddp 3"),
+    ("ddp 3", "ddp 2"),
+    ("fsdp2 2", "alone"),
+    ("ddp 2", "fsdp2 3"),
+}
 OF = {"alone": ("cpu2", 1), "ddp 2": ("cpu2", 2), "ddp 3": ("cpu2", 3), "fsdp2 2": ("fsdp2", 2),
       "fsdp2 3": ("fsdp2", 3)}  # fmt: skip
 
@@ -66,7 +78,9 @@ class Matrix:
 
     def __init__(self, root: Path, hub: dict):
         self.root, self.hub, self.done = root, hub, set()
-        self.students = {"mixture": save_model(root / "m", MIXTURE, byte_tokenizer(CHATML), seed=5)}
+        tied = {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 8}
+        made = {"mixture": MIXTURE, "tied": tied}
+        self.students = {n: save_model(root / n, c, byte_tokenizer(CHATML), seed=5) for n, c in made.items()}
 
     def words(self, group: str, what: str, options: list[str]) -> list[str]:
         """One command, with what it reads laid ready."""
@@ -84,10 +98,9 @@ class Matrix:
     def student(self, group: str, what: str) -> Path:
         if group not in self.done:
             file, processes = OF[group]
-            names = [w for w in WHAT if file != "fsdp2" or w not in ("on_policy", *WHOLE_RUNS)]
+            names = [w for w in WHAT if file != "fsdp2" or w in SHARDED]
             commands = [self.words(group, name, WHAT[name]) for name in names]
-            if file != "fsdp2":
-                commands += [self.killed(*pair) for pair in sorted(RESUMED) if pair[1] == processes]
+            commands += [self.killed(*pair) for pair in sorted(RESUMED) if pair[1] == group]
             path = self.root / f"{group}.json"
             path.write_text(json.dumps(commands))
             done = started([*command(file, processes), str(ROOT / "tests" / "many_launch.py"), str(path)])
@@ -95,11 +108,11 @@ class Matrix:
             self.done.add(group)
         return self.root / group / what / "student"
 
-    def killed(self, first: int, then: int) -> list[str]:
+    def killed(self, first: str, then: str) -> list[str]:
         """A run that the process which writes has left in its third step; returns the command that goes on."""
         words = self.words("resumed", f"{first} then {then}", WHAT["full"])
         script = str(ROOT / "tests" / "stopping_launch.py")
-        started([*command("cpu2", first), script, *words], DISTILL_TEST_STOP_AFTER="2")
+        started([*command(*OF[first]), script, *words], DISTILL_TEST_STOP_AFTER="2")
         assert (self.root / "resumed" / f"{first} then {then}" / "student" / "state-0000002").is_dir()
         return words
 
@@ -110,13 +123,12 @@ def matrix(tmp_path_factory, hub):
 
 
 def weights(folder: Path) -> dict:
-    return load_file(next(folder.glob("*.safetensors")))
+    """Of all files: a module for a token ahead lies beside the model."""
+    return {(p.name, name): t for p in folder.glob("*.safetensors") for name, t in load_file(p).items()}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize(
-    "how, what", [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in ("lora", "full", "mixture")]
-)
+@pytest.mark.parametrize("how, what", [("ddp", w) for w in WHAT] + [("fsdp2", w) for w in SHARDED])
 def test_the_weights_of_one_process(matrix, how, what, processes):
     one, many = matrix.student("alone", what), matrix.student(f"{how} {processes}", what)
     assert processes_of(one) == 1 and processes_of(many) == processes
@@ -129,9 +141,9 @@ def test_the_weights_of_one_process(matrix, how, what, processes):
 def test_a_run_goes_on_with_another_number_of_processes(matrix, first, then):
     """Killed after its second step with one number, finished with another: an undisturbed run's weights."""
     whole = matrix.student("alone", "full")
-    matrix.student("alone" if then == 1 else f"ddp {then}", "full")
+    matrix.student(then, "full")
     resumed = matrix.root / "resumed" / f"{first} then {then}" / "student"
-    assert processes_of(resumed) == then
+    assert processes_of(resumed) == OF[then][1]
     assert_same(weights(whole), weights(resumed), 1e-6)
 
 
@@ -146,6 +158,32 @@ def test_a_launch_file_as_it_stands_trains_on_a_cpu(make_recipe, name):
     done = started([*launch, "-m", "distill", "train", path, *SGD, MIXED])
     assert done.returncode == 0, done.stderr[-3000:]
     assert processes_of(run_dir / "student") == {"cpu": 1, "gpu": 1, "ddp": 2, "multinode": 2}[name]
+
+
+def test_two_machines_are_one_launch(matrix, tmp_path):
+    """Two launchers, as on two machines that share a folder, with the file for them: the weights of one process."""
+    run_dir, path = tmp_path / "two", tmp_path / "two.yaml"
+    path.write_text(
+        RECIPE.format(run_dir=run_dir, teacher=matrix.hub["qwen3_moe"], student=matrix.hub["llama"])
+    )
+    fake_dataset(run_dir)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "distill", "train", str(path), *SGD, "train.batch_size=7", "train.micro_batch_size=2"]
+    place = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launch = [*LAUNCH, str(FILES["multinode"]), *place, "--machine_rank"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    machines = [
+        subprocess.Popen(
+            [*launch, rank, *words, *WHAT["full"]], cwd=ROOT, env=environment, stderr=subprocess.PIPE
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [machine.communicate(timeout=1800)[1].decode()[-2000:] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert processes_of(run_dir / "student") == 2
+    assert_same(weights(matrix.student("alone", "full")), weights(run_dir / "student"), 1e-6)
 
 
 def test_every_file_is_launched_by_something():

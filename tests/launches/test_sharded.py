@@ -5,10 +5,16 @@ import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import PYTHON, ROOT
 from launching import forked, processes_of
 from safetensors.torch import load_file
+from step_example import build
+from torch.distributed.fsdp import fully_shard
 from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of
+
+from distill.models.layers import decoder_layers
+from distill.training.checkpoint import whole_state_dict
 
 FSDP2 = str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
 SHARDED = [PYTHON, "-m", "accelerate.commands.launch", "--config_file", FSDP2]
@@ -51,6 +57,24 @@ def test_in_16_bits_only_products_are(make_recipe, trained):
     losses = losses_of(two)
     assert losses == pytest.approx(losses_of(one), rel=2e-3)
     assert any(float(torch.tensor(x).bfloat16()) != float(torch.tensor(x)) for x in losses)
+
+
+def test_a_weight_of_two_names_is_saved_once(tmp_path):
+    """Gathered apart, a tied head would be a second matrix of V x d in the student's folder."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = build("qwen3 tied")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for layer in decoder_layers(model)[1]:
+            fully_shard(layer)
+        whole = whole_state_dict(fully_shard(model))
+        assert whole["lm_head.weight"] is whole["model.embed_tokens.weight"]
+        model.save_pretrained(tmp_path / "student", state_dict=whole)
+    finally:
+        dist.destroy_process_group()
+    saved = load_file(tmp_path / "student" / "model.safetensors")
+    assert saved.keys() == before.keys() - {"lm_head.weight"}
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
 
 
 @pytest.mark.slow

@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from step_example import build, rows
+from torch.distributed.tensor import DTensor
 
+from distill.config.recipe import load_recipe
+from distill.errors import UserError
+from distill.models.layers import decoder_layers
 from distill.moe.interventions import use_top_k
 from distill.training.live_teachers import FrozenTeacher
+from distill.training.open_teachers import shard_layers
 
 
 def states(teacher: FrozenTeacher, batch) -> torch.Tensor:
@@ -32,6 +38,27 @@ def test_rows_read_before_are_not_read_again_and_say_the_same(packed):
             torch.testing.assert_close(states(remembering, batch), states(plain, batch))
             assert len(read) == (picked == [0, 2, 5])
         read.clear()
+
+
+def test_a_sharded_teachers_layer_is_whole_only_while_it_computes(tmp_path):
+    """Left to itself FSDP2 keeps a layer whole after its first pass: every process would then hold all of them."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model, batch = build("qwen3"), rows().collate(np.arange(7), 0)
+        said = states(FrozenTeacher(model), batch)
+        asked = states(FrozenTeacher(shard_layers(model, torch.device("cpu"))), batch)
+        torch.testing.assert_close(asked, said)
+        assert all(isinstance(p, DTensor) for p in decoder_layers(model)[1].parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_teacher_that_remembers_is_refused(make_recipe):
+    """Who remembers a row skips the meeting that the others wait in."""
+    path, _ = make_recipe()
+    with pytest.raises(UserError, match=r"every process asks equally often.*remember_gb"):
+        load_recipe(path, ["teacher.device=sharded", "train.teachers={remember_gb: 1}"])
+    load_recipe(path, ["teacher.device=sharded", "train.teachers={experts_per_token: 1}"])
 
 
 def test_a_part_of_a_batch_is_the_batch_of_those_rows():

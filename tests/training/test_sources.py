@@ -80,6 +80,10 @@ def test_a_lot_of_stored_rows_counts_the_step_and_holds_one_share_of_it():
             int((rows.prompt_lengths + rows.completion_lengths)[both].sum())
         }
         assert [len(lot.share) for lot in lots] == [3, 2] and lots[0].rows is rows
+        for lot in lots:  # each process knows how long all rows of the step are, and whose
+            assert all(
+                (n == rows.lengths[other.share]).all() for n, other in zip(lot.lengths, lots, strict=True)
+            )
         shares.append(sorted(both.tolist()))
         seen += both.tolist()
     assert np.bincount(seen).tolist() == [5] * 12 and shares[0] != shares[5]
@@ -174,8 +178,12 @@ def test_tokens_are_those_of_all_processes(source):
     alone = source().lot(0)
     counts = [source().lot(0, rank, 2) for rank in range(2)]
     assert sum(lot.tokens for lot in counts) == alone.tokens == int(alone.rows.completion_lengths.sum())
-    both = source(gather=lambda v: [v, (100, 1000)] if len(v) == 2 and isinstance(v[0], int) else [v])
-    assert both.lot(0).tokens == alone.tokens + 100
+    theirs = np.array([400, 600])
+    both = source(gather=lambda v: [v, (100, theirs)] if len(v) == 2 and isinstance(v[0], int) else [v]).lot(
+        0
+    )
+    assert both.tokens == alone.tokens + 100 and both.read == alone.read + 1000
+    assert both.lengths[1] is theirs and (both.lengths[0] == both.rows.lengths[both.share]).all()
 
 
 def test_cross_entropy_is_not_taken_on_the_students_own_words(hub):

@@ -22,9 +22,9 @@ from distill.models.student import BuiltStudent
 from distill.moe.balance import ExpertBiasBalancer
 from distill.storage import read_json
 from distill.training.arms import train_arms
-from distill.training.sources import Lot, OnPolicyRows
+from distill.training.sources import OnPolicyRows
 from distill.training.step import StudentStep
-from distill.training.train import StepFound, _check_finite, _check_lot, learning_rate, make_optimizer
+from distill.training.train import StepFound, _check_finite, _check_lengths, learning_rate, make_optimizer
 
 # Six rows and steps of six rows: every step is all of them, whatever the plan of batches is.
 ROWS = 6
@@ -236,24 +236,21 @@ def test_losses_and_gradients_that_are_not_finite_stop_it():
         _check_finite(7, found(2.0, inf), scaled=False)
 
 
-def test_rows_fit_to_the_token_and_a_step_has_a_row_for_each_process(make_recipe, hub):
+def test_rows_fit_to_the_token(make_recipe, hub):
     path, _ = make_recipe()
-    train = load_recipe(path, ["train.max_length=16", "train.batch_size=3"]).train
+    train = load_recipe(path, ["train.max_length=16"]).train
     student = BuiltStudent(AutoModelForCausalLM.from_pretrained(hub["llama"]), byte_tokenizer(CHATML))
 
-    def lot(length: int) -> Lot:
-        rows = TokenRows([[5] * (length - 2)], [[6, 1]])
-        return Lot(rows, np.arange(1), 2, length)
+    def of(length: int) -> TokenRows:
+        return TokenRows([[5] * (length - 2)], [[6, 1]])
 
-    _check_lot(train, student, lot(16), world=3)
+    _check_lengths(train, student, of(16))
     with pytest.raises(UserError, match="rows of 17 tokens and the student takes 16"):
-        _check_lot(train, student, lot(17), world=3)
-    with pytest.raises(UserError, match="batch_size=3 is below the 4 processes"):
-        _check_lot(train, student, lot(16), world=4)
+        _check_lengths(train, student, of(17))
     free = train.model_copy(update={"max_length": None})
-    _check_lot(free, student, lot(512), world=1)
+    _check_lengths(free, student, of(512))
     with pytest.raises(UserError, match="the student takes 512"):
-        _check_lot(free, student, lot(513), world=1)
+        _check_lengths(free, student, of(513))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])

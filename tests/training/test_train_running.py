@@ -21,12 +21,14 @@ from warm import Started
 
 from distill.config.recipe import load_recipe
 from distill.config.training import Train
+from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
 from distill.storage import read_json
 from distill.training import train as train_module
 from distill.training.arms import train_arms
 from distill.training.checkpoint import BEST, latest_state
 from distill.training.open_teachers import teacher_dtype
+from distill.training.sources import Lot, StoredRows
 from distill.training.step import StudentStep
 from distill.training.train import MicroBatches
 
@@ -124,7 +126,7 @@ def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
     )
     micro = MicroBatches.__new__(MicroBatches)
     micro.train, micro.pad_id, micro.accelerator, micro.step = train, 0, accelerator, one
-    micro.size, micro.saved_bytes = 4, 77
+    micro.size, micro.saved_bytes, micro._made = 4, 77, None
 
     def forward(_model, batch, _signals):
         called.append(len(batch.row_tokens))
@@ -135,11 +137,47 @@ def test_what_a_failed_pass_counted_for_the_experts_is_dropped():
     micro._forward = forward
     optimizer = SimpleNamespace(zero_grad=lambda **_: called.append("gradients"))
     balancer = SimpleNamespace(forget=lambda: called.append("counts"), mask=None)
-    lot = SimpleNamespace(share=np.arange(7), rows=stored(7), tokens=10)
+    lot = Lot(stored(7), np.arange(7), 10, 0)
     micro.accumulate(None, optimizer, lot, None, balancer)
     assert (micro.size, micro.saved_bytes) == (2, None)
     assert called[:1] == ["counts"] and sorted(called[1:3]) == [3, 4]
     assert called[3:5] == ["gradients", "counts"] and sorted(called[5:]) == [1, 2, 2, 2]
+
+
+def test_what_has_no_room_ahead_is_made_in_its_own_step():
+    """On a device whose memory is full at that moment; on a CPU nothing is made ahead at all."""
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.train, micro.size = SimpleNamespace(micro_batch_tokens=None, packing=False, steps=9), 2
+    micro._next, micro._made, made = None, None, []
+
+    def batch(_rows, indices):
+        made.append(len(indices))
+        if len(made) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return "batch"
+
+    micro._batch, source = batch, StoredRows(stored(12), 5, 0)
+    for kind, tried in (("cpu", []), ("cuda", [2])):
+        micro.accelerator = SimpleNamespace(device=torch.device(kind), process_index=0, num_processes=1)
+        micro.look_ahead(source, 3)
+        assert made == tried and micro._made is None
+    assert micro.lot(source, 3).share.tolist() == source.lot(3).share.tolist()
+    micro.look_ahead(source, 4)
+    assert micro._made == "batch" and micro.lot(source, 4) is micro._next[1]
+    micro.look_ahead(source, 9)  # behind the last one
+    assert made == [2, 2]
+
+
+@pytest.mark.parametrize("most_tokens, most", [(None, 4), (20, 6)])
+def test_a_process_with_less_to_do_makes_up_the_numbers(most_tokens, most):
+    """By the lengths of everyone's rows: seven of other processes, one of them with much longer ones."""
+    rows = TokenRows([[5] * 4] * 4, [[6, 1]] * 4)
+    micro = MicroBatches.__new__(MicroBatches)
+    micro.train, micro.size = SimpleNamespace(micro_batch_tokens=most_tokens, packing=False), 2
+    lot = Lot(rows, np.arange(4), 8, 24, [rows.lengths, np.array([6] * 7), np.array([30] * 6)])
+    pieces = micro._pieces(lot)
+    assert [weight for _, weight in pieces] == [1.0] * 2 + [0.0] * (most - 2)
+    assert np.concatenate([indices for indices, _ in pieces[:2]]).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
