@@ -27,6 +27,7 @@ MARKS = {
     "INCONCLUSIVE": "?",
     "NOT COMPARABLE": "–",
 }
+COLOURS = {"SUPPORTED": "better", "NOT SUPPORTED": "worse", "INCONCLUSIVE": "inconclusive"}  # of the style sheet
 
 
 def amount(value: float | None, unit: str, sign: bool = False) -> str:
@@ -154,6 +155,7 @@ def build_bench_page(results: dict[str, Any], path: Path) -> None:
         .get_template("bench.html.j2")
         .render(
             results=results,
+            colours=COLOURS,
             groups=groups,
             figures=figures,
             curves=curves,
@@ -231,7 +233,7 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
         axes.set_yticks(range(len(claims)), [drawing.shorten(c["id"], 26) for c in claims])
         axes.set_ylim(len(claims) - 0.5, -0.5)
         axes.set_xlabel(_effect_label(units))
-    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals")
+    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals", 480)
 
 
 def _effect_label(units: set[tuple[str, bool]]) -> str:

@@ -12,6 +12,7 @@
 | `blocks`      | numbers that share a scale, an outlier | rounding errors of FP8 along a row                        |
 | `balance`     | u, the step of the expert bias         | MaxVio over the steps                                     |
 | `experts`     | the expert that is dropped             | right answers with their interval, as a lesson measured   |
+| `walk`        | a place along what a lesson measured   | the curves, and their values at that place                |
 
 The script (distill/report/templates/explore.js) computes the curves in the browser from formulas and from the numbers
 given here; nothing is fetched. A viewer that runs no scripts, as GitHub's, shows one line of text instead.
@@ -25,7 +26,7 @@ from distill.errors import UserError
 from distill.lessons.lesson import NOW
 from distill.report.pages import TEMPLATES
 
-KINDS = ("temperature", "direction", "tail", "rank", "blocks", "balance", "experts")
+KINDS = ("temperature", "direction", "tail", "rank", "blocks", "balance", "experts", "walk")
 NOTES = {
     "en": "Run this cell to move the sliders.",
     "zh": "运行这个单元格即可拖动滑块。",
@@ -61,6 +62,8 @@ def slider(kind: str, language: str | None = None, **data: Any) -> Shown:
         raise UserError(f"slider({kind!r}): one of {', '.join(KINDS)}")
     if kind in ("temperature", "experts") and not {"scores", "names"} <= set(data):
         raise UserError(f"slider({kind!r}) needs scores= and names=, one of each a bar")
+    if kind == "walk" and not {"at", "knob", "unit", "lines"} <= set(data):
+        raise UserError("slider('walk') needs at=, knob=, unit= and lines=; names are {'en': ..., 'zh': ...}")
     return Shown(
         f"<style>{style()}</style>{_box(kind, language or NOW['language'], data)}<script>{script()}</script>"
     )
@@ -86,14 +89,18 @@ def page(language: str) -> str:
     """Every knob that needs no model, as one page that works without Python, server or network."""
     chinese = language == "zh"
     title = "工作坊里可以拖动的图" if chinese else "The workshop's sliders"
+    told = "拖动滑块，图和下面的句子随之变化。" if chinese else "Move a slider: the picture and the sentence below it change."
     parts = [
-        f"<h2>{html.escape(names[chinese])}</h2>{_box(kind, language, EXAMPLE if kind == 'temperature' else {})}"
+        f"<section><h2>{html.escape(names[chinese])}</h2>"
+        f"{_box(kind, language, EXAMPLE if kind == 'temperature' else {})}</section>"
         for kind, names in TITLES.items()
     ]
     return (
         f"<!doctype html>\n<html lang='{'zh-CN' if chinese else 'en'}'><meta charset='utf-8'>"
         f"<meta name='viewport' content='width=device-width'><title>{title}</title>"
-        f"<style>body {{ margin: 0 auto; max-width: 780px; padding: 1rem; color: #1c2530; background: #fff; "
-        f'font-family: system-ui, "Noto Sans CJK SC", sans-serif }} h2 {{ margin: 2rem 0 .3rem }}{style()}</style>'
-        f"<h1>{title}</h1>{''.join(parts)}<script>{script()}</script></html>\n"
+        f"<style>:root {{ color-scheme: light }} body {{ margin: 0 auto; max-width: 1480px; padding: 1rem; color: #1c2530; "
+        f'background: #fff; font-family: system-ui, "Noto Sans CJK SC", sans-serif }} h2 {{ margin: .5rem 0 .3rem }} '
+        "main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)); gap: 1rem 2.5rem }"
+        f"{style()}</style><h1>{title}</h1><p>{told}</p><main>{''.join(parts)}</main>"
+        f"<script>{script()}</script></html>\n"
     )
