@@ -27,7 +27,11 @@ MARKS = {
     "INCONCLUSIVE": "?",
     "NOT COMPARABLE": "–",
 }
-COLOURS = {"SUPPORTED": "better", "NOT SUPPORTED": "worse", "INCONCLUSIVE": "inconclusive"}  # of the style sheet
+COLOURS = {
+    "SUPPORTED": "better",
+    "NOT SUPPORTED": "worse",
+    "INCONCLUSIVE": "inconclusive",
+}  # of the style sheet
 
 
 def amount(value: float | None, unit: str, sign: bool = False) -> str:

@@ -154,10 +154,15 @@ by_name = {claim["id"]: claim for claim in claims}
 nulls = controls["nulls"]  # the same arm on both sides: any difference is chance
 largest = max(null["effect"]["ci95"][0] for null in nulls)
 taught = by_name["distillation"]["effect"]["ci95"][0]
-called, spoilt = controls["called"] / len(nulls), [dose["verdict"] == "SUPPORTED" for dose in controls["doses"]]
+called, spoilt = (
+    controls["called"] / len(nulls),
+    [dose["verdict"] == "SUPPORTED" for dose in controls["doses"]],
+)
 print(f"\nof {len(nulls)} comparisons of an arm with itself {controls['called']} were called different")
 expect("seeds of the claims", found["seeds"], 5, 5, short=True, without=1)
-expect("distillation, lower end of its interval (points)", 100 * taught, 5, 40, short=True, without=100 * largest)
+expect(
+    "distillation, lower end of its interval (points)", 100 * taught, 5, 40, short=True, without=100 * largest
+)
 expect("an arm against itself: share called different", called, 0, 0.3, short=True,
        without=sum(spoilt) / len(spoilt))  # fmt: skip
 

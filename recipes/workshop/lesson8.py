@@ -135,12 +135,12 @@ expect("right answers of the whole model", whole, 0.9, 1, short=True, without=cu
 expect("right answers with half of the experts", cut, 0.4, 0.9, without=whole)
 
 # %% [markdown] lang="en"
-# Three of four answers stay right, without any training: the experts that stay step in, as in lesson 5. Which ones stay matters, and the last line says how sure that is. What is lost is lost in the working: one wrong digit, and the answer is wrong.
+# Three of four answers stay right, without any training: the experts that stay step in, as in lesson 5. Which ones stay matters; the line “cut by reap minus cut by random” says how sure that is. What is lost is lost in the working: one wrong digit, and the answer is wrong.
 #
 # How many experts can go? The next cell forbids the router more and more of them, those of least worth first, and asks half of the problems again. Move the slider.
 
 # %% [markdown] lang="zh"
-# 不经任何训练，四道题里仍有三道答对：留下的专家顶上了，和第 5 课一样。留下哪几个是有差别的，最后一行说明这个差别有多确定。丢掉的分丢在推导里：错一个数字，答案就错。
+# 不经任何训练，四道题里仍有三道答对：留下的专家顶上了，和第 5 课一样。留下哪几个是有差别的；“cut by reap minus cut by random” 一行说明这个差别有多确定。丢掉的分丢在推导里：错一个数字，答案就错。
 #
 # 到底能去掉几个专家？下一个单元格让路由器能用的专家越来越少，价值最低的先去掉，再问一半的题。拖动滑块看看。
 
@@ -149,7 +149,10 @@ few = problems[: scaled(42, 14)]
 stays = scaled([2, 3, 4, 5, 6, 7, 8], [2, 8])
 right = []
 for count in stays:
-    gone = {number: one.mean_saliency.argsort()[: 8 - count].tolist() for number, one in enumerate(use.values(), 1)}
+    gone = {
+        number: one.mean_saliency.argsort()[: 8 - count].tolist()
+        for number, one in enumerate(use.values(), 1)
+    }
     with drop_experts(teacher, gone) if count < 8 else contextlib.nullcontext():
         right.append(accuracy(ask(teacher, tokenizer, few)))
 print("   ".join(f"{count} experts: {100 * found:.0f} %" for count, found in zip(stays, right)))
