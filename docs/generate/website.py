@@ -27,7 +27,7 @@ PAGES = (
     ("Mixture of experts", "docs/moe.md"),
     ("Cost", "docs/cost.md"),
     ("Scale", "docs/scale.md"),
-    ("The article on trial", "docs/claims.md"),
+    ("The article, claim by claim", "docs/claims.md"),
     ("Real language models on trial", "docs/claims-language.md"),
     ("Every key of a recipe", "docs/recipes.md"),
     ("Troubleshooting", "docs/troubleshooting.md"),
