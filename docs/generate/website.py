@@ -132,11 +132,8 @@ def configuration(work: Path, out: Path, api: list[str]) -> dict:
 def _name(file: str) -> str:
     if file == "README.md":
         return "index.md"
-    return (
-        file.removeprefix("recipes/workshop/").replace("README", "workshop")
-        if "workshop" in file
-        else Path(file).name
-    )
+    lessons = "recipes/workshop/"
+    return file.removeprefix(lessons).replace("README", "workshop") if lessons in file else Path(file).name
 
 
 def build(out: Path) -> None:
