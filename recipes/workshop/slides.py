@@ -68,7 +68,7 @@ def picture_of(outputs: list[dict]) -> str:
 
 
 def answers_shown(language: str) -> str:
-    """README's picture of a problem before and after, for the cell that shows the answers as a page, not as a picture."""
+    """README's picture of a problem before and after: the cell itself shows a page, not a picture."""
     path = PROJECT_ROOT / "docs" / "pictures" / f"answers-light{'-zh' if language == 'zh' else ''}.png"
     return base64.b64encode(path.read_bytes()).decode()
 
