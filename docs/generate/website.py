@@ -28,7 +28,7 @@ PAGES = (
     ("Cost", "docs/cost.md"),
     ("Scale", "docs/scale.md"),
     ("The article, claim by claim", "docs/claims.md"),
-    ("Real language models on trial", "docs/claims-language.md"),
+    ("Claims with real language models", "docs/claims-language.md"),
     ("Every key of a recipe", "docs/recipes.md"),
     ("Troubleshooting", "docs/troubleshooting.md"),
     ("Glossary", "docs/glossary.md"),
