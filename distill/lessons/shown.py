@@ -56,7 +56,9 @@ def show(asked: Asked, playground: Playground, language: str | None = None) -> S
             "experts": say("Experts that chose this token"),
             "theirs": say("Experts of the teacher at this place"),
             "share": say("Bold: a chosen expert. Small: its share of the weight, in %%."),
-            "hint": say("Click a token. Dashed: the teacher would have said something else. Strong colour: unlikely."),
+            "hint": say(
+                "Click a token. Dashed: the teacher would have said something else. Strong colour: unlikely."
+            ),
         }
         models = [_model(one, playground.players[one.model], playground) for one in asked.answers.values()]
         routed = playground.routed
