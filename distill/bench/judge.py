@@ -247,7 +247,7 @@ def falsified(claim: Claim) -> str:
     size = 100 if claim.unit == "%" else 1
     if claim.expect == "within":
         return f"a 95 % interval wholly outside ±{size * claim.margin:g}{unit}"
-    bound = size * claim.margin * (1 if claim.expect == "greater" else -1)
+    bound = size * claim.margin * (1 if claim.expect == "greater" else -1) + 0.0  # never -0
     side = "below" if claim.expect == "greater" else "above"
     words = f"a 95 % interval wholly {side} {bound:g}{unit}"
     if claim.trivial:

@@ -27,6 +27,11 @@ MARKS = {
     "INCONCLUSIVE": "?",
     "NOT COMPARABLE": "–",
 }
+COLOURS = {
+    "SUPPORTED": "better",
+    "NOT SUPPORTED": "worse",
+    "INCONCLUSIVE": "inconclusive",
+}  # of the style sheet
 
 
 def amount(value: float | None, unit: str, sign: bool = False) -> str:
@@ -66,31 +71,56 @@ def shown_size(value: float | None, claim: dict[str, Any]) -> str:
     return f"{amount(value, unit)} {words}".rstrip()
 
 
-def limit_text(controls: dict[str, Any] | None) -> str:
+_LIMITS = {
+    "en": {
+        "dose": "{share:.0%} spoilt: {verdict} ({effect})",
+        "doses": "The judge is tested too. Some answers were spoilt on purpose. The claim that this costs accuracy "
+        "gets these verdicts: {judged}. {limit} An effect of {size} is found four times in five.",
+        "seen": "So {share:.0%} of spoilt answers are noticed.",
+        "unseen": "So no share of spoilt answers is noticed.",
+        "nulls": "Of {n} comparisons where nothing differs, {called} were called different. At 5 % the number expected "
+        "is {due:g} (95 % interval of the rate: {low:.0f} to {high:.0f} %).",
+    },
+    "zh": {
+        "dose": "改坏 {share:.0%}，{verdict}（{effect}）",
+        "doses": "判定方法本身也受检验。故意改坏一部分答案，“这会降低正确率”这一说法的判定是：{judged}。"
+        "{limit}{size}的效应，五次里能发现四次。",
+        "seen": "也就是说，改坏 {share:.0%} 就能察觉。",
+        "unseen": "也就是说，改坏多少都没有察觉。",
+        "nulls": "在 {n} 次本来没有差别的比较中，有 {called} 次被判为有差别；按 5 % 的水平应有 {due:g} 次"
+        "（比率的 95 % 区间：{low:.0f} 到 {high:.0f} %）。",
+    },
+}
+
+
+def limit_text(controls: dict[str, Any] | None, language: str = "en") -> str:
     """What the planted claims say of the judge, in sentences; empty where there were none."""
     if not controls:
         return ""
-    size = {"unit": controls["unit"], "relative": False}
-    found = []
+    size, words, found = {"unit": controls["unit"], "relative": False}, _LIMITS[language], []
+
+    def points(text: str) -> str:
+        return text if language == "en" else text.replace(" points", " 个百分点")
+
     if controls["doses"]:
-        judged = ", ".join(
-            f"{dose['dose']:.0%} {dose['verdict']} ({shown_effect({**dose, **size})})"
-            for dose in controls["doses"]
-        )
+        shown = [(d["dose"], d["verdict"], points(shown_effect({**d, **size}))) for d in controls["doses"]]
         limit = controls["limit"]
-        dose = f"{limit['dose']:.0%} of spoilt answers" if limit["dose"] else "no dose at all"
         found.append(
-            f"Answers spoilt on purpose, by share: {judged}. Detection limit: {dose}, and an effect of "
-            f"{shown_size(limit['effect'], size)} is found four times in five."
+            words["doses"].format(
+                judged=(", " if language == "en" else "；").join(
+                    words["dose"].format(share=share, verdict=verdict, effect=effect)
+                    for share, verdict, effect in shown
+                ),
+                limit=words["seen"].format(share=limit["dose"]) if limit["dose"] else words["unseen"],
+                size=points(shown_size(limit["effect"], size)),
+            )
         )
     if controls["nulls"]:
         low, high = (100 * bound for bound in controls["called_ci95"])
         n = len(controls["nulls"])
-        found.append(
-            f"Of {n} claims of no difference {controls['called']} were called, where {n / 20:g} are expected at 5 % "
-            f"(95 % interval of the rate: {low:.0f} to {high:.0f} %)."
-        )
-    return " ".join(found)
+        counts = {"n": n, "called": controls["called"], "due": n / 20, "low": low, "high": high}
+        found.append(words["nulls"].format(**counts))
+    return (" " if language == "en" else "").join(found)
 
 
 def fact_text(fact: dict[str, Any]) -> str:
@@ -154,6 +184,7 @@ def build_bench_page(results: dict[str, Any], path: Path) -> None:
         .get_template("bench.html.j2")
         .render(
             results=results,
+            colours=COLOURS,
             groups=groups,
             figures=figures,
             curves=curves,
@@ -231,7 +262,7 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
         axes.set_yticks(range(len(claims)), [drawing.shorten(c["id"], 26) for c in claims])
         axes.set_ylim(len(claims) - 0.5, -0.5)
         axes.set_xlabel(_effect_label(units))
-    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals")
+    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals", 480)
 
 
 def _effect_label(units: set[tuple[str, bool]]) -> str:

@@ -150,7 +150,7 @@ def cost_lines(costs: Costs, students: float, queries: float, unit: str) -> str:
             )
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(_short)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(_short)
         for segment in segments(lines)[1:]:
             axes.axvline(segment.start, color=MUTED, linestyle=":", linewidth=1.2)
         axes.set_xlabel(f"queries answered in all, for {students:g} student{'' if students == 1 else 's'}")
@@ -164,10 +164,15 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     inputs = found["inputs"]
     unit = UNITS[inputs["unit"]]
     return [
-        (name.replace("_", " "), f"{value:.4g} {unit}", inputs["sources"].get(name, ""))
+        (name.replace("_", " "), shown(value, unit), inputs["sources"].get(name, ""))
         for name, value in inputs["costs"].items()
         if value is not None
     ]
+
+
+def shown(value: float, unit: str) -> str:
+    """An amount as people read it: `135 MFLOPs`, `0.002 USD`."""
+    return si(value, unit) if unit == UNITS["flops"] and value >= 1000 else f"{value:.4g} {unit}"
 
 
 def spans(found: dict[str, Any], key: str, what: str) -> list[str]:

@@ -86,14 +86,23 @@ def page(language: str) -> str:
     """Every knob that needs no model, as one page that works without Python, server or network."""
     chinese = language == "zh"
     title = "工作坊里可以拖动的图" if chinese else "The workshop's sliders"
+    told = (
+        "拖动滑块，图和下面的句子随之变化。"
+        if chinese
+        else "Move a slider: picture and sentence change with it."
+    )
     parts = [
-        f"<h2>{html.escape(names[chinese])}</h2>{_box(kind, language, EXAMPLE if kind == 'temperature' else {})}"
+        f"<section><h2>{html.escape(names[chinese])}</h2>"
+        f"{_box(kind, language, EXAMPLE if kind == 'temperature' else {})}</section>"
         for kind, names in TITLES.items()
     ]
     return (
         f"<!doctype html>\n<html lang='{'zh-CN' if chinese else 'en'}'><meta charset='utf-8'>"
         f"<meta name='viewport' content='width=device-width'><title>{title}</title>"
-        f"<style>body {{ margin: 0 auto; max-width: 780px; padding: 1rem; color: #1c2530; background: #fff; "
-        f'font-family: system-ui, "Noto Sans CJK SC", sans-serif }} h2 {{ margin: 2rem 0 .3rem }}{style()}</style>'
-        f"<h1>{title}</h1>{''.join(parts)}<script>{script()}</script></html>\n"
+        "<style>:root { color-scheme: light } body { margin: 0 auto; max-width: 1480px; padding: 1rem; "
+        'color: #1c2530; background: #fff; font-family: system-ui, "Noto Sans CJK SC", sans-serif } '
+        "h2 { margin: .5rem 0 .3rem } main { display: grid; gap: 1rem 2.5rem; "
+        "grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)) }"
+        f"{style()}</style><h1>{title}</h1><p>{told}</p><main>{''.join(parts)}</main>"
+        f"<script>{script()}</script></html>\n"
     )

@@ -55,7 +55,10 @@ def show(asked: Asked, playground: Playground, language: str | None = None) -> S
             "teacher": say("The teacher would have said"),
             "experts": say("Experts that chose this token"),
             "theirs": say("Experts of the teacher at this place"),
-            "hint": say("Click a token. Dashed: the teacher would have said something else. Dark: unlikely."),
+            "share": say("Bold: a chosen expert. Small: its share of the weight, in %%."),
+            "hint": say(
+                "Click a token. Dashed: the teacher would have said something else. Strong colour: unlikely."
+            ),
         }
         models = [_model(one, playground.players[one.model], playground) for one in asked.answers.values()]
         routed = playground.routed

@@ -100,6 +100,8 @@ def cards(asked: Asked, playground: Playground, picked: tuple[str, int] | None =
     if playground.teacher:
         other = escape(say("the teacher would have said something else"))
         legend += f"; <span class='token parts' style='--d:.3'>{escape(say('dashed'))}</span>: {other}"
+    hint = escape(say("Click a token: you see what else could have stood there."))
+    legend += f"{escape(say('.'))}{say(' ')}{hint}"
     return f"{_reference(asked, playground)}<div class='players'>{shown}</div>{legend}</p>"
 
 

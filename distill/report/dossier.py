@@ -85,7 +85,7 @@ def _answers(folder: Path, wanted: set[tuple[str, str]]) -> dict[tuple[str, str]
     """The first answer of each wanted (model, prompt_id)."""
     found: dict[tuple[str, str], dict] = {}
     for path in parts(folder) if wanted else []:
-        for row in read_table(path, ["model", "prompt_id", "reference", "answer"]).to_pylist():
+        for row in read_table(path, ["model", "prompt_id", "prompt", "reference", "answer"]).to_pylist():
             key = (row["model"], row["prompt_id"])
             if key in wanted:
                 found.setdefault(key, row)

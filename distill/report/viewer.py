@@ -24,6 +24,7 @@ from distill.report.pages import visible
 from distill.report.words import called, say
 
 ANSWER_SHARE = 4  # one answer may take this part of the budget
+QUESTION = 80  # letters by which an answer is found in the list
 
 
 def viewer_data(routes: dict[str, Any], answers: dict[tuple, dict], budget: int) -> dict[str, Any] | None:
@@ -92,6 +93,7 @@ def _answer(model: dict, row, answer: dict | None, most: int) -> dict[str, Any]:
     words["kind"] = say(", ").join(called(name) for name in (row.family, row.level) if name)
     if answer:
         words |= {key: clip(answer[key])[:LONGEST_TEXT] for key in ("reference", "answer") if answer.get(key)}
+        words["question"] = " ".join((answer.get("prompt") or "").split())[:QUESTION]
     return words | {
         "id": row.prompt_id,
         "tokens": [visible(text) for text in row.tokens[:kept]],

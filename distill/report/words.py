@@ -89,10 +89,13 @@ NAMES = {
         mark("addition"), mark("subtraction"), mark("multiplication"), mark("modulo"), mark("sorting"),
         mark("reversing"), mark("counting"),
         mark("prompt"), mark("thinking"), mark("answer"),
-        mark("prompts"), mark("generations"), mark("dataset"), mark("eval"),
     )
 }  # fmt: skip
 NAMES |= {
+    "prompts": mark("problems"),
+    "generations": mark("teacher's answers"),
+    "dataset": mark("training set"),
+    "eval": mark("exam"),
     "wrong_answer": mark("wrong answer"),
     "truncated": mark("cut off"),
     "finish_reason": mark("ended otherwise"),

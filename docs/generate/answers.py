@@ -21,7 +21,7 @@ from distill.storage import PROJECT_ROOT
 FOLDER = PROJECT_ROOT / "docs" / "pictures"
 QUESTION = "What is 7235 + 8131?"
 COLOURS = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#f0f6fc")}
-SIZE = (1120, 432)
+SIZE = (1120, 478)
 
 
 def photograph(browser: str, shown: str, colours: tuple[str, str], path: Path) -> None:

@@ -27,14 +27,17 @@ PAGES = (
     ("Mixture of experts", "docs/moe.md"),
     ("Cost", "docs/cost.md"),
     ("Scale", "docs/scale.md"),
-    ("The article on trial", "docs/claims.md"),
-    ("Real language models on trial", "docs/claims-language.md"),
+    ("The article, claim by claim", "docs/claims.md"),
+    ("Claims with real language models", "docs/claims-language.md"),
     ("Every key of a recipe", "docs/recipes.md"),
     ("Troubleshooting", "docs/troubleshooting.md"),
     ("Glossary", "docs/glossary.md"),
     ("Workshop", "recipes/workshop/README.md"),
     ("Contributing", "CONTRIBUTING.md"),
+    ("中文：开始", "README.zh-CN.md"),
+    ("中文：工作坊", "recipes/workshop/README.zh-CN.md"),
 )
+PICTURES = "docs/pictures"
 
 
 def offered(face: Path) -> dict[str, list[str]]:
@@ -66,8 +69,8 @@ def api_page(folder: str) -> str | None:
 
 def site_page(file: str, text: str) -> str:
     """A page of the repository as a page of the site: links between pages kept, links to other files made text."""
-    places = {page: Path(page).name if page != "README.md" else "index.md" for _, page in PAGES}
-    places["recipes/workshop/README.md"] = "workshop.md"
+    places = {page: _name(page) for _, page in PAGES}
+    text = re.sub(r"(?m)^```(\w+) slow$", r"```\1", text)  # how a block is tested is no language of a fence
 
     def link(match: re.Match) -> str:
         words, target = match[1], match[2]
@@ -85,7 +88,7 @@ def site_page(file: str, text: str) -> str:
 
 
 def configuration(work: Path, out: Path, api: list[str]) -> dict:
-    nav = [{title: "index.md" if file == "README.md" else _name(file)} for title, file in PAGES]
+    nav = [{title: _name(file)} for title, file in PAGES]
     return {
         "site_name": "distill",
         "docs_dir": str(work / "pages"),
@@ -127,7 +130,10 @@ def configuration(work: Path, out: Path, api: list[str]) -> dict:
 
 
 def _name(file: str) -> str:
-    return "workshop.md" if file == "recipes/workshop/README.md" else Path(file).name
+    if file == "README.md":
+        return "index.md"
+    lessons = "recipes/workshop/"
+    return file.removeprefix(lessons).replace("README", "workshop") if lessons in file else Path(file).name
 
 
 def build(out: Path) -> None:
@@ -140,8 +146,8 @@ def build(out: Path) -> None:
         (work / "pages" / "api").mkdir(parents=True)
         for _, file in PAGES:
             text = site_page(file, (ROOT / file).read_text(encoding="utf-8"))
-            target = "index.md" if file == "README.md" else _name(file)
-            (work / "pages" / target).write_text(text, encoding="utf-8")
+            (work / "pages" / _name(file)).write_text(text, encoding="utf-8")
+        shutil.copytree(ROOT / PICTURES, work / "pages" / PICTURES)
         api = []
         for folder in FOLDERS:
             if page := api_page(folder):

@@ -128,9 +128,10 @@ show(again, playground)
 # %% [markdown] lang="en"
 # Did the teacher need it? One problem cannot say; lesson 5 measures it on many, with an interval. Change `question` and `busiest` and run the cells again.
 #
-# The same in a window of its own, for every question you can think of: type this in a terminal, in the project's folder.
+# You can also do this in a window of its own and ask your own questions. Type this in a new terminal, in the project's folder:
 #
 # ```
+# source .venv/bin/activate
 # pip install -e ".[play]"                 # once, 200 MB
 # distill play recipes/workshop/demo       # then open http://127.0.0.1:7860/
 # ```
@@ -142,9 +143,10 @@ show(again, playground)
 # %% [markdown] lang="zh"
 # 教师需要它吗？只看一道题说不清；第 5 课会在许多题上测量，并给出区间。改一改 `question` 和 `busiest`，再运行这些单元格。
 #
-# 想在单独的窗口里随便提问，可以在项目文件夹的终端里输入：
+# 想在单独的窗口里随便提问，可以新开一个终端，在项目文件夹里输入：
 #
 # ```
+# source .venv/bin/activate
 # pip install -e ".[play]"                 # 只需一次，200 MB
 # distill play recipes/workshop/demo       # 然后打开 http://127.0.0.1:7860/
 # ```

@@ -143,7 +143,7 @@ axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 plt.show()
 
 # %% [markdown] lang="en"
-# The teacher is nearly certain everywhere. The base loses the thread where the longer problem begins to differ from what it knows, and its entropy stays low: it is sure and wrong, so certainty is not knowledge. Its -log p of the teacher's tokens is near that of a blind guess (5.97); this number, averaged over tokens, is the loss that training lowers.
+# The teacher is nearly certain everywhere. The base goes wrong where the longer problem begins to differ from what it knows, and its entropy stays low: it is sure and wrong. So certainty is not knowledge. Its -log p of the teacher's tokens is near that of a blind guess (5.97); this number, averaged over tokens, is the loss that training lowers.
 #
 # Where a teacher *does* hesitate, its second choice carries information that the text alone has not: Hinton called it dark knowledge. In language that is a synonym, or another way to go on; in arithmetic only one digit is right, so here it shows where the teacher nearly slips. Whether it helps a student of this size is a claim that `recipes/claims.yaml` tests (lesson 6).
 

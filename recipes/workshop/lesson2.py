@@ -131,8 +131,8 @@ slider("direction")
 # %% [markdown] lang="en"
 # - **Forward KL**, KL(teacher || student), is infinite where the teacher says something the student rules out. So the student *covers*: it puts most of its mass between the modes, where the teacher says nothing. A language model does the same when it hallucinates between two right answers.
 # - **Cross-entropy on the teacher's text** lands in the same place: it is forward KL plus the teacher's entropy, estimated from samples. That is why sequence-level distillation (R1's way: only text) works at all.
-# - **Reverse KL**, KL(student || teacher), costs only where the student itself speaks. So it *picks* one mode and forgets the other. Which one depends on the start: it has several resting places (from a start of width 1.5 it even stays wide).
-# - **Jensen-Shannon** lies between; beta moves it. From this start it still covers at 0.5. Yet the next table says that by its own measure the student that picks is nearer: gradient steps found the nearest resting place, not the best. In this toolkit beta 0 is defined as forward and 1 as reverse KL.
+# - **Reverse KL**, KL(student || teacher), costs only where the student itself speaks. So it *picks* one mode and forgets the other. Which one depends on the start, because this loss has several minima (from a start of width 1.5 the student even stays wide).
+# - **Jensen-Shannon** lies between; beta moves it. From this start it still covers at 0.5. Yet the next table says that by its own measure the student that picks is nearer: gradient steps found the nearest minimum, not the best one. In this toolkit beta 0 is defined as forward and 1 as reverse KL.
 #
 # How much does each student cost by the other's measure? A table with a loss per column:
 
@@ -249,13 +249,13 @@ expect("reverse_kl: right answers", right["reverse_kl"], 0, 0.4, without=right["
 # %% [markdown] lang="en"
 # Three things to read in this table:
 #
-# - **Cross-entropy and forward KL lie on each other**, step by step. The teacher is nearly certain, so its text says all that its distribution says. Where a teacher hesitates (ordinary prose) they part. Measure it for *your* pair before you pay for logits.
-# - **Reverse KL is far behind** after the same steps. It is the toy again: it looks only where the student itself speaks, and this base says nothing of what the teacher says. It is a loss for a student that is nearly there already; the next section gives it one.
+# - **Cross-entropy and forward KL have nearly the same curve**, step by step. The teacher is nearly certain, so its text says all that its distribution says. Where a teacher hesitates (ordinary prose) they part. Measure it for *your* pair before you pay for logits.
+# - **Reverse KL is far behind** after the same steps. It is the toy again: it looks only where the student itself speaks, and this base says nothing of what the teacher says. It is a loss for a student that is already nearly as good; the next section gives it such a student.
 # - **The agreement hides it.** {{reverse_kl: agrees with the teacher|%}} % of tokens right, and {{reverse_kl: right answers|%}} % of answers: an answer of 30 tokens is right if all of them are. Ask for answers, not for tokens.
 #
 # ## On-policy
 #
-# A student trained on the teacher's text has never seen its own mistakes; at use it reads nothing else. On-policy distillation lets the student write and the teacher score every token of it: `train.on_policy`. It needs a live teacher, and decoding makes each step dearer. It also needs a student that already writes something worth scoring, so we start from the cross-entropy student, its adapter merged into its base.
+# A student trained on the teacher's text has never seen its own mistakes; at use it reads nothing else. On-policy distillation lets the student write and the teacher score every token of it: `train.on_policy`. It needs a live teacher, and decoding makes each step more expensive. It also needs a student that already writes something worth scoring, so we start from the cross-entropy student, its adapter merged into its base.
 #
 # More steps help in any case. So there is a control: as many steps from the same start, with the same loss and the same teacher, on the *teacher's* text.
 
@@ -392,7 +392,7 @@ exercise("2.3", lambda: abs(difference - gap) < 0.1, "cross-entropy = KL + entro
 # - **T² forgotten, or counted twice.** With a temperature in the loss, gradients shrink by about T². Hinton multiplies by T²; this toolkit only does so if `temperature_squared: true` says it.
 # - **A mean of means.** The loss per token must be summed over the whole optimizer step and divided once, or short answers weigh more.
 # - **Two vocabularies.** Divergences need the same tokens by *content*; equal sizes prove nothing. Else: text only, or `uld`.
-# - **On-policy from a cold start.** A student that writes rubbish is scored on rubbish. Begin with teacher text.
+# - **On-policy from a cold start.** A student that writes nonsense is scored on nonsense. Begin with the teacher's text.
 
 # %% [markdown] lang="zh"
 # ## 常见问题

@@ -166,7 +166,7 @@ expect(
 #
 # It trains five times as many numbers as rank 16. At a learning rate of 0.001 it is behind rank 16, in loss and in right answers; at 0.003 its loss is the lowest of all. So "LoRA is better" and "full is better" can both be printed from this cell. Why does it need a rate that LoRA's 0.01 does not suggest? A step of Adam moves each number by about the learning rate, whatever its gradient. In 50 steps of 0.001 a weight goes 0.05 at most. LoRA's factors move ten times as far, and what reaches the weight is their *product*, times alpha / r = 2.
 #
-# Two things follow. Compare the two only with a learning rate tuned for each, and at the length of training that you will use. `recipes/claims.yaml` has both orders: on all kinds of problems, 100 steps, five seeds, LoRA of rank 16 was 9.4 points ahead [5.9, 12.9]; on another mix full fine-tuning was 3.2 points ahead [1.8, 4.6]. And the rank decides how much can be learned at all: rank 1 solves no problem, and neither does the control, which never saw a step of the working.
+# Two things follow. Compare the two only with a learning rate tuned for each, and at the length of training that you will use. The order can turn round. `recipes/claims.yaml` was measured twice, on all kinds of problems, 100 steps, five seeds. The first time the learning rates stood at the edge of what was tried, and LoRA of rank 16 was 9.4 points ahead [5.9, 12.9]. The second time each had its own tuned rate, and full fine-tuning was 5.4 points ahead [3.6, 7.1]. And the rank decides how much can be learned at all: rank 1 solves no problem, and neither does the control, which never saw a step of the working.
 #
 # ## What is frozen
 #
@@ -177,7 +177,7 @@ expect(
 #
 # 它训练的参数是秩 16 的五倍。学习率 0.001 时，它的损失和答对数都落后于秩 16；0.003 时，它的损失最低。所以同一个单元格既能“证明”LoRA 更好，也能“证明”全量更好。它的学习率为什么不能照搬 LoRA 的 0.01 来估计？Adam 每一步让每个参数移动大约一个学习率的距离，与梯度大小无关；学习率 0.001、50 步，一个权重最多走 0.05。LoRA 的两个因子走得远十倍，而作用到权重上的是它们的*乘积*，再乘以 alpha / r = 2。
 #
-# 由此得出两点。第一，比较两者时，要给各自调好学习率，并用你实际打算训练的步数。`recipes/claims.yaml` 里两种顺序都有：全部题型、100 步、五个种子，秩 16 的 LoRA 领先 9.4 个百分点 [5.9, 12.9]；换一组题，全量微调领先 3.2 个百分点 [1.8, 4.6]。第二，秩决定了究竟能学到多少：秩 1 一道题也做不出；对照组也是零，因为它从没见过一步推导。
+# 由此得出两点。第一，比较两者时，要给各自调好学习率，并用你实际打算训练的步数。顺序可能反过来。`recipes/claims.yaml` 测过两次，都是全部题型、100 步、五个种子：第一次学习率落在所试范围的边上，秩 16 的 LoRA 领先 9.4 个百分点 [5.9, 12.9]；第二次给各自调好学习率，全量微调领先 5.4 个百分点 [3.6, 7.1]。第二，秩决定了究竟能学到多少：秩 1 一道题也做不出；对照组也是零，因为它从没见过一步推导。
 #
 # ## 什么被冻结了
 #

@@ -153,7 +153,7 @@ expect("lost in fp16, loss times 65,536", scaled_by, 0, 0.02, short=True, withou
 expect("lost in FP8 E4M3, unscaled", away["fp8 E4M3"], 0.9, 1, short=True, without=away["bf16"])
 
 # %% [markdown] lang="en"
-# bf16 has fp32's range and needs no scaler; it pays with resolution (3 significant digits). fp16 has the resolution and lacks the range: multiply the *loss* by a large number, and by the chain rule every gradient moves right; divide before the optimizer step. If one overflows, skip the step and halve the scale; after a quiet spell double it. That is all `GradScaler` does.
+# bf16 has fp32's range and needs no scaler; it pays with resolution (3 significant digits). fp16 has the resolution and lacks the range: multiply the *loss* by a large number, and by the chain rule every gradient moves right; divide before the optimizer step. If one overflows, skip the step and halve the scale; after many steps without overflow, double it. That is all `GradScaler` does.
 
 # %% [markdown] lang="zh"
 # bf16 的范围与 fp32 相同，不需要缩放器，代价是分辨率（约 3 位有效数字）。fp16 分辨率够，范围不够：把*损失*乘以一个大数，由链式法则，所有梯度一起右移；在优化器更新之前再除回来。若有上溢，就跳过这一步并把缩放系数减半；平静一段时间后再翻倍。`GradScaler` 做的就是这些。

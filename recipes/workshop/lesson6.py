@@ -128,17 +128,16 @@ expect(
 # %% [markdown] lang="en"
 # ## The claims table
 #
-# One run with one seed is an anecdote. `distill bench recipes/claims.yaml` trains every arm on several seeds and judges each sentence by one rule: SUPPORTED or NOT SUPPORTED where the 95 % interval over seeds lies on one side, and stays there after a correction for the number of sentences (Holm); else INCONCLUSIVE.
+# One run with one seed is an anecdote. `distill bench recipes/claims.yaml` trains every arm on several seeds and judges each sentence by one rule: SUPPORTED or NOT SUPPORTED where the 95 % interval over seeds lies on one side, and stays there after a correction for the number of sentences (Holm); EQUIVALENT where the difference is shown to be too small to matter; else INCONCLUSIVE. Below are the headline claims and the inherited flaws, from the small budget: {{seeds of the claims|.0f}} seeds, as registered today.
 
 # %% [markdown] lang="zh"
 # ## 说法表
 #
-# 一个种子跑一次只算轶事。`distill bench recipes/claims.yaml` 用多个种子训练每个组，并按同一条规则评判每句话：若跨种子的 95% 区间全在一侧，并且按句子数目校正（Holm）之后仍然如此，判为 SUPPORTED（支持）或 NOT SUPPORTED（不支持），否则为 INCONCLUSIVE（无定论）。
+# 一个种子跑一次只算轶事。`distill bench recipes/claims.yaml` 用多个种子训练每个组，并按同一条规则评判每句话：若跨种子的 95% 区间全在一侧，并且按句子数目校正（Holm）之后仍然如此，判为 SUPPORTED（成立）或 NOT SUPPORTED（不成立）；若已证明差别小到无关紧要，判为 EQUIVALENT（等效）；否则为 INCONCLUSIVE（无定论）。下面列出主要说法和“继承的缺陷”一组，来自小预算的测量：{{seeds of the claims|.0f}} 个种子，登记的正是今天的文本。
 
 # %%
-found = [results / f"claims-{budget}.json" for budget in ("full", "small")]
-found = next((path for path in found if path.is_file()), None)
-claims = read_json(found)["claims"] if found else []
+found = read_json(results / "claims-small.json")
+claims, controls = found["claims"], found["controls"]
 group = ""
 for claim in claims:
     if not claim["headline"] and claim["group"] != "Inherited flaws":
@@ -148,30 +147,34 @@ for claim in claims:
         print(f"\n{group}")
     effect, interval, unit = claim["effect"]["mean"], claim["effect"]["ci95"], claim["unit"]
     times = 100 if unit == "%" else 1
-    unit = {"%": "points or %"}.get(unit, unit or "")
+    unit = {"%": "%" if claim["relative"] else "points"}.get(unit, unit)
     shown = f"{times * effect:+.1f} [{times * interval[0]:+.1f}, {times * interval[1]:+.1f}] {unit}"
     print(f"  {claim['verdict']:14} {shown:34} {claim['hypothesis']}")
 by_name = {claim["id"]: claim for claim in claims}
-again = next(claim for claim in claims if "run again" in claim["sentence"])
-taught = by_name["distillation"]
-expect(
-    "distillation, lower end of its interval (points)",
-    100 * taught["effect"]["ci95"][0],
-    5,
-    40,
-    short=True,
-    without=100 * again["effect"]["ci95"][0],
+nulls = controls["nulls"]  # the same arm on both sides: any difference is chance
+largest = max(null["effect"]["ci95"][0] for null in nulls)
+taught = by_name["distillation"]["effect"]["ci95"][0]
+called, spoilt = (
+    controls["called"] / len(nulls),
+    [dose["verdict"] == "SUPPORTED" for dose in controls["doses"]],
 )
+print(f"\nof {len(nulls)} comparisons of an arm with itself {controls['called']} were called different")
+expect("seeds of the claims", found["seeds"], 5, 5, short=True, without=1)
+expect(
+    "distillation, lower end of its interval (points)", 100 * taught, 5, 40, short=True, without=100 * largest
+)
+expect("an arm against itself: share called different", called, 0, 0.3, short=True,
+       without=sum(spoilt) / len(spoilt))  # fmt: skip
 
 # %% [markdown] lang="en"
-# Read it with three questions. What was held equal? How wide is the interval? How many claims were tested? One in twenty true nulls passes at 5 %: before the correction the planted sentence “the same recipe run again is better” was once called by its interval.
+# Read it with three questions. What was held equal? How wide is the interval? How many claims were tested? The last lines put the judge itself on trial. An arm is compared with itself twenty times, so every difference there is chance. One in twenty is called at 5 %; here it was {{an arm against itself: share called different|%}} %. That is why the number of claims is corrected for.
 #
 # ## Claim 2: $5.576M is the cost of the final run
 #
 # The bill from the V3 paper's own table, and what it does not count.
 
 # %% [markdown] lang="zh"
-# 带着三个问题来读：哪些条件保持相同？区间有多宽？一共检验了多少条？在 5% 水平上，二十个本不成立的效应就会有一个过关：加上校正之前，故意放进去的“同一配方再跑一次会更好”就曾凭区间过了关。
+# 带着三个问题来读：哪些条件保持相同？区间有多宽？一共检验了多少条？最后几行检验的是判定方法本身：让同一个组与自己比较二十次，那里的差别全是偶然。在 5% 水平上，二十次里会有一次被判为有差别；这里是 {{an arm against itself: share called different|%}}%。所以才要按说法的数目校正。
 #
 # ## 说法二：557.6 万美元是最后一次训练的成本
 #
@@ -213,12 +216,12 @@ plt.show()
 # %% [markdown] lang="en"
 # ## Claim 3: terms of use matter
 #
-# May this teacher's outputs train another model? `distill` asks before a token is spent. Not legal advice; the dates in `distill/data/terms.yaml` say when each text was read.
+# May this teacher's outputs train another model? `distill` asks before the teacher is called. Not legal advice; the dates in `distill/data/terms.yaml` say when each text was read.
 
 # %% [markdown] lang="zh"
 # ## 说法三：使用条款很重要
 #
-# 这位教师的输出可以用来训练别的模型吗？`distill` 在花费任何词元之前先问这个问题。这不是法律意见；`distill/data/terms.yaml` 里的日期说明各文本是何时查阅的。
+# 这位教师的输出可以用来训练别的模型吗？`distill` 在调用教师之前先查清这一点。这不是法律意见；`distill/data/terms.yaml` 里的日期说明各文本是何时查阅的。
 
 # %%
 from distill.config import StudentSection, TeacherSection
@@ -274,11 +277,11 @@ expect(
 # 规则错了，结果就错：判题规则全部拦下。而有缺陷的排序，结果是对的，错的是中间一*步*：判题规则只看结果，所以全部放行。它会传到学生身上吗？`distill bench recipes/claims.yaml` 用有缺陷的教师和它的孪生各训练了五个种子的学生，并向它们各问 80 道能暴露缺陷的题。
 
 # %%
-planted = {  # the planted claims of recipes/claims.yaml, by what the student was trained on
+planted = {  # claims of recipes/claims.yaml, by what the student was trained on
     "wrong rule, all answers": "inherits-wrong-rule",
     "wrong rule, checked answers": "verifier-stops-wrong-rule",
     "wrong step, checked answers": "verifier-misses-hidden-step",
-    "refusal, checked answers, 300 steps": "verifier-misses-refusal-300",
+    "sure answer where there is none, all": "inherits-overconfidence",
 }
 figure, axis = plt.subplots(figsize=(8, 3))
 for place, name in enumerate(planted.values()):
@@ -304,7 +307,7 @@ plt.show()
 stopped = by_name["verifier-stops-wrong-rule"]["effect"]["ci95"]
 for label, name, low, high in (
     ("wrong step arrives in spite of the check", "verifier-misses-hidden-step", 40, 95),
-    ("refusal arrives in spite of the check", "verifier-misses-refusal-300", 70, 100),
+    ("sure answer where there is none arrives", "inherits-overconfidence", 70, 100),
 ):
     lower = by_name[name]["effect"]["ci95"][0]
     expect(
@@ -317,14 +320,14 @@ for label, name, low, high in (
     )
 
 # %% [markdown] lang="en"
-# So the sentence holds here, and the check has limits. It takes most of the wrong rule out. A wrong step with a right result arrives in three answers of four. And where no answer is the right one (a refusal, a bias, a confident tone) the check has nothing to compare with: what it lets pass, arrives. `distill inherit` measures it for any student and its teacher.
+# So the sentence holds here, and the check has limits. It takes more than half of the wrong rule out: the flaw shows in 96 % of the questions without the check and in 39 % with it. A wrong step with a right result arrives in three answers of four, though every answer was checked. And where there is no right answer (a bias, a confident tone), the check has nothing to compare with. `distill inherit` measures it for any student and its teacher.
 #
 # ## Exercises
 #
 # **6.1** Rebuild the bill: 14.8 trillion tokens at 180,000 GPU hours per trillion, then context extension (119,000 hours) and post-training (5,000), at 2 USD an hour.
 
 # %% [markdown] lang="zh"
-# 所以这句话在这里成立，而检查有它的限度。错误的规则大部分被去掉了；结果正确、步骤错误的，四个答案里有三个传了过来。至于没有标准答案的东西（拒答、偏见、过分自信的语气），检查没有可比的对象：放过去什么，学生就学到什么。`distill inherit` 可以对任何学生和它的教师做这种测量。
+# 所以这句话在这里成立，而检查有它的限度。错误的规则去掉了一半以上：不检查时 96% 的题会显出这个缺陷，检查后是 39%。结果正确、步骤错误的，虽然每个答案都检查过，四个里仍有三个传了过来。至于没有标准答案的东西（偏见、过分自信的语气），检查没有可比的对象。`distill inherit` 可以对任何学生和它的教师做这种测量。
 #
 # ## 练习
 #
@@ -405,13 +408,13 @@ exercise(
 # | the article says | for | against | look at |
 # |---|---|---|---|
 # | The three techniques are old | LoRA 2021, MoE 1991/2017, mixed precision 2017, distillation 2015 | FP8 at 671B with blocks and balancing without a loss were new at that scale | lessons 3 to 5 |
-# | DeepSeek put them together and made a benchmark | one open model with all of them, and a published bill | "together" is a claim of its own: do the parts add up, or interact? | the claims table, group "put together" |
+# | DeepSeek put them together and made a benchmark | one open model with all of them, and a published bill | "together" is a claim of its own: do the parts add up, or interact? | `recipes/claims.yaml`, group "Put together" |
 # | Distillation gives more quality for less | R1's students; student against control here | the teacher had to exist; on tests near the training text only | lesson 6, first figure; `demo.json` |
 # | A small model is cheaper anyway | fewer FLOPs and bytes per answer | a small model that thinks longer can cost more per *answer*; distilled V2.5 doubled its length (V3 paper, table 9) | `distill evaluate`: FLOPs per answer |
 # | $5.576M is the final run only | the paper says so itself | it was still low for that result; the GPUs were rented on paper | `distill cost deepseek-v3` |
 # | Compute still matters; a few dozen GPUs can take part | distilling needs thousandths of pre-training | somebody had to train the teacher, and it may be closed | break-even |
 # | Terms of use matter | contracts forbid what licences allow | no settled law; enforcement is hard | `distill/data/terms.yaml` |
-# | Flaws are inherited | here they are: +95 points unchecked, +73 for a wrong step in spite of the check | the check took 70 points of the wrong rule away; these flaws were planted | last section; `distill inherit` |
+# | Flaws are inherited | here they are: +96 points unchecked, +76 for a wrong step in spite of the check | the check took 57 points of the wrong rule away; these flaws were planted | last section; `distill inherit` |
 #
 # ## What commonly goes wrong
 #
@@ -430,13 +433,13 @@ exercise(
 # | 文章说 | 支持 | 反对 | 看哪里 |
 # |---|---|---|---|
 # | 三项技术都是旧的 | LoRA 2021，MoE 1991/2017，混合精度 2017，蒸馏 2015 | 在 671B 规模上使用分块 FP8 和无损失均衡，当时是新的 | 第 3 至 5 课 |
-# | DeepSeek 把它们结合起来，做成标杆 | 一个开放模型集齐全部，并公布了账单 | “结合”本身也是一个说法：各部分是简单相加，还是相互影响？ | 说法表的 “put together” 组 |
+# | DeepSeek 把它们结合起来，做成标杆 | 一个开放模型集齐全部，并公布了账单 | “结合”本身也是一个说法：各部分是简单相加，还是相互影响？ | `recipes/claims.yaml` 的 “Put together” 组 |
 # | 蒸馏以更少成本得到更高质量 | R1 的学生们；这里的学生对 control | 教师必须先存在；只在与训练文本相近的测试上 | 本课第一张图；`demo.json` |
 # | 小模型本来就更便宜 | 每个答案的 FLOPs 和字节更少 | 思考更久的小模型，每个*答案*可能更贵；蒸馏后的 V2.5 输出长度翻倍（V3 论文表 9） | `distill evaluate`：每个答案的 FLOPs |
 # | 557.6 万美元只是最后一次训练 | 论文自己就这么说 | 就其结果而言依然很低；GPU 只是账面上的租金 | `distill cost deepseek-v3` |
 # | 算力依然重要；几十张 GPU 也能参与 | 蒸馏只需预训练的千分之几 | 总得有人先训练教师，而且它可能是封闭的 | 盈亏平衡 |
 # | 使用条款很重要 | 合同会禁止许可证所允许的事 | 法律尚无定论；难以执行 | `distill/data/terms.yaml` |
-# | 缺陷会被继承 | 这里确实如此：不检查 +95 点；检查之后，错误步骤仍 +73 点 | 检查使错误规则少了 70 点；这些缺陷是故意植入的 | 上一节；`distill inherit` |
+# | 缺陷会被继承 | 这里确实如此：不检查 +96 个百分点；检查之后，错误步骤仍 +76 个百分点 | 检查使错误规则少了 57 个百分点；这些缺陷是故意植入的 | 上一节；`distill inherit` |
 #
 # ## 常见问题
 #

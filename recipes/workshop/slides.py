@@ -8,6 +8,7 @@ the slides alone, so they cannot say other things than the lessons. Arrow keys, 
 shows all; the number of the slide stands in the address.
 """
 
+import base64
 import html
 import re
 from dataclasses import dataclass, field
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field
 from source import FOLDER, Lesson
 
 from distill.lessons.record import LETTERS, questions
+from distill.storage import PROJECT_ROOT
 
 WORDS = {
     "en": {"title": "Workshop on distillation", "goals": "After this lesson you can", "exercise": "Exercise",
-           "quiz": "Quiz", "hint": "arrow keys, o: all slides", "lang": "en"},
+           "quiz": "Quiz", "hint": "The arrow keys turn the page. The key o shows all slides.", "lang": "en"},
     "zh": {"title": "蒸馏工作坊", "goals": "学完本课，你能够", "exercise": "练习",
-           "quiz": "小测", "hint": "方向键翻页，o：全部幻灯片", "lang": "zh-CN"},
+           "quiz": "小测", "hint": "按方向键翻页，按 o 键看全部幻灯片。", "lang": "zh-CN"},
 }  # fmt: skip
 SENTENCES = 3  # of a section, on its slide
 MOST_LETTERS = 420
@@ -65,12 +67,20 @@ def picture_of(outputs: list[dict]) -> str:
     return ""
 
 
+def answers_shown(language: str) -> str:
+    """README's picture of a problem before and after: the cell itself shows a page, not a picture."""
+    path = PROJECT_ROOT / "docs" / "pictures" / f"answers-light{'-zh' if language == 'zh' else ''}.png"
+    return base64.b64encode(path.read_bytes()).decode()
+
+
 def of_lesson(lesson: Lesson, language: str, outputs: list[list[dict]] | None, fill) -> list[Slide]:
     """Slides of one lesson. `outputs` by code cell, the install cell first; `fill` puts measured numbers into texts."""
     words, slides, ran = WORDS[language], [], 1
     for index, cell in enumerate(lesson.cells):
         if cell.kind in ("code", "exercise"):
             image = picture_of(outputs[ran]) if outputs and ran < len(outputs) else ""
+            if outputs and lesson.number == 0 and "show(asked" in cell.source:
+                image = answers_shown(language)
             ran += 1
             if image and slides:
                 if slides[-1].picture or slides[-1].kind == "title":

@@ -273,8 +273,13 @@ def test_the_site_offers_every_name_and_no_dead_link(tmp_path):
     assert len(offered) > 180 and "distill.moe.metrics.max_violation" in offered
     text = website.site_page("docs/moe.md", "[a](data.md#x) [b](../distill/cli.py) [c](https://d.e)")
     assert text == "[a](data.md#x) b [c](https://d.e)"
+    assert website.site_page("docs/moe.md", "```sh slow\nx\n```") == "```sh\nx\n```"
     pytest.importorskip("mkdocstrings", reason="the extra `docs` is not installed")
     website.build(tmp_path / "site")
+    start = (tmp_path / "site" / "index.html").read_text()
+    shown = re.findall(r'(?:src|srcset)="(docs/pictures/[^"]+)"', start)
+    assert len(shown) >= 4 and all((tmp_path / "site" / picture).is_file() for picture in shown)
+    assert 'id="the-article-claim-by-claim"' in start and 'href="README.zh-CN.html"' in start
     assert "drop_experts" in (tmp_path / "site" / "api" / "moe.html").read_text()
 
 

@@ -212,7 +212,7 @@
         const path = line.y.map((v, i) => `${i ? "L" : "M"}${x(at[i]).toFixed(1)} ${y(v).toFixed(1)}`).join("");
         if (line.fill) svg.append(shape("path", { d: `${path}L${x(at.at(-1))} ${y(0)}L${x(at[0])} ${y(0)}Z`, fill: COLOURS[n], "fill-opacity": 0.3 }));
         else svg.append(shape("path", { d: path, fill: "none", stroke: COLOURS[n + (what.lines.length === 1)], "stroke-width": 2.5 }));
-        svg.append(shape("text", { x: LEFT + 12 + 150 * n, y: TOP + 12, style: `fill: ${COLOURS[n + (what.lines.length === 1)]}`, "font-weight": 700 }, line.name));
+        svg.append(shape("text", { x: LEFT + 12 + (WIDTH === WIDE ? 150 : 110) * n, y: TOP + 12, style: `fill: ${COLOURS[n + (what.lines.length === 1)]}`, "font-weight": 700 }, line.name));
       });
       for (const v of ticks(at[0], at.at(-1), WIDTH === WIDE ? 8 : 5))
         svg.append(shape("text", { x: x(v), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, short(v)));

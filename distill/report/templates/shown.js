@@ -49,6 +49,7 @@
           }
           part.append(row);
         }
+        part.append(make("p", "hint", words.share));
         sides.append(part);
       }
       look.append(sides);

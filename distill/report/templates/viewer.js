@@ -113,9 +113,12 @@
     showToken(Math.min(now.token, a.tokens.length - 1));
   };
 
+  // An answer by its question; the id of a problem says nothing to a reader.
+  const name_of = (a) => [a.kind, a.question || a.id].filter(Boolean).join(" · ");
+
   const showAnswer = () => {
     const a = answer();
-    const said = [[a.said, "verdict " + (a.verdict || "")], [[a.kind, a.id].filter(Boolean).join(", ")]];
+    const said = [[a.said, "verdict " + (a.verdict || "")], [name_of(a)]];
     if (a.reference !== undefined) said.push([say("reference", { n: a.reference })]);
     if (a.answer !== undefined) said.push([say("taken", { n: a.answer })]);
     if (a.left) said.push([say("left", { n: a.left })]);
@@ -125,7 +128,7 @@
 
   const showModel = () => {
     const m = model();
-    choices(at("v-answer"), m.answers.map((a) => [a.id, a.kind, a.said].filter(Boolean).join(" · ")), now.answer);
+    choices(at("v-answer"), m.answers.map((a) => [name_of(a), a.said].filter(Boolean).join(" · ")), now.answer);
     at("v-layers").replaceChildren(...m.layers.map((name, layer) => {
       const button = make("button", "", name);
       button.type = "button";
