@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.bench.metrics import MODEL
 from distill.bench.plan import Task
 from distill.files import replacing
 from distill.storage import read_json, read_rows
@@ -71,10 +72,19 @@ def read_items(runs: Mapping[str, Mapping[int, Task]]) -> Table:
 
 
 def _of_run(folder: Path) -> dict[str, Items]:
-    columns = ["prompt_id", "sample_idx", "level", "verdict", "tokens", "solution_nats", "solution_tokens"]
+    columns = [
+        "model",
+        "prompt_id",
+        "sample_idx",
+        "level",
+        "verdict",
+        "tokens",
+        "solution_nats",
+        "solution_tokens",
+    ]
     kinds: dict[str, list[tuple]] = {}
     for row in read_rows(folder / "eval" / "answers", columns):
-        if row["sample_idx"] == 0:
+        if row["model"] == MODEL and row["sample_idx"] == 0:  # its teacher may have answered beside it
             right = row["verdict"] == "correct"
             values = (row["prompt_id"], right, row["tokens"], row["solution_nats"], row["solution_tokens"])
             kinds.setdefault(row["level"], []).append(values)

@@ -344,8 +344,10 @@ def language_section(results: dict[str, Any], language: str = "en") -> str:
 
 
 def _mean(values: Iterable[float], scale: int) -> str:
-    """Mean and Student's 95 % interval of it, as text; one value is exact and has none."""
-    found, digits = mean_interval([scale * value for value in values]), 1 if scale == 100 else 2
+    """Mean and Student's 95 % interval of it, as text; one value, in whatever seeds, is exact and has none."""
+    known = list(values)
+    known = known[:1] if len(set(known)) == 1 else known
+    found, digits = mean_interval([scale * value for value in known]), 1 if scale == 100 else 2
     low, high = found["ci95"] or (None, None)
     interval = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
     return f"{found['mean']:.{digits}f}{interval}"

@@ -77,7 +77,7 @@ def test_a_fact_is_a_mean_with_its_least_and_most_of_the_seeds():
 
 
 def test_the_first_sample_of_a_problem_is_its_item(tmp_path):
-    """Several answers to a problem are no several problems."""
+    """Several answers to a problem are no several problems, and a teacher's beside them are not the run's."""
     verdicts = {
         ("b", 0): "correct",
         ("b", 1): "wrong",
@@ -85,11 +85,13 @@ def test_the_first_sample_of_a_problem_is_its_item(tmp_path):
         ("a", 1): "correct",
         ("a", 2): "correct",
     }
+    shared = {"level": "easy", "solution_nats": 1.5, "solution_tokens": 3}
     rows = [
-        {"prompt_id": problem, "sample_idx": sample, "level": "easy", "verdict": verdict, "tokens": 10 + sample,
-         "solution_nats": 1.5, "solution_tokens": 3}
+        {"model": model, "prompt_id": problem, "sample_idx": sample, "tokens": 10 + sample, **shared}
+        | {"verdict": verdict if model == "student" else "correct"}
+        for model in ("teacher", "student")
         for (problem, sample), verdict in verdicts.items()
-    ]  # fmt: skip
+    ]
     folder = tmp_path / "eval" / "answers"
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "part-00000.parquet")
