@@ -19,6 +19,7 @@ from distill.data.batches import TokenRows
 from distill.data.scoring import chunk_tokens, given_answers, score_answers, score_rows
 from distill.data.signals import SignalFormat, StoredSignals
 from distill.data.teachers import LocalTeacher, Question
+from distill.models.describe import describe_model
 from distill.storage import parts, read_json, read_rows
 
 SGD = ["train.optimizer=sgd", "train.learning_rate=0.5", "control.enabled=false", "train.max_grad_norm=1000"]
@@ -305,6 +306,17 @@ def test_signals_that_were_never_stored_are_said(make_recipe, run_cli):
     made(run_cli, path)
     code, _, err = run_cli("train", path, SAMPLED, TRAIN_SAMPLED)
     assert code == 2 and "has no teacher signals that this student can read" in err
+
+
+def test_answers_are_counted_at_half_of_a_rows_length(hub):
+    """A token attends to half of its row on average: 100 tokens in 5 rows are rows of 20, so 10 of context."""
+    teacher = LocalTeacher(TeacherSection(model=hub["llama"]), torch.device("cpu"), 4)
+    each = describe_model(teacher.model, 10)["flops_per_token"]
+    assert (
+        teacher.flops(60, 40, 5)
+        == int(each * 100)
+        != int(describe_model(teacher.model, 20)["flops_per_token"] * 100)
+    )
 
 
 @pytest.mark.parametrize("cut", [False, True])
