@@ -215,9 +215,11 @@ def like_it(path: str | Path) -> str:
 
 
 def shown(path: str | Path, most: int = 80) -> str:
-    """A path for a message: printable, and not longer than a line."""
+    """A path for a message: printable, and not longer than a line. Of a long path the end says which it is."""
     text = "".join(c if c.isprintable() else "?" for c in str(path))
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    if len(text) <= most:
+        return text
+    return f"...{text[3 - most :]}" if "/" in text else f"{text[: most - 3]}..."
 
 
 # ---- leftovers ---------------------------------------------------------------------------------------

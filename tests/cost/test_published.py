@@ -208,7 +208,7 @@ def test_break_even_by_hand_and_by_the_committed_measurement(run_cost, tmp_path)
         (("deepseek-r1", "--break-even"), "not with deepseek-r1"),
         (("--break-even", "--student-query", "1"), "--teacher-query is missing; give it, or a RUN_DIR"),
         (("--break-even", "--usd-per-hour", "1"), "needs a RUN_DIR"),
-        (("absent", "--break-even"), "no finished stage"),
+        (("absent", "--break-even"), "no folder of a run"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run_cost, words, said):

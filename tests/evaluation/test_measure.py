@@ -144,3 +144,14 @@ def test_text_files_are_read_once_too(case):
     alike({k: v for k, v in told.items() if k != "teacher"}, alone)
     alike(taught, text_nll(reference.model, tokenizer, documents[0], 16))
     assert told["teacher"]["tokens"] == alone["tokens"]
+
+
+def test_the_first_usable_answers_up_to_the_limit_are_read():
+    answers = [
+        {"completion_ids": [], "error": None},
+        {"completion_ids": [8], "error": "non-finite logits"},
+        *({"completion_ids": [n], "error": None} for n in (9, 10, 11)),
+    ]
+    rows = answer_rows([[1], [2], [3], [4], [5]], answers, 2)
+    assert [(p.tolist(), c.tolist()) for p, c in map(rows.row, range(len(rows)))] == [([3], [9]), ([4], [10])]
+    assert answer_rows([[1], [2]], answers[:2], 2) is None
