@@ -12,6 +12,7 @@
 | `blocks`      | numbers that share a scale, an outlier | rounding errors of FP8 along a row                        |
 | `balance`     | u, the step of the expert bias         | MaxVio over the steps                                     |
 | `experts`     | the expert that is dropped             | right answers with their interval, as a lesson measured   |
+| `walk`        | a place along what a lesson measured   | the curves, and their values at that place                |
 
 The script (distill/report/templates/explore.js) computes the curves in the browser from formulas and from the numbers
 given here; nothing is fetched. A viewer that runs no scripts, as GitHub's, shows one line of text instead.
@@ -25,7 +26,7 @@ from distill.errors import UserError
 from distill.lessons.lesson import NOW
 from distill.report.pages import TEMPLATES
 
-KINDS = ("temperature", "direction", "tail", "rank", "blocks", "balance", "experts")
+KINDS = ("temperature", "direction", "tail", "rank", "blocks", "balance", "experts", "walk")
 NOTES = {
     "en": "Run this cell to move the sliders.",
     "zh": "运行这个单元格即可拖动滑块。",
@@ -61,6 +62,8 @@ def slider(kind: str, language: str | None = None, **data: Any) -> Shown:
         raise UserError(f"slider({kind!r}): one of {', '.join(KINDS)}")
     if kind in ("temperature", "experts") and not {"scores", "names"} <= set(data):
         raise UserError(f"slider({kind!r}) needs scores= and names=, one of each a bar")
+    if kind == "walk" and not {"at", "knob", "unit", "lines"} <= set(data):
+        raise UserError("slider('walk') needs at=, knob=, unit= and lines=; names are {'en': ..., 'zh': ...}")
     return Shown(
         f"<style>{style()}</style>{_box(kind, language or NOW['language'], data)}<script>{script()}</script>"
     )

@@ -3,9 +3,9 @@
 #
 # A mixture of experts has many feed-forward blocks per layer and a router that sends each token to a few of them. The model stores all of them and computes few: the teacher here has 3.23 M parameters and uses 1.46 M per token; DeepSeek-V3 has 671 B and uses 37 B.
 #
-# **After this lesson you can** read a load heat map and MaxVio with its noise floor; say what specialises in what; say what happens when an expert is dropped and what that proves; explain collapse, and balance by a bias without touching a gradient.
+# **After this lesson you can** read a load heat map and MaxVio with its noise floor; say what specialises in what; say what happens when an expert is dropped and what that proves; explain collapse, and balance by a bias without touching a gradient; make a student with experts out of a dense model and teach it.
 #
-# **Class time** 40 minutes (15 reading the routing, 10 interventions, 10 balance, 5 exercises and check). Computing: {{minutes}} minutes on one CPU thread.
+# **Class time** 40 minutes (10 reading the routing, 10 interventions, 15 balance and the student, 5 exercises and check). Computing: {{minutes}} minutes on one CPU thread.
 #
 # | your machine | what to run |
 # |---|---|
@@ -19,9 +19,9 @@
 #
 # 混合专家模型每层有许多前馈块，由路由器把每个词元送给其中几个。模型存着全部专家，却只计算少数几个：这里的教师有 323 万参数，每个词元用 146 万；DeepSeek-V3 有 6710 亿，用 370 亿。
 #
-# **学完本课，你能够**：读懂负载热力图，以及 MaxVio 和它的噪声下限；说出哪些专家专攻什么；说清丢掉一个专家会怎样、这又证明了什么；解释塌缩，并用不影响梯度的偏置来均衡。
+# **学完本课，你能够**：读懂负载热力图，以及 MaxVio 和它的噪声下限；说出哪些专家专攻什么；说清丢掉一个专家会怎样、这又证明了什么；解释塌缩，并用不影响梯度的偏置来均衡；把稠密模型改成有专家的学生，并教会它。
 #
-# **课堂用时** 40 分钟（读路由 15 分钟，干预 10 分钟，均衡 10 分钟，练习与自测 5 分钟）。计算用时：单线程 CPU 约 {{minutes}} 分钟。
+# **课堂用时** 40 分钟（读路由 10 分钟，干预 10 分钟，均衡与学生 15 分钟，练习与自测 5 分钟）。计算用时：单线程 CPU 约 {{minutes}} 分钟。
 #
 # | 你的机器 | 怎么跑 |
 # |---|---|
@@ -46,6 +46,7 @@ from distill.lessons import (
     experiment,
     held_out_problems,
     scaled,
+    share,
     slider,
     step_log,
 )
@@ -268,40 +269,89 @@ expect(
 slider("balance")
 
 # %% [markdown] lang="en"
-# Now for real: a two-layer model of the teacher's family from random weights, once without balancing and once with it (`train.expert_bias_step`). Sixty steps are enough to see it.
+# ## A student with experts
+#
+# Now for real, and with a student that learns. The base is dense. Each of its MLPs becomes nine copies: eight behind a new router, of which a token uses two, and one that every token uses (*upcycling*, arXiv 2212.05055). At the start the copies are equal, so the model answers as the base does: it solves no long addition. Then it reads the teacher's answers for 50 steps, once without balancing and once with it (`train.expert_bias_step`). The control has the right results and no working.
 
 # %% [markdown] lang="zh"
-# 再来真的：从随机权重训练一个与教师同族的两层模型，一次不均衡，一次均衡（`train.expert_bias_step`）。六十步就足以看出差别。
+# ## 一个有专家的学生
+#
+# 再来真的，这次学生真的学会东西。底座是稠密模型。把它的每个 MLP 复制成九份：八份放在一个新的路由器后面，每个词元用其中两份；还有一份每个词元都用（*upcycling*，arXiv 2212.05055）。开始时各份完全相同，所以模型的回答和底座一样：长加法一道也不会。然后它读教师的回答，训练 50 步：一次不均衡，一次均衡（`train.expert_bias_step`）。对照组只有正确结果，没有推导。
 
 # %%
-small = [
-    f"prompts.levels={scaled('{easy: 300, medium: 300, hard: 300}', '{hard: 28}')}",
-    "student.config.num_hidden_layers=2",
-    f"train.steps={scaled(60, 3)}",
-    f"train.warmup_steps={scaled(10, 1)}",
-    f"train.batch_size={scaled(16, 4)}",
-    "train.micro_batch_size=16",
+mixture = "{model: checkpoints/base, mixture: {experts: 8, experts_per_token: 2, shared: true}}"
+common = [
+    f"student.from={mixture}",
+    "student.adapter=full",
+    "prompts.families=[addition]",
+    f"prompts.levels={scaled('{easy: 30, hard: 220}', '{hard: 24}')}",
+    "train.objectives=[{name: cross_entropy}]",
+    f"train.steps={scaled(50, 3)}",
+    "train.warmup_steps=2",
+    f"train.batch_size={scaled(32, 8)}",
+    f"train.micro_batch_size={scaled(32, 8)}",
+    "train.learning_rate=3e-3",
     "train.precision=fp32",
-    "train.checkpoint_every=0",
     "train.expert_bias_freeze=0",
 ]
-violations = {}
-for name, u in (("no balancing", 1e-9), ("bias balancing, u = 0.01", 0.01)):  # 1e-9 only counts
-    run = folder / f"scratch-{u:g}"
-    settings = [*small, f"train.expert_bias_step={u}"]
-    for command in ("generate", "filter", "train"):
-        experiment(run, settings, command=command, recipe="recipes/teacher.yaml")
-    violations[name] = [line["max_violation"] for line in step_log(run / "student")]
-    plt.plot(violations[name], label=name)
-plt.xlabel("optimizer step")
-plt.ylabel("largest MaxVio of the step")
-plt.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
+runs, violations = {}, {}
+for name, u in (("balanced", 0.01), ("not balanced", 1e-9)):  # 1e-9 only counts
+    runs[name] = folder / f"u-{u:g}"
+    settings = [*common, f"train.expert_bias_step={u}", f"control.enabled={str(name == 'balanced').lower()}"]
+    for command in ("base", "generate", "filter", "train"):
+        experiment(runs[name], settings, command=command, recipe="recipes/student_from.yaml")
+    violations[name] = [line["max_violation"] for line in step_log(runs[name] / "student")]
+
+made = describe(str(runs["balanced"] / "student"))
+print(f"{made['parameters_total']:,} parameters, {made['parameters_active']:,} active per token")
+additions = held_out_problems({"hard": scaled(60, 14)}, families=["addition"])
+student = load_model(str(runs["balanced"] / "student"))
+asked = {
+    "start": load_model(str(runs["balanced"] / "base")),
+    "control": load_model(str(runs["balanced"] / "control")),
+    "not balanced": load_model(str(runs["not balanced"] / "student")),
+    "balanced": student,
+}
+learned = {name: ask(model, tokenizer, additions) for name, model in asked.items()}
+with route(student, "random"):
+    learned["balanced, random experts"] = ask(student, tokenizer, additions)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2))
+for name, curve in violations.items():
+    left.plot(curve, label=name)
+left.set(xlabel="optimizer step", ylabel="largest MaxVio of the step")
+left.legend()
+for place, (name, found) in enumerate(learned.items()):
+    score_here = accuracy(found)
+    low, high = wilson_interval(round(score_here * len(additions)), len(additions))
+    colour = "C0" if "balanced" in name else "0.4"
+    right.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=3)
+    right.plot(100 * score_here, place, "o", color=colour)
+    print(f"{name:25} right {share(found)}")
+right.set_yticks(range(len(learned)), learned)
+right.set(xlabel=f"right answers to {len(additions)} long additions, %, with 95 % interval", xlim=(-2, 102))
+right.invert_yaxis()
 plt.show()
 end = {name: float(np.mean(curve[-10:])) for name, curve in violations.items()}
 for name, value in end.items():
-    print(f"{name}: {value:.2f} over the last steps")
-ratio = end["bias balancing, u = 0.01"] / end["no balancing"]
-expect("balanced over unbalanced", ratio, 0.1, 0.95, short=(0.3, 2), without=1)
+    print(f"{name}: MaxVio {value:.2f} over the last steps")
+reached, start = accuracy(learned["balanced"]), accuracy(learned["start"])
+gain = reached - accuracy(learned["control"])
+expect("student with experts, right answers", reached, 0.5, 1, without=start)
+expect("student with experts minus control", gain, 0.4, 1, without=start - accuracy(learned["control"]))
+expect("balanced over not balanced", end["balanced"] / end["not balanced"], 0.02, 0.9, without=1)
+
+# %% [markdown] lang="en"
+# The student solves {{student with experts, right answers|%}} % of problems of which it solved none, and the control still solves none. So a student may have experts as well. Two things to see:
+#
+# - On the left: a new router is uneven from its first step, and the bias evens it out while the student learns.
+# - On the right, the last line: with random experts the student loses part of what it learned. Its experts began as copies, and in 50 steps they have grown apart. In the teacher, trained with experts from the start, random ones cost nearly everything.
+
+# %% [markdown] lang="zh"
+# 这些题学生原来一道也不会，现在答对 {{student with experts, right answers|%}}%；对照组仍然一道也不会。可见学生也可以有专家。请看两点：
+#
+# - 左图：新的路由器从第一步起就不均匀；学生学习的同时，偏置把它拉平。
+# - 右图最后一行：随机选专家，学生会丢掉一部分学到的东西。它的专家开始时只是复制品，50 步里已经各不相同。教师从一开始就带着专家训练，随机选专家几乎会丢掉一切。
 
 # %% [markdown] lang="en"
 # ## A measure that sees nothing

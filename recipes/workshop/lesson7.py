@@ -40,10 +40,11 @@ import torch
 
 from distill import load_model, load_tokenizer
 from distill.config.data import Prompts
+from distill.convert.derive import drop_layers, kept_layers
 from distill.data.prompts import file_prompts
 from distill.devices import pick_device
 from distill.evaluation.stats import bootstrap_interval
-from distill.lessons import ask, begin, exercise, expect, experiment, needs, scaled
+from distill.lessons import ask, begin, exercise, expect, experiment, needs, scaled, slider
 from distill.models import resolve_precision
 from distill.storage import read_json
 from distill.tasks.documents import documents
@@ -132,15 +133,45 @@ expect(
 expect("what the cut costs on the letter, nats", lost.mean(), 0.8, 9, without=0)
 
 # %% [markdown] lang="en"
-# Six layers of thirty are a fifth of the layers. Every other layer is bit for bit what it was. But each layer was trained to read what the one below it writes, and six of these joints are broken.
+# Six layers of thirty are a fifth of the layers. Every other layer is bit for bit what it was. But each layer was trained to read what the one below it writes, and at six places it now reads something else.
 #
+# How many layers can go? The next cell takes out more and more, without any training. Move the slider.
+
+# %% [markdown] lang="zh"
+# 30 层少了 6 层，也就是五分之一。其余各层逐位不变；可是每一层学的都是怎样读下面那层写的东西，现在有六处，它读到的是别的东西。
+#
+# 到底能去掉几层？下一个单元格越去越多，不做任何训练。拖动滑块看看。
+
+# %%
+total = teacher.config.num_hidden_layers
+depths = scaled([18, 20, 22, 24, 26, 28, 30], [3, 4])
+by_depth = {kind: [] for kind in texts}
+for depth in depths:
+    model = drop_layers(teacher, kept_layers(depth, total)).eval()
+    for kind, text in texts.items():
+        by_depth[kind].append(float(surprise(model, text).mean()))
+for kind, values in by_depth.items():
+    print(f"{kind:14}", "   ".join(f"{depth}: {value:.2f}" for depth, value in zip(depths, values)))
+expect(f"surprise on the letter with {depths[0]} of {total} layers, nats", by_depth["letter"][0], 7, 18,
+       without=by_depth["letter"][-1])  # fmt: skip
+slider(
+    "walk",
+    at=depths,
+    start=depths.index(scaled(24, 3)),
+    knob={"en": "layers that stay", "zh": "留下的层数"},
+    unit={"en": "surprise, nats per token", "zh": "意外程度，每词元 nat"},
+    lines=[
+        {"name": {"en": "documentation", "zh": "文档"}, "y": by_depth["documentation"]},
+        {"name": {"en": "letter", "zh": "信"}, "y": by_depth["letter"]},
+    ],
+)
+
+# %% [markdown] lang="en"
 # ## Teaching
 #
 # The teacher reads the same text and says, at every token, what it thinks will come next; the student lowers its KL from that (lesson 2). Only a LoRA of rank 32 trains. The control reads the same text in the same order, with the same adapter, without the teacher: it learns from the next token alone.
 
 # %% [markdown] lang="zh"
-# 30 层少了 6 层，也就是五分之一。其余各层逐位不变；可是每一层学的都是怎样读下面那层写的东西，现在有六处接不上了。
-#
 # ## 教学
 #
 # 教师读同样的文本，在每个词元处说出它认为接下来是什么；学生降低自己与它的 KL（第 2 课）。只训练秩 32 的 LoRA。对照组按同样的顺序读同样的文本，适配器也相同，只是没有教师：它只从下一个词元学习。

@@ -31,10 +31,12 @@
 # | 一张 24 GB 的卡 | 用 LoRA 恢复只剩一半专家的 OLMoE-1B-7B：`distill run recipes/prune_experts.yaml teacher.model=allenai/OLMoE-1B-7B-0924-Instruct student.from.model=allenai/OLMoE-1B-7B-0924-Instruct student.adapter=lora teacher.quantize=4bit run_dir=checkpoints/olmoe` |
 
 # %%
+import contextlib
+
 import matplotlib.pyplot as plt
 import torch
 
-from distill import load_model, load_tokenizer, sample_problems
+from distill import drop_experts, load_model, load_tokenizer, sample_problems
 from distill.convert.calibrate import Calibration, expert_use
 from distill.evaluation.stats import paired_comparison, wilson_interval
 from distill.lessons import (
@@ -47,6 +49,7 @@ from distill.lessons import (
     held_out_problems,
     scaled,
     share,
+    slider,
     step_log,
 )
 from distill.models import prompt_ids
@@ -132,15 +135,43 @@ expect("right answers of the whole model", whole, 0.9, 1, short=True, without=cu
 expect("right answers with half of the experts", cut, 0.4, 0.9, without=whole)
 
 # %% [markdown] lang="en"
-# Three of four answers stay right, without any training: the experts that stay step in, as in lesson 5. Which ones stay matters, and the last line says how sure that is. What is lost is lost in the working: one wrong digit, and the answer is wrong.
+# Three of four answers stay right, without any training: the experts that stay step in, as in lesson 5. Which ones stay matters; the line “cut by reap minus cut by random” says how sure that is. What is lost is lost in the working: one wrong digit, and the answer is wrong.
 #
+# How many experts can go? The next cell forbids the router more and more of them, those of least worth first, and asks half of the problems again. Move the slider.
+
+# %% [markdown] lang="zh"
+# 不经任何训练，四道题里仍有三道答对：留下的专家顶上了，和第 5 课一样。留下哪几个是有差别的；“cut by reap minus cut by random” 一行说明这个差别有多确定。丢掉的分丢在推导里：错一个数字，答案就错。
+#
+# 到底能去掉几个专家？下一个单元格让路由器能用的专家越来越少，价值最低的先去掉，再问一半的题。拖动滑块看看。
+
+# %%
+few = problems[: scaled(42, 14)]
+stays = scaled([2, 3, 4, 5, 6, 7, 8], [2, 8])
+right = []
+for count in stays:
+    gone = {
+        number: one.mean_saliency.argsort()[: 8 - count].tolist()
+        for number, one in enumerate(use.values(), 1)
+    }
+    with drop_experts(teacher, gone) if count < 8 else contextlib.nullcontext():
+        right.append(accuracy(ask(teacher, tokenizer, few)))
+print("   ".join(f"{count} experts: {100 * found:.0f} %" for count, found in zip(stays, right)))
+expect("right answers with 2 of 8 experts", right[0], 0, 0.6, short=True, without=right[-1])
+slider(
+    "walk",
+    at=stays,
+    start=stays.index(scaled(4, 2)),
+    knob={"en": "experts that stay, of 8", "zh": "留下的专家（共 8 个）"},
+    unit={"en": f"right answers to {len(few)} hard problems, %", "zh": f"{len(few)} 道难题答对的比例，%"},
+    lines=[{"name": {"en": "right", "zh": "答对"}, "y": [100 * found for found in right]}],
+)
+
+# %% [markdown] lang="en"
 # ## Recovery
 #
 # Now the whole model teaches the cut one: forward KL from its distribution (lesson 2), all weights train, 50 steps. The control trains on the same questions with the right results, and without a teacher.
 
 # %% [markdown] lang="zh"
-# 不经任何训练，四道题里仍有三道答对：留下的专家顶上了，和第 5 课一样。留下哪几个是有差别的，最后一行说明这个差别有多确定。丢掉的分丢在推导里：错一个数字，答案就错。
-#
 # ## 恢复
 #
 # 现在由完整的模型来教被剪的模型：用它的分布做前向 KL（第 2 课），训练全部权重，50 步。对照组做同样的题，有正确结果，但没有教师。

@@ -39,3 +39,5 @@ def test_what_cannot_be_shown_is_refused():
         slider("speed")
     with pytest.raises(UserError, match="needs scores="):
         slider("temperature", names=["a"])
+    with pytest.raises(UserError, match="needs at="):
+        slider("walk", at=[1, 2])

@@ -166,6 +166,16 @@
           zh: `${data.names[place]}：答对 ${fixed(100 * data.scores[place][0], 0)}%，95% 区间 ${fixed(100 * data.scores[place][1], 0)} 到 ${fixed(100 * data.scores[place][2], 0)}。` }, lang),
       }),
     },
+    // What a lesson measured, place by place: the slider walks along the places; `data` has the curves and the names.
+    walk: {
+      controls: [{ key: "place", min: 0, max: 0, step: 1, value: 0, name: (data) => data.knob, shown: (place, data) => data.at[place] }],
+      draw: ({ place }, data, lang) => ({
+        lines: data.lines.map(({ name, y }) => ({ name: say(name, lang), y })), at: data.at, mark: data.at[place],
+        top: 1.1 * Math.max(...data.lines.flatMap(({ y }) => y)), x: say(data.knob, lang), y: say(data.unit, lang),
+        text: `${say(data.knob, lang)} ${data.at[place]}: `
+          + data.lines.map(({ name, y, said }) => `${say(name, lang)} ${said?.[place] ?? fixed(y[place])}`).join("; "),
+      }),
+    },
   };
 
   const WIDE = 720, NARROW = 390, HEIGHT = 260, LEFT = 62, BOTTOM = 46, TOP = 12, RIGHT = 18;
@@ -235,16 +245,19 @@
     told.setAttribute("aria-live", "polite");
     for (const control of KINDS[kind].controls) {
       const label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("output");
-      const most = kind === "experts" ? data.scores.length - 1 : control.max;
-      Object.assign(input, { type: "range", min: control.min, max: most, step: control.step, value: control.value });
-      values[control.key] = control.value;
-      shown.textContent = control.value;
+      const places = { experts: data.scores?.length, walk: data.at?.length }[kind], most = places ? places - 1 : control.max;
+      const start = control.shown ? data.start ?? most : control.value;
+      const name = typeof control.name === "function" ? control.name(data) : control.name;
+      const show = () => { shown.textContent = control.shown ? control.shown(values[control.key], data) : values[control.key]; };
+      Object.assign(input, { type: "range", min: control.min, max: most, step: control.step, value: start });
+      values[control.key] = start;
+      show();
       input.addEventListener("input", () => {
         values[control.key] = Number(input.value);
-        shown.textContent = input.value;
+        show();
         redraw();
       });
-      label.append(say(control.name, lang) + " ", shown, input);
+      label.append(say(name, lang) + " ", shown, input);
       box.append(label);
     }
     box.append(svg, told);
