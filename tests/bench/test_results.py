@@ -1,5 +1,7 @@
 """Claims judged together: verdicts by the corrected p-value, and what arms must share to be compared."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -8,7 +10,7 @@ from distill.bench.claims import Fact
 from distill.bench.items import read_items
 from distill.bench.judge import _differ, decide
 from distill.bench.plan import Task
-from distill.bench.results import _fact
+from distill.bench.results import _fact, _wall
 from distill.bench.verdicts import effect, verdict_p
 
 
@@ -100,3 +102,12 @@ def test_the_first_sample_of_a_problem_is_its_item(tmp_path):
         items.item.tolist() == ["a", "b"] and items.right.tolist() == [False, True] and items.count == (1, 2)
     )
     assert items.tokens.tolist() == [10, 10] and items.nats.tolist() == [1.5, 1.5]
+
+
+def test_a_budgets_clock_has_that_of_the_smaller_ones_it_took_over():
+    bench, clock = (
+        SimpleNamespace(budgets=["small", "full", "wide"]),
+        {"wall": {"small": 10.0, "full": 5.0, "wide": 1.0}},
+    )
+    assert [_wall(bench, name, clock) for name in bench.budgets] == [10.0, 15.0, 16.0]
+    assert _wall(bench, "full", {"wall": {"full": 5.0}}) == 5.0

@@ -39,6 +39,16 @@ def test_a_kill_just_after_a_resume_keeps_every_line(tmp_path, first):
     assert open_log(tmp_path, first).earlier == first
 
 
+def test_seconds_go_on_where_the_run_before_the_stop_ended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(lines(*range(1, 13)))
+    log = open_log(tmp_path, 12)
+    with contextlib.suppress(AttributeError):
+        log.write(12, [1.5], 0.1, 0.2, Lot(None, None, 4, 9))
+    log.sync()
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 13 and 12 <= last["seconds"] < 12 + 60
+
+
 def test_lines_that_are_cut_go_in_one_replacement(tmp_path, monkeypatch):
     """Killed while lines past the state are taken out: the file is the old one, whole."""
     path = tmp_path / "metrics.jsonl"
