@@ -15,6 +15,7 @@ import distill.data.teachers
 import distill.training.arms
 from distill.config.data import TeacherSection
 from distill.config.section import Signal
+from distill.data import scoring
 from distill.data.batches import TokenRows
 from distill.data.scoring import chunk_tokens, given_answers, score_answers, score_rows
 from distill.data.signals import SignalFormat, StoredSignals
@@ -370,3 +371,18 @@ def test_a_device_works_on_larger_chunks():
         and chunk_tokens(151_936, torch.device("cuda")) == 220
     )
     assert chunk_tokens(2**30, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("kind, k", [("sampled", 16), ("top_k", 4)])
+def test_a_chunk_reads_its_own_rows_and_draws_by_its_own_numbers(monkeypatch, kind, k):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50, 30, generator=generator)
+    targets, u = (
+        torch.randint(30, (50,), generator=generator),
+        torch.rand(50, generator=generator, dtype=torch.float64),
+    )
+    whole = scoring._summaries(logits, targets, u, signal_form(kind, k, 30))
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 7 * 30)  # 7 rows at a time, and one at the end
+    parts = scoring._summaries(logits, targets, u, signal_form(kind, k, 30))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    torch.testing.assert_close(whole[0], logits.log_softmax(-1)[torch.arange(50), targets])
