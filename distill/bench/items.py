@@ -72,22 +72,12 @@ def read_items(runs: Mapping[str, Mapping[int, Task]]) -> Table:
 
 
 def _of_run(folder: Path) -> dict[str, Items]:
-    columns = [
-        "model",
-        "prompt_id",
-        "sample_idx",
-        "level",
-        "verdict",
-        "tokens",
-        "solution_nats",
-        "solution_tokens",
-    ]
+    values = ("prompt_id", "tokens", "solution_nats", "solution_tokens")
     kinds: dict[str, list[tuple]] = {}
-    for row in read_rows(folder / "eval" / "answers", columns):
+    for row in read_rows(folder / "eval" / "answers", ["model", "sample_idx", "level", "verdict", *values]):
         if row["model"] == MODEL and row["sample_idx"] == 0:  # its teacher may have answered beside it
-            right = row["verdict"] == "correct"
-            values = (row["prompt_id"], right, row["tokens"], row["solution_nats"], row["solution_tokens"])
-            kinds.setdefault(row["level"], []).append(values)
+            item, *measured = (row[name] for name in values)
+            kinds.setdefault(row["level"], []).append((item, row["verdict"] == "correct", *measured))
     if (folder / "probes.json").is_file():
         for flaw, item, shown in read_json(folder / "probes.json").get("items", []):
             kinds.setdefault(f"flaw.{flaw}", []).append((item, shown, None, None, None))

@@ -35,10 +35,7 @@ from distill.models.routers import find_routers
 from distill.moe.recording import Recording, record_routing
 
 BATCH_SIZE = 32  # requests at a time of a dense model, at most
-_MOST, _MOST_ALONE = (
-    16 * BATCH_SIZE,
-    64,
-)  # requests of one piece of work; of a model that is asked one at a time
+_MOST, _MOST_ALONE = 16 * BATCH_SIZE, 64  # requests of one piece of work, in batches and one at a time
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 
 

@@ -52,9 +52,7 @@ class Lot:
 class Source(Protocol):
     stats: dict[str, float]  # what to log beside the loss; {} for nothing
     passed: int  # tokens that went through the student before the step, to write its rows; 0 for stored ones
-    fixed: (
-        bool  # whether a lot depends on nothing that training changes: it may be asked for ahead of its time
-    )
+    fixed: bool  # whether no lot depends on what training changes: it may be asked for ahead of its time
 
     def lot(self, step: int, rank: int, world: int) -> Lot:
         """The rows of 0-based optimizer step `step`; the same on every call with the same arguments."""

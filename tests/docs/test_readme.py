@@ -105,6 +105,10 @@ def test_the_second_story_is_that_of_the_result_files(language):
         shown = sections(language)["language"]
         assert shown in text and replaced(text, "language", shown) == text
         assert not claim_pages.stale(found["small"]) and found["small"]["seeds"] >= 5
+        (wrong,) = [c for c in found["small"]["claims"] if c["id"] == "not-the-text"]
+        assert wrong["verdict"] == "NOT SUPPORTED" and f" {wrong['effect']['mean']:.2f} nat" in text, (
+            "in the prose"
+        )
 
 
 def test_verdicts_of_the_first_registration_are_called_so():
