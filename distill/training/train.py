@@ -82,7 +82,7 @@ def make_accelerator(recipe: Recipe, precision: Precision, folder: Path) -> Acce
     )
     if found:
         raise UserError(*found)
-    if kind == DistributedType.FSDP and half:
+    if kind == DistributedType.FSDP:
         _shard_exactly(accelerator)
     return accelerator
 
