@@ -45,7 +45,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "training.merge": ["merge_adapter"],
         "evaluation.evaluate": ["evaluate_checkpoints"],
         "evaluation.fidelity": ["fidelity"],
-        "evaluation.scores": ["compare"],
+        "evaluation.answers": ["compare"],
         "evaluation.stats": ["pass_at_k", "wilson_interval"],
         "report.report": ["build_report"],
     },

@@ -18,8 +18,7 @@ def stages(recipe: Recipe) -> list[tuple[str, Callable[[Recipe, bool], object]]]
     from distill.data.generate import generate
     from distill.data.prompts import make_prompts
     from distill.evaluation.evaluate import evaluate_recipe
-    from distill.training.arms import train_arms
-    from distill.training.start import make_base
+    from distill.training.arms import make_base, train_arms
 
     asked = [("generations", generate)] if recipe.teacher and not recipe.prompts.documents else []
     made = [("base", make_base)] if recipe.student.made_from else []

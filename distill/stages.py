@@ -42,8 +42,11 @@ from typing import Any
 from distill import __version__
 from distill.errors import UserError
 from distill.files import is_leftover, remove_dead, remove_leftovers, write_atomic, writing
-from distill.integrity import (
+from distill.storage import (
+    MANIFEST,
     entries,
+    fingerprint,
+    read_json,
     read_manifest,
     record_entries,
     remove_changed,
@@ -51,7 +54,6 @@ from distill.integrity import (
     verify_folder,
     write_sealed,
 )
-from distill.storage import MANIFEST, fingerprint, read_json
 
 IDENTITY = ".identity.json"  # what the unfinished folder is being made from
 RECIPE = "recipe.yaml"  # of a run: what its newest stage was made from

@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 
 from distill.data.cards import unmeasured
-from distill.data.provenance import UPSTREAM, upstream_manifests
-from distill.data.terms import name_problem
+from distill.data.provenance import UPSTREAM, name_problem, upstream_manifests
 from distill.errors import DistillError, UserError
-from distill.integrity import entries, read_manifest, record_entries, verify_folder, write_sealed
-from distill.storage import read_json
+from distill.storage import entries, read_json, read_manifest, record_entries, verify_folder, write_sealed
 
 # Everything plain transformers needs, and the account of how it was made; not the step log.
 _SHIPPED = ("*.safetensors", "*.json", "README.md", "*.jinja")

@@ -3,14 +3,14 @@
     git commit recipes/claims.yaml -m "..."  &&  python recipes/register.py  &&  git commit -am "Registered"
 
 A commit cannot hold its own hash, so this is the commit after. Nothing else of the file is changed. A claim whose text
-in the working tree is not the one committed is left alone, and named. See distill/bench/registration.py.
+in the working tree is not the one committed is left alone, and named. See distill/bench/claims.py.
 """
 
 import re
 import sys
 from pathlib import Path
 
-from distill.bench.registration import History, first_stood, texts
+from distill.bench.claims import History, first_stood, texts
 from distill.storage import PROJECT_ROOT, write_atomic
 
 

@@ -20,14 +20,14 @@ from distill.config.training import Objective
 from distill.data.scoring import score_rows
 from distill.data.signals import Sampled, SignalFormat, States, TopK
 from distill.models.decode import Sampling, decode
-from distill.models.head import AtHead, Head
+from distill.models.hooks import AtHead, Head
 from distill.models.layers import attend_by_row, rows_apart
-from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import drop_experts, route, use_top_k
 from distill.moe.recording import record_routing
 from distill.training.checkpoint import load_state, save_state
 from distill.training.live_teachers import CrossTeacher, FrozenTeacher, RoutedTeachers, StoredTeacher
 from distill.training.losses import fused
+from distill.training.losses.routers import ExpertBiasBalancer
 from distill.training.step import StudentStep, state_objectives
 
 GPU = torch.device("gpu", 0)

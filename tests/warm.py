@@ -147,7 +147,7 @@ def serve() -> None:
     import transformers.models.qwen3.modeling_qwen3
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    import distill.commands.plan
+    import distill.commands.recipe
     import distill.data.filter
     import distill.data.generate
     import distill.doctor.checks

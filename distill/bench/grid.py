@@ -198,7 +198,7 @@ class Bench(Section):
     facts: list[Fact] = []
     evidence: list[Evidence] = []
     curves: list[Curve] = []
-    # Chosen learning rates by arm (distill/bench/tuning.py).
+    # Chosen learning rates by arm (distill/bench/plan.py).
     _rates: dict[str, float] = PrivateAttr({})
     _seed_cache: dict[str, Any] = PrivateAttr({})
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from distill.bench.metrics import metric
-from distill.report import drawing, numbers
+from distill.report import drawing, pages
 from distill.report.pages import page_environment
 from distill.storage import write_atomic
 
@@ -37,14 +37,14 @@ COLOURS = {
 def amount(value: float | None, unit: str, sign: bool = False) -> str:
     """A number in its unit: shares as points of a per cent, small and large ones with a prefix."""
     if value is None:
-        return numbers.DASH
+        return pages.DASH
     plus = "+" if sign else ""
     if unit == "%":
         return f"{100 * value:{plus}.{_digits(100 * value)}f}"
     if unit == "nats/token":
         return f"{value:{plus}.3f}"
     if abs(value) >= 10_000:
-        return ("+" if sign and value > 0 else "") + numbers.si(value)
+        return ("+" if sign and value > 0 else "") + pages.si(value)
     return f"{value:{plus}.{_digits(value)}f}"
 
 
@@ -208,7 +208,7 @@ def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
             if isinstance(found, list):  # as results are committed: mean and sd alone
                 found = dict(zip(("mean", "sd"), found))
             sd = f" ± {100 * found['sd']:.1f}" if found and found["sd"] is not None else ""
-            cells.append(f"{100 * found['mean']:.1f}{sd}" if found else numbers.DASH)
+            cells.append(f"{100 * found['mean']:.1f}{sd}" if found else pages.DASH)
         rows.append({"name": name, "about": arm["about"], "cells": cells, "budget": arm["budget"]})
     return rows
 
@@ -324,7 +324,7 @@ def curve(found: dict[str, Any]) -> str:
         if found["log_x"]:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.si(value)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: pages.si(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x_about.label)
         axes.set_ylabel(y_about.label)

@@ -1,4 +1,6 @@
-"""The runs that a grid asks for: which recipe each is, what it needs first, what may be shared.
+"""The runs that a grid asks for: which there are, how long they will take, and at which learning rates.
+
+The runs that a grid asks for: which recipe each is, what it needs first, what may be shared.
 
     bench, file = load_bench("recipes/claims.yaml")
     tasks = plan(bench, "small", file)               # in an order in which each finds what it needs
@@ -7,19 +9,41 @@ Four kinds of tasks: `base` (a student made from a model, `student.from`), `answ
 them), `rows` (the training set made of those) and `run` (training and measuring). Runs whose recipes agree on
 everything that a teacher's answers depend on share them, and so with rows and bases: one generation serves all arms of
 a seed. Nothing heavy is imported here.
+
+How long a budget will take, before it begins: from the seconds of runs that were measured.
+
+    forecast(bench, tasks, measured)      # {"work_minutes", "wall_minutes", "jobs", "from", "guessed"}
+
+`measured` are committed results. Those of version 2 have the seconds of every arm (`arm_seconds`); an arm whose steps
+changed is scaled. Version 1 kept training seconds and the price of a token, so what a run takes is put together: its
+steps at the seconds of a step of its own arm (or of the arm it is like, or of `sequence`), its answers at the measured
+tokens a second, worked solutions at a third of the training's time a token, and what a process needs to load. Put to
+the the two grids that those results are of, it says 78 and 162 minutes of work, and 77 and 154 were measured
+(tests/bench/test_plan_forecast.py).
+
+Fair arms: each is given the best of several learning rates, chosen on seeds and problems that no claim uses.
+
+    distill bench recipes/claims.yaml --tune                   # the grid of rates; writes the file that `tuning` names
+    bench, file = load_bench("recipes/claims.yaml"); apply_rates(bench)
+
+Every arm of `tuning.arms` is trained with each of its rates on each tuning seed, and measured on the held-out split
+that `tuning.set` names. The rate with the best mean is taken by the arm and those it serves, in every budget. A
+best rate that is the first or the last of those tried may not be the best there is: it is called an edge, in the
+file, on the console and beside every claim that rests on it.
 """
 
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill.bench.claims import Claim
-from distill.bench.grid import Arm, Bench, arms_within
-from distill.bench.metrics import MODEL
+from distill.bench.grid import Arm, Bench, Tuning, arms_within
+from distill.bench.metrics import MODEL, metric
 from distill.config.recipe import BASE_FOLDER, Recipe, make_recipe, read_recipe
 from distill.errors import UserError
-from distill.storage import fingerprint
+from distill.storage import PROJECT_ROOT, find_file, fingerprint, hash_yaml, read_json
 
 MADE = "student.from"  # as an arm's `checkpoint`: what the recipe makes its student from, before training
 KNOWN_BEFORE = ("prompts", "steps", "rows")  # of distill.bench.claims.EQUAL: recipes settle these
@@ -202,3 +226,253 @@ def known_budget(task: Task) -> dict[str, Any]:
         "steps": train.steps,
         "rows": train.steps * train.batch_size,
     }
+
+
+# ---- How long a budget will take, before it begins ----
+
+RESULTS = PROJECT_ROOT / "recipes" / "results"
+LOAD = 1.5  # seconds of a run that are neither training nor answering
+GENERATED = 24.0  # seconds in which the embedded teacher answers 2,000 questions on one thread
+PROBES = 5.0  # seconds of the probes of flaws
+CROWDED = 1.05  # work shared by as many processes as cores takes a little longer than its part
+# Of a task in version 1, in tokens: an answer where nobody measured one, prompt and worked solution together.
+ANSWER, SOLUTION = 30.0, 75.0
+SPEED = 5000.0  # tokens a second, decoded
+
+
+def known_results(bench_name: str) -> tuple[dict[str, Any], str] | None:
+    """(results, file) of the largest committed grid of a bench file; None if there is none."""
+    found = []
+    for path in sorted(RESULTS.glob("claims-*.json")):
+        results = read_json(path)
+        if results.get("bench") == bench_name and "arms" in results and "claims" in results:
+            found.append((results["tasks"], path.name, results))
+    if not found:
+        return None
+    _, name, results = max(found, key=lambda f: f[:2])
+    return results, name
+
+
+def forecast(bench: Bench, tasks: dict[str, Task], measured: dict[str, Any], jobs: int = 2) -> dict[str, Any]:
+    """What the tasks will take on `jobs` cores: minutes of work and on the wall, and which arms were guessed."""
+    guessed: dict[str, None] = {}
+    work, longest = 0.0, 0.0
+    finish: dict[str, float] = {}
+    for name, task in tasks.items():
+        seconds = task_seconds(bench, task, measured, guessed)
+        work += seconds
+        finish[name] = seconds + max((finish.get(need, 0.0) for need in task.needs), default=0.0)
+        longest = max(longest, finish[name])
+    wall = max(CROWDED * work / jobs, longest)
+    return {
+        "work_minutes": round(work / 60, 1),
+        "wall_minutes": round(wall / 60, 1),
+        "jobs": jobs,
+        "guessed": list(guessed),
+    }
+
+
+def task_seconds(bench: Bench, task: Task, measured: dict[str, Any], guessed: dict[str, None]) -> float:
+    """Seconds of one task. Names of arms that nobody measured go to `guessed`."""
+    exact = measured.get("arm_seconds", {})
+    key = task.arm or task.kind
+    if task.kind == "rows":
+        return exact.get(key, 2.0)
+    if task.kind == "answers":
+        asked = sum(task.recipe.prompts.levels.values()) * task.recipe.generate.samples
+        return exact.get(key, LOAD + (GENERATED * asked / 2000 if task.recipe.teacher else 0.0))
+    arm = _nearest(bench, task.arm, measured["arms"])
+    if arm != task.arm:
+        guessed[task.arm] = None
+    if arm in exact and not task.checkpoint:
+        return exact[arm] * task.recipe.train.steps / _mean(measured["arms"][arm], "train.steps")
+    if task.arm in exact:
+        return exact[task.arm]
+    metrics = measured["arms"][arm]["metrics"]
+    train = task.recipe.train
+    per_step = (
+        0.0
+        if task.checkpoint
+        else _mean(measured["arms"][arm], "train.seconds") / _mean(measured["arms"][arm], "train.steps")
+    )
+    if not task.checkpoint and (size := measured["arms"][arm]["budget"].get("rows")):
+        per_step *= train.batch_size * _mean(measured["arms"][arm], "train.steps") / size
+    seconds = LOAD + (0.0 if task.checkpoint else per_step * train.steps)
+    evaluate = task.recipe.evaluate
+    asked = 400 if evaluate.source else sum(evaluate.levels.values())
+    speed = SPEED
+    if "cost.usd_per_million" in metrics and task.recipe.prices.usd_per_device_hour:
+        speed = task.recipe.prices.usd_per_device_hour / 3600 / _value(metrics["cost.usd_per_million"]) * 1e6
+    answer = _value(metrics["tokens.answer"]) if "tokens.answer" in metrics else ANSWER
+    seconds += asked * answer / speed
+    for k in evaluate.interventions.top_k:
+        seconds += evaluate.interventions.problems * len(evaluate.levels) * answer / speed * (0.8 + 0.1 * k)
+    read = sum(min(evaluate.solutions, n) for n in evaluate.levels.values()) if not evaluate.source else 0
+    return seconds + read * SOLUTION / (3 * SPEED) + (PROBES if task.probes else 0.0)
+
+
+def _nearest(bench: Bench, name: str, known: dict[str, Any]) -> str:
+    """The measured arm that a run of `name` is most like."""
+    arms, at = bench.all_arms(), name
+    while at and at not in known:
+        arm = arms.get(at)
+        at = arm.like if arm and arm.like else ""
+    if at:
+        return at
+    # A cell of a factorial by the cells it was part of, as teacher+moe+lora of teacher+moe+bf16+lora.
+    parts = set(name.split("+"))
+    wider = [other for other in known if "+" in other and parts <= set(other.split("+"))]
+    return wider[0] if wider else "sequence" if "sequence" in known else next(iter(known))
+
+
+def _value(summary: Any) -> float:
+    """A mean: version 1 kept [mean, sd] of an arm, version 2 names them."""
+    return summary["mean"] if isinstance(summary, dict) else summary[0]
+
+
+def _mean(arm: dict[str, Any], name: str) -> float:
+    return _value(arm["metrics"][name]) if name in arm["metrics"] else 1.0
+
+
+def describe(bench: Bench, file: Path, tasks: dict[str, Task]) -> dict[str, Any] | None:
+    """The forecast of --dry-run, and which results it is from; None where nothing like it was measured."""
+    inside = file.resolve().is_relative_to(PROJECT_ROOT)
+    found = known_results(str(file.resolve().relative_to(PROJECT_ROOT))) if inside else None
+    if found is None:
+        return None
+    results, name = found
+    return {**forecast(bench, tasks, results), "from": f"recipes/results/{name}", "on": results["device"]}
+
+
+# ---- Fair arms ----
+
+BUDGET = "tuning"
+Choice = dict[str, Any]
+
+
+def tuning_bench(bench: Bench) -> Bench:
+    """The grid of learning rates as a bench of its own, with an arm `ARM=RATE` for each. Raises UserError without."""
+    section = bench.tuning
+    if section is None:
+        raise UserError("--tune: this file has no section `tuning` that says which learning rates to try")
+    arms = {name: arm.model_dump(exclude_defaults=True) for name, arm in bench.all_arms().items()}
+    kept: dict[str, dict] = {}
+    for name, tuned in section.arms.items():
+        arm = bench.all_arms()[name]
+        for rate in tuned.rates:
+            own = {"like": name, "set": {**section.set, "train.learning_rate": rate}}
+            kept[rate_name(name, rate)] = own | {k: v for k in ("start", "teacher") if (v := getattr(arm, k))}
+    # What they start from or are taught by is made as it is in every budget; the rest does not belong here.
+    order = {"budgets": {BUDGET: {"seeds": section.seeds}, "other": {"seeds": section.seeds}}}
+    others = {name: {**arm, "budget": "other", "seeds": None} for name, arm in arms.items()}
+    return Bench.model_validate(
+        {
+            "title": f"{bench.title}: learning rates",
+            "run_dir": f"{bench.run_dir}/tuning",
+            "recipe": bench.recipe,
+            "set": bench.set,
+            "first_seed": section.first_seed,
+            "prepare": bench.prepare,
+            "arms": {**others, **kept},
+            **order,
+        }
+    )
+
+
+def rate_name(arm: str, rate: float) -> str:
+    return f"{arm}={rate:g}"
+
+
+def choose(section: Tuning, values: dict[str, dict[int, float]]) -> dict[str, Choice]:
+    """{arm: `metric`, `rates` with mean and value of every seed, `chosen`, `edge`, `serves`}.
+
+    `values`: {"ARM=RATE@metric": {seed: value}}.
+    """
+    found = {}
+    for arm, tuned in section.arms.items():
+        by = section.metric_of(arm)
+        tried = {}
+        for rate in sorted(tuned.rates):
+            by_seed = values[f"{rate_name(arm, rate)}@{by}"]
+            tried[rate] = {
+                "mean": statistics.fmean(by_seed.values()),
+                "values": {str(seed): value for seed, value in by_seed.items()},
+            }
+        rates = {f"{rate:g}": of for rate, of in tried.items()}
+        chosen = next(rate for rate in tried if f"{rate:g}" == _best(by, rates))
+        found[arm] = {
+            "metric": by,
+            "rates": rates,
+            "chosen": chosen,
+            "edge": chosen in (min(tried), max(tried)),
+            "serves": tuned.serves,
+        }
+    return found
+
+
+def apply_rates(bench: Bench) -> dict[str, Any] | None:
+    """Give the arms of `bench` the rates that were chosen; what the file says of them, None where nothing was tuned.
+
+    Raises UserError for choices made among other rates, metrics or seeds than the section asks for today.
+    """
+    section = bench.tuning
+    if section is None or not (path := find_file(section.results)).is_file():
+        return None
+    kept = read_json(path)
+    tried = {arm: sorted(map(float, of["rates"])) for arm, of in kept["arms"].items()}
+    asked = {arm: sorted(map(float, (f"{r:g}" for r in tuned.rates))) for arm, tuned in section.arms.items()}
+    seeds = list(range(section.first_seed, section.first_seed + section.seeds))
+    by = {arm: of["metric"] for arm, of in kept["arms"].items()}
+    if tried != asked or by != {arm: section.metric_of(arm) for arm in asked} or kept["seeds"] != seeds:
+        raise UserError(
+            f"{section.results} was made for other learning rates, another metric or other seeds than `tuning` asks "
+            "for; run `distill bench FILE --tune` again"
+        )
+    for arm, of in kept["arms"].items():
+        if f"{of['chosen']:g}" != _best(of["metric"], of["rates"]):
+            raise UserError(
+                f"{section.results} is damaged: the rate chosen for {arm} is not the best of those in it; copy it "
+                "again, or run `distill bench FILE --tune` again"
+            )
+        for name in (arm, *section.arms[arm].serves):
+            bench.give_rate(name, of["chosen"])
+    return kept
+
+
+def _best(name: str, rates: dict[str, dict]) -> str:
+    """The first of them, from the lowest on, that has the best mean of its seeds' values."""
+    best = max if metric(name).unit == "%" else min
+    return best(sorted(rates, key=float), key=lambda rate: statistics.fmean(rates[rate]["values"].values()))
+
+
+def tuning_results(bench: Bench, file: Path, values: dict, about: dict[str, Any]) -> dict[str, Any]:
+    """What is written to `tuning.results`."""
+    section = bench.tuning
+    whole = file.resolve()
+    inside = whole.is_relative_to(PROJECT_ROOT)
+    return {
+        "bench": str(whole.relative_to(PROJECT_ROOT)) if inside else str(file),
+        "recipe": hash_yaml(file),
+        "seeds": list(range(section.first_seed, section.first_seed + section.seeds)),
+        "arms": choose(section, values),
+        **about,
+    }
+
+
+def tuning_text(found: dict[str, Any]) -> str:
+    """A line per arm for people."""
+    lines = []
+    for arm, of in found["arms"].items():
+        scale = 100 if metric(of["metric"]).unit == "%" else 1
+        tried = ", ".join(f"{rate} {scale * at['mean']:.3g}" for rate, at in of["rates"].items())
+        edge = " (an edge: the best may lie beyond; give more rates)" if of["edge"] else ""
+        lines.append(f"  {arm:24} {of['chosen']:g}{edge}  ({of['metric']}: {tried})")
+    return "\n".join(lines)
+
+
+def edges(kept: dict[str, Any] | None, arms: list[str]) -> list[str]:
+    """Of `arms`, those whose chosen rate is the first or the last that was tried."""
+    if kept is None:
+        return []
+    at = {name for arm, of in kept["arms"].items() if of["edge"] for name in (arm, *of["serves"])}
+    return [arm for arm in arms if arm in at]

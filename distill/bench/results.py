@@ -4,7 +4,7 @@
     write_results(results, table, Path("checkpoints/claims"))
 
 results.json, version 2: `claims` (distill/bench/judge.py says what a row has), `controls`
-(distill/bench/controls.py), `facts`, `evidence`, `arms` (`about`, `metrics` with mean, sd and the value of every seed,
+(distill/bench/judge.py), `facts`, `evidence`, `arms` (`about`, `metrics` with mean, sd and the value of every seed,
 `budget`), `curves`, and what they rest on: `bench`, `recipes` (hashes of the files), `commit` (whose code judged) and
 `commits` (whose code trained and measured), `registration`, `tuning`, `device`, `versions`, `seconds`, `arm_seconds`.
 items.parquet has every answer. Version 1 had no registration, controls, facts and evidence, and corrected all claims
@@ -19,15 +19,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill.bench.claims import Controls, Fact
-from distill.bench.controls import judge_controls
+from distill.bench.claims import Controls, Fact, History, unregistered
 from distill.bench.grid import Bench, Curve, arms_within
 from distill.bench.items import ITEMS, Table, counts, read_items, write_items
-from distill.bench.judge import EQUAL_AFTER, Measured, decide, judge_claim
+from distill.bench.judge import EQUAL_AFTER, Measured, decide, judge_claim, judge_controls
 from distill.bench.metrics import metric, read_metrics
-from distill.bench.plan import Task, known_budget, runs_of
-from distill.bench.registration import History, unregistered
-from distill.bench.tuning import apply_rates
+from distill.bench.plan import Task, apply_rates, known_budget, runs_of
 from distill.bench.verdicts import fit_curve, pareto_front
 from distill.errors import UserError
 from distill.files import replacing

@@ -33,16 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from distill import console
-from distill.bench.forecast import describe
 from distill.bench.grid import Bench, Prepared, load_bench, pick_budget
 from distill.bench.metrics import MODEL, TEACHER, read_metrics
-from distill.bench.plan import Task, plan
+from distill.bench.plan import BUDGET, Task, apply_rates, describe, plan, tuning_bench, tuning_results
 from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
-from distill.bench.tuning import BUDGET, apply_rates, tuning_bench, tuning_results
 from distill.errors import DistillError, RunError, UserError
 from distill.files import replacing, sync_all, writing
-from distill.integrity import entries, record_entries, write_sealed
-from distill.storage import MANIFEST, find_file, read_json
+from distill.storage import MANIFEST, entries, find_file, read_json, record_entries, write_sealed
 
 CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
 
@@ -134,7 +131,7 @@ def _check(tasks: dict[str, Task]) -> None:
     """
     from distill.devices import pick_device
     from distill.doctor.checks import examine, examine_checkpoints
-    from distill.doctor.findings import FAIL, WARN
+    from distill.doctor.pair import FAIL, WARN
 
     asked: set[str] = set()
     said: dict[tuple[str, str], list[str]] = {}  # (state, line): arms
@@ -369,7 +366,7 @@ def run_task(task: Task, redo: bool = False) -> float:
 
 
 def _base(task: Task, redo: bool) -> None:
-    from distill.training.start import make_base
+    from distill.training.arms import make_base
 
     make_base(task.recipe, redo)
 
@@ -447,8 +444,7 @@ def _probe(task: Task, model: str, redo: bool) -> None:
     from distill.devices import pick_device
     from distill.evaluation.inherit import measure_probes
     from distill.models.load import load_model, load_tokenizer
-    from distill.tasks.flaws import embedded_probes
-    from distill.tasks.probes import load_probes
+    from distill.tasks.flaws import embedded_probes, load_probes
 
     device = pick_device(task.recipe.device, task.recipe.threads)
     probes = embedded_probes() if task.probes == "embedded" else load_probes(task.probes)

@@ -5,11 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "data": ["Endpoint", "Filter", "Generate", "Prompts", "TeacherSection", "Terms"],
-        "evaluation": ["Evaluate"],
-        "objectives": ["ObjectiveSpec", "Option"],
+        "data": ["Endpoint", "Evaluate", "Filter", "Generate", "Prompts", "TeacherSection", "Terms"],
+        "section": ["ObjectiveSpec", "Option", "Section"],
         "recipe": ["Recipe", "load_evaluate", "load_prompts", "load_recipe", "read_recipe"],
-        "section": ["Section"],
         "training": ["Control", "Lora", "Objective", "StudentSection", "Train"],
     },
 )

@@ -14,15 +14,13 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill import console
-from distill.config.data import Filter, Generate, Prices, Prompts, TeacherSection
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Filter, Generate, Prices, Prompts, TeacherSection
 from distill.config.section import Section, Seed
 from distill.config.training import Control, StudentSection, Train
 from distill.errors import UserError, nearest
 from distill.files import shown
-from distill.integrity import unsealed
-from distill.storage import PROJECT_ROOT, find_file
-from distill.tasks.benchmarks import held_out_preset
+from distill.storage import PROJECT_ROOT, find_file, unsealed
+from distill.tasks.corpus import held_out_preset
 
 BASE_FOLDER = "base"  # of a run: the student as made from another model, before it trains
 

@@ -1,10 +1,34 @@
-"""What every section of a recipe is made of, and the section about teacher signals. See distill/config/recipe.py."""
+"""What sections of a recipe are made of: types and bounds, teacher signals, `student.from`, the objectives.
 
+The recipe section `student.from`: how a student is made from a model before it trains (distill/convert/derive.py).
+
+    student: {from: {model: checkpoints/smollm2, layers: 10, by: angle}}
+    student: {from: {model: checkpoints/teacher, experts: {drop: 0.5, how: reap}}}
+    student: {from: {model: checkpoints/base, mixture: {experts: 4, experts_per_token: 2}}}
+
+Models are averaged first, then layers are dropped, then widths are cut, then experts are taken out, joined or copied.
+What chooses by activation reads prompts of the recipe, with answers that the model itself writes to them.
+
+The objectives a recipe may name, with their options: a table that never imports torch.
+
+A recipe says
+
+    objectives: [{name: forward_kl, weight: 1.0, temperature: 2.0}, {name: cross_entropy, weight: 0.5}]
+
+`problems(spec)` lists what is wrong with one such entry (unknown name, unknown option, wrong type, out of bounds),
+`resolve(spec)` returns the entry with every default filled in, which is what a run writes down. The functions, with
+definitions and sources, are in `distill.training.losses.divergences` under the same names; options are their
+keyword arguments, except `weight`, which the training loop applies.
+"""
+
+import difflib
 import math
 import types
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_serializer, model_validator
 
 # Every number of a recipe is finite and bounded. Where nothing smaller is said, whole numbers end here.
 LARGEST = 2**31 - 1
@@ -37,10 +61,10 @@ class Section(BaseModel):
         if not isinstance(data, dict):
             return data
         found = [f"`{k}` {p}" for k, v in data.items() if (p := _unstorable(v))]
-        for name, field in cls.model_fields.items():
-            if name in data and _holds_bool(data[name]) and _asks_numbers(field.annotation):
+        for name, its in cls.model_fields.items():
+            if name in data and _holds_bool(data[name]) and _asks_numbers(its.annotation):
                 found.append(f"`{name}` is {str(data[name]).lower()}, a yes or no; give a number")
-            if name in data and (twice := _twice(data[name], field.annotation)):
+            if name in data and (twice := _twice(data[name], its.annotation)):
                 found.append(f"`{name}` names {twice} twice; leave one of them out")
         if found:
             raise ValueError("; ".join(found))
@@ -138,3 +162,299 @@ class Signal(Section):
                 f"{self.kind} is stored at temperature 1; set the temperature of the objective instead"
             )
         return self
+
+
+# ---- The recipe section `student.from` ----
+
+
+class Calibration(Section):
+    """What a choice by activation reads: the recipe's own prompts, or windows of its documents."""
+
+    rows: Count = Field(64, description="prompts (or windows of text) that are read, drawn by `seed`")
+    answers: bool = Field(
+        True, description="with the greedy answers of the model itself; false reads the questions alone"
+    )
+    max_new_tokens: Count = Field(64, description="tokens of such an answer")
+
+
+class Width(Section):
+    """Less of every layer, after Minitron (arXiv 2407.14679, section 2.2)."""
+
+    intermediate: Count | None = Field(None, description="neurons of every MLP that are kept; empty: all")
+    kv_heads: Count | None = Field(
+        None,
+        description="heads of keys and values that are kept, each with the queries that read it; empty: all",
+    )
+    hidden: Count | None = Field(
+        None, description="channels of the hidden states that are kept, the same in every layer; empty: all"
+    )
+    by: Literal["activation", "random"] = Field(
+        "activation", description="which: the largest mean activations, or drawn by `seed` (a control)"
+    )
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not (self.intermediate or self.kv_heads or self.hidden):
+            raise ValueError("name what becomes narrower: `intermediate`, `kv_heads` or `hidden`")
+        return self
+
+
+class Experts(Section):
+    """Fewer experts in every routed layer; the router keeps the rows of those that stay."""
+
+    drop: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the experts that goes")
+    how: Literal["reap", "frequency", "random", "merge"] = Field(
+        "reap",
+        description="which stay: the largest router weight times norm of the output (REAP, arXiv 2510.13999), the most "
+        "used, drawn by `seed`; merge: as reap, the others averaged into the likest of them (REAM, arXiv 2604.04356)",
+    )
+
+
+class Dense(Section):
+    """A mixture made dense: one MLP for the experts of a layer (arXiv 2605.28207)."""
+
+    how: Literal["concatenate", "average"] = Field(
+        "concatenate",
+        description="concatenate: experts side by side, each scaled by its mean router weight; average: one expert, "
+        "the mean of all weighted by that",
+    )
+    experts: Count | None = Field(
+        None, description="concatenate: so many, those of the largest weight; empty: as many as a token used"
+    )
+
+
+class Mixture(Section):
+    """A dense model made a mixture: sparse upcycling (arXiv 2212.05055). It computes what the dense one computed."""
+
+    experts: Annotated[int, Field(ge=2, le=4096)] = Field(4, description="copies of every MLP")
+    experts_per_token: Count = Field(2, description="of them, chosen by a new router for every token")
+    shared: bool = Field(
+        False, description="one more copy that every token uses; it and the chosen ones count half"
+    )
+
+    @model_validator(mode="after")
+    def _enough(self):
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"a token cannot use {self.experts_per_token} of {self.experts} experts; lower `experts_per_token`"
+            )
+        return self
+
+
+class From(Section):
+    """A student made from a model before it trains (distill/convert/derive.py)."""
+
+    later: ClassVar = ("average", "by", "width", "experts", "dense", "mixture", "calibration")
+
+    model: str = Field(description="folder or hub name of the model it is made from")
+    average: tuple[str, ...] = Field(
+        (),
+        description="further models of the same shape: every weight is the mean of all (model soups, arXiv 2203.05482)",
+    )
+    layers: Count | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="decoder layers that are kept: so many, or a list from 0; empty: all"
+    )
+    by: Literal["even", "angle"] = Field(
+        "even",
+        description="which, where `layers` is a number: evenly with the first and the last, or without the run of "
+        "layers that turns the hidden state least (arXiv 2403.17887, section 3.2)",
+    )
+    width: Width | None = Field(None, description="less of every layer")
+    experts: Experts | None = Field(None, description="a mixture with fewer experts")
+    dense: Dense | None = Field(None, description="a mixture made dense")
+    mixture: Mixture | None = Field(None, description="a dense model made a mixture")
+    calibration: Calibration = Field(Calibration(), description="what a choice by activation reads")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler):
+        """Keys that recipes from before did not have are left out while they are at their default."""
+        values = handler(self)
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in self.later or getattr(self, key) != type(self).model_fields[key].default
+        }
+
+    @model_validator(mode="after")
+    def _something_one_way(self):
+        asked = [name for name in ("experts", "dense", "mixture") if getattr(self, name)]
+        if len(asked) > 1:
+            raise ValueError(f"`{asked[0]}` and `{asked[1]}` exclude each other; leave one out")
+        if self.layers is None and self.width is None and not asked and not self.average:
+            raise ValueError(
+                "say what becomes of the model: `average`, `layers`, `width`, `experts`, `dense` or `mixture`"
+            )
+        if self.by == "angle" and not isinstance(self.layers, int):
+            raise ValueError("`by: angle` chooses layers: give their number in `layers`")
+        return self
+
+    @property
+    def reads(self) -> bool:
+        """Whether a choice reads the recipe's prompts."""
+        by_use = self.experts is not None and self.experts.how != "random"
+        by_size = self.width is not None and self.width.by == "activation"
+        return self.by == "angle" or by_use or by_size or self.dense is not None
+
+    @property
+    def draws(self) -> bool:
+        """Whether something is drawn by the recipe's seed."""
+        at_random = self.experts is not None and self.experts.how == "random"
+        return at_random or self.mixture is not None or (self.width is not None and self.width.by == "random")
+
+    def identity(self, **how: Any) -> dict[str, Any]:
+        return self.model_dump(mode="json", **how)
+
+
+# ---- The objectives a recipe may name, with their options ----
+
+LARGEST_OPTION = 1e6  # of weights, temperatures and margins nobody means more
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword of an objective: low <= value <= high, strictly where `above` or `below` says so."""
+
+    kind: type
+    default: Any
+    low: float = -LARGEST_OPTION
+    high: float = LARGEST_OPTION
+    above: bool = False
+    below: bool = False
+    choices: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, as the end of a sentence, or None."""
+        if self.kind is list and isinstance(value, (list, tuple)):
+            pairs = all(isinstance(p, (list, tuple)) and len(p) == 2 for p in value)
+            whole = pairs and all(isinstance(i, int) and not isinstance(i, bool) for p in value for i in p)
+            return None if value and whole else "must be pairs [[student layer, teacher layer], ...]"
+        if self.kind is list and value not in self.choices:
+            return f"must be {' or '.join(self.choices)}, or pairs [[student layer, teacher layer], ...]"
+        if self.choices:
+            return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
+        if self.kind is bool:
+            return None if isinstance(value, bool) else "must be true or false"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+            return "must be a finite number"
+        if self.kind is int and value % 1:
+            return "must be a whole number"
+        low_enough = value < self.high if self.below else value <= self.high
+        high_enough = value > self.low if self.above else value >= self.low
+        if low_enough and high_enough:
+            return None
+        shown = self.high < LARGEST_OPTION or value > self.high
+        upper = f" and {'below' if self.below else 'at most'} {self.high:g}" if shown else ""
+        return f"must be {'above' if self.above else 'at least'} {self.low:g}{upper}"
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """`signal` is what the function takes after the student's logits.
+
+    "targets": token ids [N] · "dense": the teacher's logits [N, V] · "sparse": ids [N, K] and log-probabilities
+    [N, K] of the likeliest tokens · "sampled": ids [N, K] of drawn tokens and their weights [N, K] · "drawn": the
+    teacher's logits, the token that the student drew [N] and its log-probability when it did [N] · "aligned":
+    logits [N, V'] of a teacher with another tokenizer · "hidden", "routers": what a live teacher does on the way
+    to its logits · "own_routers": what the student's routers do, no teacher · "ahead": what a module beside the student
+    says of the token after the next, no teacher.
+    """
+
+    name: str
+    signal: str
+    options: MappingProxyType[str, Option] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def live(self) -> bool:
+        """Whether a live teacher must read the same batch."""
+        return self.signal in ("dense", "drawn", "aligned", "hidden", "routers")
+
+
+TEMPERED = {
+    "temperature": Option(float, 1.0, low=0, above=True),
+    "temperature_squared": Option(bool, False),
+}
+WEIGHT = Option(float, 1.0, low=0, above=True)
+
+
+LAYERS = Option(list, "uniform", choices=("uniform", "last"))
+_TOP = Option(int, 8, low=2)
+
+
+def _objective(name: str, signal: str, tempered: bool = True, **options: Option) -> tuple[str, ObjectiveSpec]:
+    tempered = TEMPERED if tempered and signal in ("dense", "sparse", "sampled") else {}
+    return name, ObjectiveSpec(name, signal, MappingProxyType({**tempered, **options}))
+
+
+OBJECTIVES: MappingProxyType[str, ObjectiveSpec] = MappingProxyType(
+    dict(
+        (
+            _objective("cross_entropy", "targets"),
+            _objective("forward_kl", "dense"),
+            _objective("reverse_kl", "dense"),
+            _objective("generalized_jsd", "dense", beta=Option(float, 0.5, low=0, high=1)),
+            _objective("skew_forward_kl", "dense", alpha=Option(float, 0.1, low=0, high=1, below=True)),
+            _objective("skew_reverse_kl", "dense", alpha=Option(float, 0.1, low=0, high=1, below=True)),
+            _objective("adaptive_kl", "dense", mu=Option(float, 0.5, low=0, high=1)),
+            _objective("total_variation", "dense"),
+            _objective(
+                "alpha_beta_divergence",
+                "dense",
+                alpha=Option(float, 0.2, low=0),
+                beta=Option(float, 0.7, low=0),
+            ),
+            _objective(
+                "sparse_forward_kl",
+                "sparse",
+                tail=Option(str, "renormalise", choices=("renormalise", "tail_bucket", "zero")),
+            ),
+            _objective("sampled_cross_entropy", "sampled"),
+            _objective("ranking_hinge", "dense", tempered=False, top=_TOP, margin=Option(float, 1.0, low=0)),
+            _objective("ranking_logistic", "dense", tempered=False, top=_TOP),
+            _objective("top_reverse_kl", "dense", tempered=False, top=Option(int, 16, low=2)),
+            _objective("sampled_reverse_kl", "drawn", clip=Option(float, 0.0, low=0, high=1, below=True)),
+            _objective("uld", "aligned", temperature=TEMPERED["temperature"]),
+            _objective("hidden_cosine", "hidden", layers=LAYERS),
+            _objective("hidden_mse", "hidden", layers=LAYERS, normalise=Option(bool, True)),
+            _objective("router_distillation", "routers", temperature=TEMPERED["temperature"], layers=LAYERS),
+            _objective("sequence_balance", "own_routers"),
+            _objective("batch_balance", "own_routers"),
+            _objective(
+                "multi_token",
+                "ahead",
+                target=Option(str, "tokens", choices=("tokens", "model")),
+                frozen=Option(bool, False),
+            ),
+        )
+    )
+)
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(str(word), words, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(words)}"
+
+
+def problems(spec: dict[str, Any]) -> list[str]:
+    """Everything wrong with one entry of a recipe's `objectives`, one line each; [] if nothing is."""
+    name = spec.get("name")
+    if name not in OBJECTIVES:
+        return [f"objective {name!r} does not exist{_nearest(name, list(OBJECTIVES))}"]
+    known = {"weight": WEIGHT, **OBJECTIVES[name].options}
+    found = []
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        if key not in known:
+            found.append(f"objective {name} has no option {key!r}{_nearest(key, list(known))}")
+        elif (trouble := known[key].problem(value)) is not None:
+            found.append(f"objective {name}: {key} {trouble}, not {value!r}")
+    if not found and name == "alpha_beta_divergence" and not any(resolve(spec)[k] for k in ("alpha", "beta")):
+        found.append(f"objective {name}: alpha and beta cannot both be 0; give one a positive value")
+    return found
+
+
+def resolve(spec: dict[str, Any]) -> dict[str, Any]:
+    """`spec` (free of problems) with defaults filled in: name, weight, then every option by name."""
+    options = OBJECTIVES[spec["name"]].options
+    filled = {key: option.default for key, option in options.items()}
+    return {"name": spec["name"], "weight": WEIGHT.default, **filled, **spec}

@@ -7,9 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
-from distill.config import objectives
-from distill.config.section import BlockPrecision, Count, Fraction, Section, TemplateArguments, Whole
-from distill.config.student_from import From
+from distill.config import section
+from distill.config.section import BlockPrecision, Count, Fraction, From, Section, TemplateArguments, Whole
 
 WEIGHED = (
     "targets",
@@ -23,7 +22,7 @@ ModuleName = Annotated[str, Field(min_length=1, pattern=r"^[\w.]+$")]
 
 
 class Lora(Section):
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/models/lora.py for what each key reaches."""
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/models/student.py for what each key reaches."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)] = Field(
         16, description="of each adapted weight; of each expert with `experts`"
@@ -125,7 +124,7 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _known(self):
-        found = objectives.problems({"name": self.name, "weight": self.weight, **(self.model_extra or {})})
+        found = section.problems({"name": self.name, "weight": self.weight, **(self.model_extra or {})})
         if found:
             raise ValueError("; ".join(found))
         return self
@@ -133,16 +132,16 @@ class Objective(Section):
     @property
     def options(self) -> dict[str, Any]:
         """The objective's keyword arguments, defaults filled in."""
-        resolved = objectives.resolve({"name": self.name, **(self.model_extra or {})})
+        resolved = section.resolve({"name": self.name, **(self.model_extra or {})})
         return {k: v for k, v in resolved.items() if k not in ("name", "weight")}
 
     @property
     def signal(self) -> str:
-        return objectives.OBJECTIVES[self.name].signal
+        return section.OBJECTIVES[self.name].signal
 
     @property
     def live(self) -> bool:
-        return objectives.OBJECTIVES[self.name].live
+        return section.OBJECTIVES[self.name].live
 
     @property
     def frozen(self) -> bool:

@@ -36,11 +36,10 @@ from distill import console
 from distill.convert.gguf import Header, gguf_config, gguf_model, gguf_tokenizer, read_header, require_gguf
 from distill.errors import RunError, UserError, nearest
 from distill.files import check_targets, replacing, sync_all, write_atomic
-from distill.integrity import write_sealed
 from distill.models.decode import Sampling, decode
 from distill.models.load import DTYPES
 from distill.stages import versions
-from distill.storage import MANIFEST, fingerprint, hash_file
+from distill.storage import MANIFEST, fingerprint, hash_file, write_sealed
 
 NEW_TOKENS = 32  # of each greedy answer that is compared
 ASKED = ("What is the capital of France?", "Write one sentence about the sea.")

@@ -17,8 +17,7 @@ from distill.console import text_table
 from distill.cost.break_even import STRATEGIES, UNITS, Costs, segments, strategy_lines
 from distill.errors import UserError
 from distill.report.drawing import INK, MUTED, RC, new_figure, plain_axes, to_svg
-from distill.report.numbers import si
-from distill.report.pages import page_environment
+from distill.report.pages import page_environment, si
 from distill.storage import json_text, write_atomic, write_json
 
 _STRATEGY_WORDS = {"teacher": "keep calling the teacher", "distil": "distil", "direct": "train directly"}

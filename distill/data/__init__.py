@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "scoring": ["draw", "score_rows"],
         "signals": ["Dense", "Sampled", "SignalFormat", "States", "StoredSignals", "TopK"],
         "teachers": ["Answer", "LocalTeacher", "Question"],
-        "terms": ["decide"],
+        "provenance": ["decide"],
         "vllm": ["VllmTeacher"],
     },
 )

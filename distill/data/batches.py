@@ -29,7 +29,7 @@ from torch import nn
 
 from distill.data.signals import Sampled, SignalFormat, States, StoredSignals, TopK
 from distill.errors import UserError
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.layers import RIGHT_PADDED, PackedRows, Rows, rows_apart
 from distill.storage import SIGNAL_COLUMNS, parts, read_table
 

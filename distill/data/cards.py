@@ -1,6 +1,6 @@
 """The model card (README.md) that every trained folder carries: what it is, from what, how it was made, how good.
 
-Cards state the teacher and what its terms say of training on its outputs (`distill/data/terms.py`). They name a
+Cards state the teacher and what its terms say of training on its outputs (`distill/data/provenance.py`). They name a
 licence only where all of the model is this project's own: weights from scratch on its procedural problems.
 
     student_card(recipe, "student", counts, terms)         # at the end of training: all but the scores
@@ -17,9 +17,9 @@ import yaml
 from distill.config.recipe import Recipe
 from distill.console import parameters
 from distill.data.ledger import run_ledger
-from distill.data.terms import in_card, terms_lines
+from distill.data.provenance import in_card, terms_lines
 from distill.storage import MANIFEST, read_json, write_atomic
-from distill.tasks.documents import text_version
+from distill.tasks.corpus import text_version
 
 OWN_LICENCE = "mit"
 MEASURED_HEADING = "\n## Measured\n"  # where the part begins that `refresh_cards` writes anew

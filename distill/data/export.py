@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from distill.config.recipe import Recipe, load_recipe
-from distill.data.terms import in_card, terms_lines
+from distill.data.provenance import in_card, terms_lines
 from distill.errors import RunError, UserError
 from distill.files import like_it, replacing, shown
-from distill.integrity import verify_folder
-from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, write_atomic
+from distill.storage import MANIFEST, MESSAGES, parts, read_json, read_table, verify_folder, write_atomic
 
 # The hub's own size classes: https://github.com/huggingface/hub-docs/blob/main/datasetcard.md
 _SIZES = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}

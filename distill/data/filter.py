@@ -31,11 +31,10 @@ from distill.config.recipe import Recipe, resolved
 from distill.data.export import write_card
 from distill.data.filter_rules import ORDER, Candidate, HeldOut, Rules, held_out_questions, identity, question
 from distill.data.prompts import check_documents, document_rows
+from distill.data.provenance import require_permission
 from distill.data.signals import HEAD, HIDDEN, SignalFormat
-from distill.data.terms import require_permission
 from distill.errors import UserError
 from distill.files import replacing
-from distill.integrity import verify_folder
 from distill.models.chat import completion_ids, named_row, prompt_ids
 from distill.models.load import load_tokenizer, same_vocabulary, tokenizer_fingerprint
 from distill.models.student import student_config, student_tokenizer
@@ -48,6 +47,7 @@ from distill.storage import (
     PartWriter,
     read_json,
     read_rows,
+    verify_folder,
 )
 from distill.tasks.verify import extract_answer
 

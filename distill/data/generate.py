@@ -21,9 +21,9 @@ from distill import console
 from distill.config.data import TeacherSection
 from distill.config.recipe import Recipe, resolved
 from distill.config.section import Signal
-from distill.data.budget import LIMITS, Limits
 from distill.data.endpoint import TRANSPORT, EndpointTeacher
-from distill.data.provenance import model_source, teacher_source
+from distill.data.ledger import LIMITS, Limits
+from distill.data.provenance import model_source, require_permission, teacher_source
 from distill.data.scoring import (
     check_scores,
     given_answers,
@@ -34,13 +34,12 @@ from distill.data.scoring import (
 )
 from distill.data.signals import HEAD
 from distill.data.teachers import Answer, LocalTeacher, Question, Teacher, TeachersByTag
-from distill.data.terms import require_permission
 from distill.data.vllm import VllmTeacher
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
 from distill.files import remove_leftovers, writing
 from distill.models.decode import Sampling
-from distill.models.head import save_head
+from distill.models.hooks import save_head
 from distill.stages import Stage, input_fingerprint
 from distill.storage import (
     GENERATION_SCHEMA,

@@ -1,6 +1,6 @@
 """The questions: embedded tasks, a local file or a hub dataset, as chat messages with a reference answer.
 
-How a file becomes rows of text: distill/tasks/reading.py; what a prompt may be: distill/tasks/conversations.py.
+How a file becomes rows of text: distill/tasks/reading.py; what a prompt may be: distill/tasks/corpus.py.
 
 Stage folder `prompts/`: one row per prompt with `prompt_id, messages, answer, verifier, family, level, split,
 solution, completion, question`. `solution` (the worked steps) is empty unless the recipe trains on it: the
@@ -23,16 +23,25 @@ from pathlib import Path
 from typing import Any
 
 from distill import console
-from distill.config.data import Prompts
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Prompts
 from distill.config.recipe import Recipe, resolved
 from distill.errors import UserError
 from distill.files import like_it
 from distill.stages import Stage
 from distill.storage import PROMPT_SCHEMA, PartWriter, find_file, fingerprint, parts, read_rows
-from distill.tasks.benchmarks import PRESETS, check_template, fill_in, render, shown, split_task
-from distill.tasks.conversations import conversation, with_system
-from distill.tasks.documents import documents, is_embedded, python_docs
+from distill.tasks.corpus import (
+    PRESETS,
+    check_template,
+    conversation,
+    documents,
+    fill_in,
+    is_embedded,
+    python_docs,
+    render,
+    shown,
+    split_task,
+    with_system,
+)
 from distill.tasks.problems import sample_problems
 from distill.tasks.reading import FORMS, Problems, Table, arrow_rows, read_table, text_of
 from distill.tasks.verify import extract_answer, letter, require_package

@@ -36,8 +36,7 @@ from distill.data.vllm import VllmTeacher
 from distill.errors import UserError
 from distill.models.chat import continuation, prompt_ids, text_ids
 from distill.models.decode import Decoder, Sampling, copies_rows, row_seed, uniforms
-from distill.models.head import AtHead, Head, KeptLogits, at_places, output_head
-from distill.models.hooks import Hooks
+from distill.models.hooks import AtHead, Head, Hooks, KeptLogits, at_places, output_head
 from distill.models.layers import rows_apart
 from distill.models.load import load_config, tokenizer_fingerprint
 from distill.storage import SIGNAL_COLUMNS, read_rows

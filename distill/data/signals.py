@@ -19,7 +19,7 @@ two binary columns. Integers are packed to the bit, most significant first; id_b
               8 are asked for): a float32 scale a token, the power of two above its largest number, then d float16
               divided by it. States computed in bfloat16 come back as they were (but for numbers below 2^-17 of
               the largest, which keep an absolute 2^-25 of it); of others 11 bits stay. At 32: d float32. The
-              head lies once beside the rows (`distill.models.head.save_head`).
+              head lies once beside the rows (`distill.models.hooks.save_head`).
 
 A signal belongs to one tokenizer and one chat template: `SignalFormat.problems` refuses any other reader.
 

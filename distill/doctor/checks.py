@@ -1,7 +1,14 @@
-"""`distill doctor`: is this pair fit for this recipe? Asked of configs and tokenizers, before weights are loaded.
+"""`distill doctor`: is this pair fit for this recipe, and is all there that later stages need?
+
+What later stages will need, asked before the first one spends anything: folders, packages, problems, files.
+
+Each is a function of a `Pair` (distill/doctor/pair.py) that returns findings. Without these checks a run generates
+and trains for hours, and then says that a package, a level or a text file is missing.
+
+`distill doctor`: is this pair fit for this recipe? Asked of configs and tokenizers, before weights are loaded.
 
     distill doctor RECIPE [key=value ...] [--json]
-    findings = examine(recipe)               # list of distill.doctor.findings.Finding
+    findings = examine(recipe)               # list of distill.doctor.pair.Finding
     check_recipe(recipe, "run")              # what every command asks first; one UserError with every problem
 
 `doctor` prints a line per check, OK, note, WARN or FAIL, with the fix; its exit code is 2 with a FAIL, else 0. Every
@@ -15,25 +22,176 @@ from pathlib import Path
 import torch
 
 from distill import console
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.config.recipe import Recipe
 from distill.data.endpoint import check_endpoint
+from distill.data.provenance import require_permission
 from distill.data.signals import STORED, SignalFormat, signal_problems
-from distill.data.terms import require_permission
 from distill.data.vllm import check_engine
 from distill.devices import describe_device
 from distill.doctor import memory as footprint
-from distill.doctor import needs
 from distill.doctor import student as student_checks
 from distill.doctor import tokens as token_checks
-from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures, findings_of
-from distill.doctor.pair import Pair, Side, base_of, model_side
+from distill.doctor.pair import (
+    FAIL,
+    NOTE,
+    OK,
+    WARN,
+    Finding,
+    Pair,
+    Side,
+    base_of,
+    failures,
+    findings_of,
+    model_side,
+)
 from distill.errors import UserError
-from distill.models.load import check_model, check_weights, resolve_model, tokenizer_fingerprint
+from distill.evaluation.evaluate import check_measured
+from distill.evaluation.interventions import check_interventions
+from distill.files import folder_problem, shown
+from distill.models.load import (
+    check_model,
+    check_quantize,
+    check_weights,
+    resolve_model,
+    tokenizer_fingerprint,
+)
 from distill.models.precision import resolve_precision
-from distill.tasks.problems import FAMILIES
+from distill.tasks.problems import FAMILIES, available
+from distill.tasks.verify import require_package
 from distill.training.open_teachers import ALONE
 from distill.training.train import launch_problems
+
+MOST_ROWS = 10_000_000  # prompts are held in memory, about 1 kB each
+
+
+def run_folder(pair: Pair) -> list[Finding]:
+    """That the run's folder can be made, or written to."""
+    problem = folder_problem(pair.recipe.run_dir)
+    if problem:
+        text, _, fix = f"run_dir={shown(pair.recipe.run_dir)} {problem}".rpartition("; ")
+        return [Finding("run_dir", FAIL, text, fix)]
+    return [Finding("run_dir", OK, pair.recipe.run_dir)]
+
+
+def packages(pair: Pair) -> list[Finding]:
+    """Extras that a stage imports only when it comes to it."""
+    recipe, found = pair.recipe, []
+    asked = [("generate", recipe.prompts.verifier), ("evaluate", recipe.prompts.verifier)]
+    needed = [lambda v=v: require_package(v) for stage, v in asked if pair.does(stage)]
+    if recipe.teacher and pair.does("train"):
+        needed.append(lambda: _named("teacher", recipe.teacher.quantize, pair))
+    if pair.does("train"):
+        needed.append(lambda: _named("student", recipe.student.quantize, pair))
+    for check in needed:
+        try:
+            check()
+        except UserError as error:
+            found += failures("packages", error)
+    return found
+
+
+def _named(section: str, quantize: str, pair: Pair) -> None:
+    try:
+        check_quantize(quantize, pair.device)
+    except UserError as error:
+        raise UserError(
+            *(f"{section}.{line}, or set {section}.quantize=none" for line in error.problems)
+        ) from None
+
+
+def problems(pair: Pair) -> list[Finding]:
+    """That as many embedded problems exist as are asked for, to train on and to measure with."""
+    recipe, found = pair.recipe, []
+    section = recipe.prompts
+    if section.source == "tasks" and pair.does("generate"):
+        found += enough("prompts.levels", section.levels, section.families, "train", section.distinct)
+    if not recipe.evaluate.source and pair.does("evaluate"):
+        found += enough("evaluate.levels", recipe.evaluate.levels, section.families, recipe.evaluate.split)
+    return found
+
+
+def enough(
+    key: str, levels: dict[str, int], families: list[str], split: str, distinct: bool = True
+) -> list[Finding]:
+    """Findings of one key: nothing asked for, more than there are, or more than memory holds."""
+    asked = sum(levels.values())
+    if not asked or not families:
+        where = "prompts.families names none" if not families else f"{key} asks for 0"
+        example = "100" if key.startswith("-") else "'{easy: 100}'"
+        text = f"{where}: there are no problems"
+        return [Finding("problems", FAIL, text, f"set {key} to {example}, for example")]
+    if asked > MOST_ROWS:
+        text = f"{key} asks for {asked:,} problems, which are held in memory"
+        return [Finding("problems", FAIL, text, f"at most {MOST_ROWS:,} in all")]
+    found = []
+    for level, count in levels.items() if distinct else ():
+        there = {family: available(family, level, split) for family in families}
+        if count > sum(there.values()):
+            text = f"{key}: {count:,} different {level} problems of the split {split} do not exist, about "
+            fix = f"{key}.{level}={sum(there.values()) // 10} or fewer"
+            if split == "train":
+                fix += ", or prompts.distinct=false (repeats)"
+            found.append(Finding("problems", FAIL, f"{text}{sum(there.values()):,} do", fix))
+            continue
+        each = -(-count // len(families))
+        if short := [family for family, most in there.items() if most < each]:
+            text = (
+                f"{key}: {each:,} {level} problems are asked of each family, and {', '.join(short)} has fewer; "
+                "their shares will be smaller"
+            )
+            found.append(Finding("problems", WARN, text, f"a smaller {key}.{level}"))
+    return found
+
+
+def measured(pair: Pair) -> list[Finding]:
+    """What the evaluation will read and change: text files, the harness, choices, routing."""
+    section: Evaluate = pair.recipe.evaluate
+    if not pair.does("evaluate"):
+        return []
+    found = []
+    for check in (_texts_and_tasks, _routing):
+        try:
+            check(pair, section)
+        except UserError as error:
+            found += failures("evaluation", error)
+    return found
+
+
+def _texts_and_tasks(pair: Pair, section: Evaluate) -> None:
+    rows = pair.test_rows
+    if rows is not None and not rows:
+        raise UserError("evaluate: its source has no problems; name a file with at least one row")
+    check_measured(rows, section)
+
+
+def _routing(pair: Pair, section: Evaluate) -> None:
+    recipe = pair.recipe
+    named = {"base": recipe.student.model, "student": recipe.student.model, "teacher": None}
+    if recipe.teacher and not recipe.teacher.endpoint:
+        named["teacher"] = recipe.teacher.model
+    wanted = section.models or list(named)
+    models = {name for key, name in named.items() if name and key in wanted}
+    if section.interventions.any and models:
+        check_interventions(sorted(models), section.interventions)
+
+
+def references(pair: Pair) -> list[Finding]:
+    """The control arm trains on final answers: a file without them is told before the teacher is asked."""
+    recipe = pair.recipe
+    if not (recipe.control.enabled and recipe.teacher and pair.does("generate")) or not pair.training_rows:
+        return []
+    missing = sum(not row["answer"] for row in pair.training_rows)
+    if not missing:
+        return []
+    text = f"the control arm needs final answers for all prompts, and {missing:,} of them lack it"
+    fix = (
+        "set prompts.answer_column, or control.enabled=false (the run then proves nothing about the teacher)"
+    )
+    return [Finding("control", FAIL, text, fix)]
+
+
+# ---- `distill doctor` ----
 
 
 def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:
@@ -50,9 +208,9 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     if any(f.state == FAIL for f in found):
         return found  # nothing below can be judged for a device that is not there
     for name, check in (
-        ("run_dir", needs.run_folder),
-        ("packages", needs.packages),
-        ("problems", needs.problems),
+        ("run_dir", run_folder),
+        ("packages", packages),
+        ("problems", problems),
     ):
         found += findings_of(name, check, pair)
     sides = [*pair.sides, *([pair.draft] if pair.draft else [])]
@@ -84,7 +242,7 @@ def _examine(recipe: Recipe, command: str, weights: bool) -> list[Finding]:
     if pair.does("train"):
         checks += [("trained", student_checks.trained), ("experts", student_checks.expert_findings)]
         checks += [("precision", student_checks.rounding)]
-    checks += [("evaluation", needs.measured), ("control", needs.references), ("memory", footprint.memory)]
+    checks += [("evaluation", measured), ("control", references), ("memory", footprint.memory)]
     for name, check in checks:
         found += findings_of(name, check, pair)
     return found
@@ -94,7 +252,7 @@ def examine_checkpoints(models: dict[str, str], section: Evaluate, device: torch
     """The same of checkpoints that are only measured, `models` by name: what each reads, its context, its memory."""
     found = []
     if section.levels:
-        found += needs.enough("--problems", section.levels, list(FAMILIES), section.split)
+        found += enough("--problems", section.levels, list(FAMILIES), section.split)
     for name, path in models.items():
         side = model_side("checkpoint", path)
         loaded = findings_of("models", _model, side, True)

@@ -13,11 +13,10 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.data.scoring import BATCH_LOGITS, CHUNK_LOGITS
 from distill.devices import device_memory, free_memory
-from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
-from distill.doctor.pair import Pair, Side
+from distill.doctor.pair import FAIL, NOTE, OK, WARN, Finding, Pair, Side
 from distill.evaluation.answers import MOST_ON_CPU
 from distill.models.precision import PLAIN_ATTENTION_LIMIT, resolve_precision
 from distill.training.losses.fused import chunk_rows

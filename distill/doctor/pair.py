@@ -1,4 +1,14 @@
-"""Teacher and student as their configs and tokenizers describe them: what the checks before a run look at.
+"""What the checks before a run look at and how they say it: the pair by its configs, and findings.
+
+What a check before a run found: one line each, how serious it is, and what to do about it.
+
+    finding = Finding("context", FAIL, "40 + 512 tokens exceed the teacher's 256", "generate.max_new_tokens=200")
+    print(format_findings([finding]))
+
+`distill doctor` prints them all; commands that spend time stop at a FAIL and print a WARN once
+(distill/doctor/checks.py).
+
+Teacher and student as their configs and tokenizers describe them: what the checks before a run look at.
 
     pair = Pair(recipe, "run")
     pair.student.tokenizer, pair.teacher.context, pair.training_rows        # each read once, when first asked for
@@ -7,8 +17,9 @@ No weights are read. A teacher behind an endpoint has no config here: `pair.teac
 """
 
 import contextlib
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +36,71 @@ from distill.errors import UserError
 from distill.models.chat import check_prompts, has_own_template, prompt_ids, refused_prompts
 from distill.models.describe import describe_config
 from distill.models.load import check_adapter_base, load_config, load_tokenizer, resolve_model
-from distill.models.lora import LoraPlan, plan_lora, wrap_lora
-from distill.models.student import student_config, student_skeleton, student_tokenizer
-from distill.tasks.documents import documents
+from distill.models.student import (
+    LoraPlan,
+    plan_lora,
+    student_config,
+    student_skeleton,
+    student_tokenizer,
+    wrap_lora,
+)
+from distill.tasks.corpus import documents
+
+OK, NOTE, WARN, FAIL = "OK", "note", "WARN", "FAIL"
+_COLOURS = {OK: "green", NOTE: "cyan", WARN: "yellow", FAIL: "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`state` OK: as it should be; note: worth knowing; WARN: likely not what is wanted; FAIL: would go wrong."""
+
+    check: str
+    state: str
+    text: str
+    fix: str | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{self.text}; {self.fix}" if self.fix else self.text
+
+
+def failures(check: str, error: UserError) -> list[Finding]:
+    """A FAIL per problem of an error; by the convention of this project its fix stands after the last semicolon."""
+    found = []
+    for problem in error.problems:
+        text, _, fix = problem.rpartition("; ")
+        found.append(Finding(check, FAIL, text, fix) if text else Finding(check, FAIL, problem))
+    return found
+
+
+def findings_of(check: str, function: Callable[..., list[Finding]], *arguments: Any) -> list[Finding]:
+    """What `function` finds; a UserError it raises becomes a FAIL."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return failures(check, error)
+
+
+def format_findings(findings: list[Finding]) -> str:
+    """A line per finding and one per fix, and a last line that counts; coloured on a terminal."""
+    width = max(len(f.check) for f in findings)
+    lines = []
+    for finding in findings:
+        state = console.paint(f"{finding.state:<4}", _COLOURS[finding.state], sys.stdout)
+        lines.append(f"{state}  {finding.check:<{width}}  {finding.text}")
+        if finding.fix:
+            lines.append(f"{'':<{width + 8}}fix: {finding.fix}")
+    count = {state: sum(f.state == state for f in findings) for state in _COLOURS}
+    lines.append(", ".join(f"{n} {state}" for state, n in count.items()))
+    return "\n".join(lines)
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    """{"ok": no FAIL, "findings": [{"check", "state", "text", "fix"}]}, as `distill doctor --json` prints it."""
+    return {"ok": all(f.state != FAIL for f in findings), "findings": [asdict(f) for f in findings]}
+
+
+# ---- Teacher and student as their configs and tokenizers describe them ----
 
 SAMPLE = 256  # of the prompts, the longest in characters and the shortest are counted in tokens
 _TASKS = 40  # embedded problems per level that are looked at: their lengths hardly vary

@@ -1,7 +1,7 @@
 """Checks of the student's training before its weights are loaded: precision, what LoRA will train, which experts.
 
 The student is built from its config on the meta device and the adapter is really put on it, so that what is listed is
-what PEFT does and not what was asked of it (distill/models/lora.py on the families where it silently trains others).
+what PEFT does and not what was asked of it (distill/models/student.py on the families where it silently trains others).
 """
 
 from contextlib import nullcontext
@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding, failures
-from distill.doctor.pair import Pair, Side, base_of, model_side
+from distill.doctor.pair import FAIL, NOTE, OK, WARN, Finding, Pair, Side, base_of, failures, model_side
 from distill.errors import UserError
+from distill.models.describe import LINEAR, trainable_table, weight_groups
 from distill.models.fp8 import emulate_fp8
-from distill.models.parameters import LINEAR, trainable_table, weight_groups
 from distill.models.precision import EMULATED, resolve_precision
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
-from distill.moe.balance import ExpertBiasBalancer
 from distill.moe.interventions import sample_experts, use_top_k
+from distill.training.losses.routers import ExpertBiasBalancer
 from distill.training.rounding import FEW_STEPS, lost_steps, stored_matrices
 
 _ROUTER_SIGNALS = ("own_routers", "routers")

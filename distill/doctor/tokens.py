@@ -9,8 +9,7 @@ the student's surplus rows probability 0 (distill/training/losses/fused.py, `mat
 """
 
 from distill.data.signals import STORED
-from distill.doctor.findings import FAIL, NOTE, OK, WARN, Finding
-from distill.doctor.pair import Lengths, Pair, Side, model_side
+from distill.doctor.pair import FAIL, NOTE, OK, WARN, Finding, Lengths, Pair, Side, model_side
 from distill.errors import UserError
 from distill.models.ahead import masks_columns
 from distill.models.chat import opening, reads_the_clock, render, template_date

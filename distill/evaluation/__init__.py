@@ -10,8 +10,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "inherit": ["audit", "compare_flaws", "inherited_share", "measure_probes", "summarise_flaws"],
         "interventions": ["intervention_sweep"],
         "likelihood": ["text_nll"],
-        "saturation": ["saturation_between"],
-        "scores": ["compare", "forgetting"],
+        "routing": ["saturation_between"],
+        "answers": ["compare", "forgetting"],
         "stats": [
             "binomial_stderr",
             "holm",

@@ -6,7 +6,7 @@
 
 This module is the stage and its order: check everything, the teacher first (the others are compared with its
 answers), one model at a time, then what needs all of them. What is measured of a model is in
-distill/evaluation/measure.py, comparisons in distill/evaluation/scores.py. It leaves `metrics.json`, every key of
+distill/evaluation/measure.py, comparisons in distill/evaluation/answers.py. It leaves `metrics.json`, every key of
 which is described in distill/evaluation/schema.py, and `answers/` (every answer as a Parquet row, one part per
 model), each model's part as soon as it is done, so an interrupted evaluation continues with the next model.
 
@@ -21,22 +21,19 @@ from typing import Any
 
 from accelerate import PartialState
 
-from distill.config.data import Prompts
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Prompts
 from distill.config.recipe import Recipe, resolved
 from distill.console import first_process
 from distill.data.cards import refresh_cards
 from distill.data.prompts import held_out, named_problems
 from distill.devices import describe_device, main_decides, pick_device, processes
 from distill.errors import UserError
-from distill.evaluation.answers import problem_prompts
+from distill.evaluation.answers import compare, forgetting, problem_prompts
 from distill.evaluation.likelihood import choice_problems, letters_of
 from distill.evaluation.measure import Plan, TeacherReference, measure_model
-from distill.evaluation.saturation import add_saturation
+from distill.evaluation.routing import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
-from distill.evaluation.scores import compare, forgetting
 from distill.evaluation.stats import RESAMPLES
-from distill.integrity import verify_source, write_sealed
 from distill.models.chat import fix_date, reads_the_clock, template_date
 from distill.models.load import check_model, load_model
 from distill.stages import Stage, folder_date, input_fingerprint
@@ -48,9 +45,11 @@ from distill.storage import (
     fingerprint,
     read_json,
     read_table,
+    verify_source,
     write_json,
+    write_sealed,
 )
-from distill.tasks.documents import documents
+from distill.tasks.corpus import documents
 
 BASE = "base"  # the name of the model whose solved problems are looked at again
 

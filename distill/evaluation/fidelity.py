@@ -45,7 +45,7 @@ from distill.data.batches import Batch, TokenRows
 from distill.data.scoring import BATCH_LOGITS, CHUNK_LOGITS, length_batches
 from distill.devices import dealt, even_size
 from distill.evaluation.stats import ratio
-from distill.models.head import AtHead, KeptLogits, at_places
+from distill.models.hooks import AtHead, KeptLogits, at_places
 from distill.training.losses.divergences import forward_kl, reverse_kl
 from distill.training.losses.fused import match_vocabulary
 

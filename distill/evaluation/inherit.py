@@ -2,7 +2,7 @@
 
     distill inherit STUDENT ... --teacher PATH [--clean PATH] [--probes FILE|embedded] [--out DIR] [--json]
 
-Any causal LMs or adapters, any probe file (distill/tasks/probes.py says how a row looks). Per checkpoint and flaw: how
+Any causal LMs or adapters, any probe file (distill/tasks/flaws.py says how a row looks). Per checkpoint and flaw: how
 many probes show it, with Wilson's interval; how many of the flawed answers a verifier would have let through
 (right by the reference, or no reference to compare with); cut-off and failed answers beside it. With a teacher:
 the paired difference and the share of the teacher's flaw that was inherited, (student - clean) / (teacher -
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.devices import pick_device
 from distill.errors import UserError
 from distill.evaluation.answers import answer_problems
 from distill.evaluation.stats import RESAMPLES, paired_comparison, wilson_interval
 from distill.models.load import check_model, load_model, load_tokenizer
 from distill.storage import ANSWER_SCHEMA, PartWriter, fingerprint, write_json
-from distill.tasks.probes import OUTCOMES, Probe, load_probes, outcome
+from distill.tasks.flaws import OUTCOMES, Probe, load_probes, outcome
 
 FLAWS_VERSION = 1
 TOLERANCE = 0.01

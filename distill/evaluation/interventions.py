@@ -12,7 +12,7 @@ or the router's name. How each change is made is in `distill.moe.interventions`.
 One entry: `kind` (none, top_k, drop, route), `value`, `label`, `experts_per_token`, `flops_per_token` (of that k,
 by `distill.models.describe`; the routing controls and a dropped expert cost what the model costs),
 `decode_tokens_per_second` (of all its answers together, where they were timed), `tasks` (a score per level, as
-`distill.evaluation.scores.summarise`) and `comparison` with the unchanged model over all problems: n, difference
+`distill.evaluation.answers.summarise`) and `comparison` with the unchanged model over all problems: n, difference
 (the entry's accuracy minus the unchanged model's), ci95, p_value, p_value_holm (Holm 1979, over the sweep) and a
 verdict on the entry that needs the corrected one. The first entry is the unchanged model; its own k has no other.
 """
@@ -29,10 +29,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill import console
-from distill.config.evaluation import Evaluate, Interventions
+from distill.config.data import Evaluate, Interventions
 from distill.errors import UserError
-from distill.evaluation.answers import answer_problems
-from distill.evaluation.scores import summarise
+from distill.evaluation.answers import answer_problems, summarise
 from distill.evaluation.stats import holm, paired_comparison
 from distill.files import writing
 from distill.models.describe import DEFAULT_CONTEXT, describe_model

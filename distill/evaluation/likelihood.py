@@ -51,7 +51,7 @@ from distill.devices import dealt, even_size
 from distill.errors import UserError
 from distill.evaluation.stats import ratio, score
 from distill.models.chat import completion_ids, prompt_ids
-from distill.tasks.benchmarks import LETTERS
+from distill.tasks.corpus import LETTERS
 from distill.tasks.verify import letter
 
 _LISTED = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]")

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from distill import console
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.data.batches import TokenRows
 from distill.devices import main_alone
-from distill.evaluation.answers import answer_problems, problem_prompts, stop_strings
+from distill.evaluation.answers import answer_problems, names, problem_prompts, stop_strings, summarise
 from distill.evaluation.fidelity import (
     Reader,
     Reading,
@@ -46,7 +46,6 @@ from distill.evaluation.likelihood import (
     text_rows,
 )
 from distill.evaluation.routing import routing_section
-from distill.evaluation.scores import names, summarise
 from distill.evaluation.usage import AHEAD_PROMPTS, measure_ahead, usage_cost
 from distill.models.ahead import load_ahead
 from distill.models.describe import describe_model

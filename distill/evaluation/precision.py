@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
 from distill.models.fp8 import Fp8Report, fp8_emulated
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.precision import EMULATED, resolve_precision
 from distill.models.routers import find_routers
 from distill.moe.recording import LayerRecord, record_routing

@@ -5,21 +5,22 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "explore": ["slider"],
+        "shown": ["answer", "players", "show", "slider"],
         "lesson": [
+            "account",
             "accuracy",
             "ask",
             "begin",
+            "certificate",
             "exercise",
             "expect",
             "experiment",
             "held_out_problems",
             "needs",
+            "quiz",
             "scaled",
             "share",
             "step_log",
         ],
-        "record": ["account", "certificate", "quiz"],
-        "shown": ["answer", "players", "show"],
     },
 )

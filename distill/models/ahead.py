@@ -37,8 +37,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from distill.errors import UserError
 from distill.files import replacing
 from distill.models.decode import Completion, GrowingLayer, Sampling, choose, row_seed, uniforms
-from distill.models.head import output_head
-from distill.models.hooks import Hooks
+from distill.models.hooks import Hooks, output_head
 from distill.models.layers import decoder_layers
 from distill.models.load import cache_name
 from distill.models.packed import packed_linears

@@ -33,8 +33,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from distill.errors import UserError
-from distill.models.head import output_head
-from distill.models.hooks import Hooks
+from distill.models.hooks import Hooks, output_head
 from distill.models.load import cache_name
 from distill.models.packed import packed_linears
 

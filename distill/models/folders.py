@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import UserError
-from distill.integrity import verify_folder
+from distill.storage import verify_folder
 from distill.workers import template_worker
 from distill.workers.template_worker import MEMORY, MOST_CHARACTERS, SECONDS
 

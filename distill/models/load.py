@@ -51,7 +51,7 @@ from distill.models.folders import (
 from distill.models.layers import attend_by_row
 from distill.models.routers import find_routers
 from distill.storage import MANIFEST, changed_files, fingerprint, read_json, resolve_model
-from distill.tasks.tokenizer import CHAT_TEMPLATE
+from distill.tasks.problems import CHAT_TEMPLATE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": "auto"}
 

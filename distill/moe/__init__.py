@@ -24,6 +24,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "whole_model",
         ],
         "recording": ["Decisions", "LayerRecord", "Recording", "record_routing"],
-        "specialisation": ["GroupShares"],
+        "totals": ["GroupShares"],
     },
 )

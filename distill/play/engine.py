@@ -32,7 +32,7 @@ from distill.evaluation.routes import token_pieces
 from distill.models.chat import prompt_ids, whole_turn
 from distill.models.decode import Sampling, choose, row_seed, uniforms
 from distill.models.describe import describe_model
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.load import cache_name, eos_ids, load_model, load_tokenizer, same_vocabulary
 from distill.models.routers import Router, bare_model, find_routers
 from distill.moe.interventions import drop_experts, use_top_k
@@ -51,8 +51,7 @@ from distill.play.records import (
     Token,
     TokenOption,
 )
-from distill.tasks.problems import solve
-from distill.tasks.tokenizer import CHAT_TEMPLATE
+from distill.tasks.problems import CHAT_TEMPLATE, solve
 from distill.tasks.verify import extract_answer, judge
 from distill.training.cross_tokenizer import TeacherView
 

@@ -21,10 +21,9 @@ from distill.play.records import (
     Token,
     TokenOption,
 )
-from distill.report import numbers
+from distill.report import pages
 from distill.report.drawing import layer_labels
-from distill.report.pages import VISIBLE, visible
-from distill.report.words import called, mark, say
+from distill.report.pages import VISIBLE, called, mark, say, visible
 from distill.tasks.problems import FAMILIES
 
 CELLS = 32  # experts of a layer that are all drawn; of larger layers only the chosen ones
@@ -153,10 +152,10 @@ def _card(answer: PlayedAnswer, playground: Playground, picked: tuple[str, int] 
 
 def size(player: Player) -> str:
     """Parameters, active ones and experts of a model in a few words."""
-    words = say("%(size)s parameters", size=numbers.size(player.about))
+    words = say("%(size)s parameters", size=pages.size(player.about))
     if not player.routers:
         return say("dense, %(size)s", size=words)
-    router, active = player.routers[0], numbers.millions(player.about["parameters_active"])
+    router, active = player.routers[0], pages.millions(player.about["parameters_active"])
     return say(
         "%(size)s, %(active)s active, %(k)s of %(n)s experts a token",
         size=words, active=active, k=router.top_k, n=router.num_experts,

@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import console
-from distill.config.data import Prompts
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Prompts
 from distill.config.recipe import Recipe, load_recipe
 from distill.data.prompts import held_out, named_problems
 from distill.errors import UserError
 from distill.storage import find_file
-from distill.tasks.benchmarks import PRESETS, split_task
+from distill.tasks.corpus import PRESETS, split_task
 from distill.tasks.problems import FAMILIES, LEVELS
 
 NOT_VERIFIED = "not verified"

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from distill.config.evaluation import SEEN
+from distill.config.data import SEEN
 from distill.report import drawing
 from distill.report import figures as draw
-from distill.report.drawing import layer_label, layer_labels
-from distill.report.heat import expert_load, heat_map, loss_map
-from distill.report.numbers import absent
-from distill.report.words import called, mark, say
+from distill.report.drawing import expert_load, heat_map, layer_label, layer_labels, loss_map
+from distill.report.pages import absent, called, mark, say
 
 FIGURES = 3  # layers drawn of a model that has more
 _SHOWN_ROWS = 12  # rows of a table of extremes

@@ -4,7 +4,7 @@
     svg = reliability("tokens", {"student": {"ece": 0.03, "brier": 0.2, "bins": [...]}}, order=["student"])
 
 Every figure is readable in black and white: models differ in marker and line style, axes carry their unit. A mark says
-its numbers under the pointer, and the page has all of them in a table. Heat maps are in distill/report/heat.py.
+its numbers under the pointer, and the page has all of them in a table. Heat maps are in distill/report/drawing.py.
 """
 
 import itertools
@@ -28,8 +28,7 @@ from distill.report.drawing import (
     shorten,
     to_svg,
 )
-from distill.report.numbers import absent, number, percent, points, share, si
-from distill.report.words import called, say
+from distill.report.pages import absent, called, number, percent, points, say, share, si
 
 MARKERS = "osD^vPX*"
 VERDICT_MARKERS = {"BETTER": "^", "WORSE": "v"}

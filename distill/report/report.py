@@ -10,7 +10,7 @@ dense teacher, an evaluation alone) is said on the page or left out.
     print(summary_table(metrics))             # models x tasks in plain text
 
 What is shown is decided here and in `distill.report.findings`; `distill.report.figures` draws; the template holds the
-words and the loops, `distill.report.words` their Chinese.
+words and the loops, `distill.report.pages` their Chinese.
 """
 
 from pathlib import Path
@@ -23,12 +23,18 @@ from markupsafe import Markup
 from distill.data.ledger import STAGES
 from distill.report import drawing
 from distill.report import figures as draw
-from distill.report.findings import headline
-from distill.report.heat import expert_load
-from distill.report.numbers import NB, absent, number, percent, share
-from distill.report.pages import page_environment
-from distill.report.runs import MODEL_ORDER, Run, families, ordered, other_scores, read_run, tasks_in_order
-from distill.report.words import called, say, speaking
+from distill.report.drawing import expert_load
+from distill.report.findings import (
+    MODEL_ORDER,
+    Run,
+    families,
+    headline,
+    ordered,
+    other_scores,
+    read_run,
+    tasks_in_order,
+)
+from distill.report.pages import NB, absent, called, number, page_environment, percent, say, share, speaking
 from distill.storage import parts, read_table, write_atomic
 
 PROBLEM = ["family", "level", "prompt_id"]

@@ -5,8 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "benchmarks": ["PRESETS", "Preset"],
-        "probes": ["Probe", "load_probes"],
+        "corpus": ["PRESETS", "Preset"],
+        "flaws": ["Probe", "load_probes"],
         "problems": ["Problem", "sample_problem", "sample_problems", "solve", "split_of"],
         "verify": ["extract_answer", "final_answer", "judge"],
     },

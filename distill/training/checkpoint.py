@@ -38,8 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, RunError
 from distill.files import remove, replacing, sync, sync_all, temporary_of, writing
-from distill.integrity import write_sealed
-from distill.storage import hash_file, read_json
+from distill.storage import hash_file, read_json, write_sealed
 
 BEST = "best.safetensors"
 TENSORS = "tensors.safetensors"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from distill.data.batches import Batch
 from distill.errors import UserError
 from distill.models.describe import describe_model
-from distill.models.head import AtHead, Head, KeptLogits, at_places
+from distill.models.hooks import AtHead, Head, KeptLogits, at_places
 from distill.models.layers import rows_apart
 from distill.moe.interventions import use_top_k
 from distill.training.cross_tokenizer import TeacherView

@@ -1,26 +1,63 @@
-"""What a training run says while it runs: metrics.jsonl, trackers, and the progress bar with rate and time left.
+"""What a run measures of itself while it trains: metrics.jsonl, held-out loss, progress, and memory of a step.
+
+What a training run says while it runs: metrics.jsonl, trackers, and the progress bar with rate and time left.
 
 One JSON line per optimizer step: step, loss, lr, grad_norm, tokens (trained in this step), seconds (since the
 start, over resumes), gflops (model FLOPs per second of this step), each objective's own mean; where there is
 one, the held-out loss, what was sampled, the experts' MaxVio, and mfu, the share of the device's peak (PaLM, arXiv
 2204.02311, appendix B). The file is the record; trackers (TensorBoard, Weights & Biases, Trackio, through
 Accelerate) get the same numbers.
+
+Held-out loss while training: the cross-entropy of rows of the dataset that are never trained on.
+
+    train: {validation: {rows: 256, every: 50, patience: 3, keep_best: true}}
+
+It is cross-entropy in nats per completion token and nothing else, whatever the objectives, so that arms with different
+objectives compare: a penalty that one arm carries (an auxiliary loss, a divergence) is no part of it. It is summed over
+processes and divided once. With `patience`, training ends after so many looks without a better value; with `keep_best`,
+the weights that are saved at the end are those of the best look. Its place in metrics.jsonl is `validation`; the
+objectives' own weighted sum on the same rows stands beside it as `validation_objective`.
+
+Memory of a training step: what a forward pass keeps for its backward pass, and what to halve when it runs out.
+
+    with saved_for_backward(module) as saved:
+        loss = module(batch)
+    saved()                                # bytes, while the graph of `loss` is alive
+
+    except OutOfMemory as error: raise memory_advice(error, train, micro_batch_size)
+
+Number formats, adapters and batch shapes act on the activations that are kept; weights, gradients and optimizer state
+are counted from the parameters. The figure is measured rather than guessed, and the same on every device, unlike a
+peak that depends on the allocator and on what else the process has done. The arithmetic of one step depends on none
+of it.
 """
 
 import hashlib
 import json
+import math
 import os
 import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from distill import console
-from distill.config.training import Train
+from distill.config.training import Train, Validation
+from distill.data.batches import TokenRows, even_pieces, micro_batches
 from distill.devices import peak_flops
+from distill.errors import RunError, UserError
 from distill.files import write_atomic, writing
+from distill.models.layers import rows_apart
+from distill.training.checkpoint import BEST, load_trained, save_trained, saved_step
 from distill.training.sources import Lot
+from distill.training.step import StudentStep, whole_step
 
 
 class StepLog:
@@ -136,3 +173,165 @@ def cut_back(path: Path, first: int, recorded: str | None = None) -> tuple[float
     if "".join(kept) != text:
         write_atomic(path, "".join(kept))
     return seconds, digest
+
+
+# ---- Held-out loss while training ----
+
+
+def split_rows(rows: TokenRows, section: Validation, seed: int) -> tuple[TokenRows, TokenRows | None]:
+    """(rows to train on, rows held out): a seeded choice. Raises UserError where nothing would be left to train on."""
+    if not section.rows:
+        return rows, None
+    if section.rows >= len(rows):
+        raise UserError(
+            f"train.validation.rows={section.rows} leaves none of the dataset's {len(rows)} rows to train on; lower it"
+        )
+    order = np.random.default_rng([seed, 101]).permutation(len(rows))
+    return rows.subset(np.sort(order[section.rows :])), rows.subset(np.sort(order[: section.rows]))
+
+
+class Validator:
+    """Looks at the held-out rows now and then; remembers the best value and its weights."""
+
+    def __init__(
+        self, train: Train, rows: TokenRows | None, pad_id: int, accelerator: Accelerator, folder: Path
+    ):
+        self.section, self.train, self.rows, self.pad_id = train.validation, train, rows, pad_id
+        self.accelerator, self.folder = accelerator, folder
+        self.best, self.best_step, self.worse = math.inf, 0, 0
+        self.objective: float | None = None
+
+    def due(self, step: int) -> bool:
+        return self.rows is not None and (
+            (step + 1) % self.section.every == 0 or step + 1 == self.train.steps
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether patience has run out."""
+        return bool(self.section.patience) and self.worse >= self.section.patience
+
+    def look(self, step: int, model: nn.Module, module: StudentStep, teacher) -> float:
+        """Mean cross-entropy per token in nats after `step`; every process calls it. `module` is the unwrapped model.
+
+        `objective` is then the weighted sum of the objectives per token.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        order = np.argsort(self.rows.lengths, kind="stable")
+        training = [m for m in module.modules() if m.training]
+        module.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        try:
+            with torch.no_grad():
+                size, tokens = self.train.micro_batch_size, self.train.micro_batch_tokens
+                # Of all processes: as many passes as the one that needs most.
+                cut = [
+                    list(micro_batches(order[r::world], self.rows.lengths, size, tokens))
+                    for r in range(world)
+                ]
+                pieces = even_pieces(cut[rank], max(map(len, cut)))
+
+                def batches():
+                    for indices, weight in pieces:
+                        yield (
+                            module.ready(self.rows.collate(indices, self.pad_id), self.accelerator.device),
+                            weight,
+                        )
+
+                kept = int(self.rows.completion_lengths.sum())
+                with whole_step(module, model, batches, self.accelerator.reduce, kept):
+                    for batch, weight in batches():
+                        with rows_apart(batch.rows):
+                            said = teacher(batch) if teacher else {}
+                            objective, _, plain = model(batch, said, held_out=True)
+                        total += weight * torch.stack([plain.double(), objective.double()])
+        finally:
+            for m in training:
+                m.training = True
+        everyone = self.accelerator.reduce(total).cpu()
+        value, self.objective = (everyone / int(self.rows.completion_lengths.sum())).tolist()
+        if value < self.best:
+            self.best, self.best_step, self.worse = value, step + 1, 0
+            if self.section.keep_best:
+                save_trained(self.folder / BEST, module, step + 1, write=self.accelerator.is_main_process)
+        else:
+            self.worse += 1
+        return value
+
+    def close(self, module: nn.Module) -> dict[str, Any]:
+        """Put the best weights back, if they are to be kept; returns what the manifest says."""
+        if self.rows is None:
+            return {}
+        self.accelerator.wait_for_everyone()
+        if self.section.keep_best and (self.folder / BEST).is_file():
+            load_trained(self.folder / BEST, module)
+        return {"validation": {"rows": len(self.rows), "best": self.best, "best_step": self.best_step}}
+
+    def state(self) -> dict[str, Any]:
+        known = math.isfinite(self.best)
+        return {"best": self.best if known else None, "best_step": self.best_step, "worse": self.worse}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.best_step, self.worse = state["best_step"], state["worse"]
+        kept = saved_step(self.folder / BEST)
+        if kept is not None and kept > self.best_step:
+            # A look after this state wrote better weights over those of `best_step`. It comes again.
+            self.best = math.inf
+
+
+# ---- Memory of a training step ----
+
+# What torch raises for an accelerator. A CPU allocation that fails is a RuntimeError of other text, and Linux
+# usually kills the process instead; both end the run with the last state saved.
+OutOfMemory = torch.OutOfMemoryError
+
+
+def memory_advice(error: Exception, train: Train, size: int) -> RunError:
+    """One line: how much was asked for, and the cheapest things that halve it, none of which changes the loss."""
+    asked = str(error).split(".")[0].strip()
+    advice = []
+    if size > 1:
+        advice.append(
+            f"train.micro_batch_size={max(1, size // 2)} (same result: gradients are summed over the step), or "
+            "train.auto_micro_batch=true to halve it until it fits"
+        )
+    if not train.gradient_checkpointing:
+        advice.append("train.gradient_checkpointing=true (about a third more time)")
+    advice.append("filter.max_tokens for shorter rows")
+    return RunError(f"out of memory at {size} rows a pass ({asked}); set {'; '.join(advice)}")
+
+
+class _Held:
+    """What autograd keeps instead of the tensor. It dies with the graph, so the living ones are what is kept."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()  # the tensor itself would hold its own graph, in a circle
+
+
+@contextmanager
+def saved_for_backward(module: nn.Module) -> Iterator[Callable[[], int]]:
+    """Yields a function: bytes of all storages that graphs made inside still keep, each counted once.
+
+    Parameters and buffers of `module` do not count: they are there anyway. Copies of them in another precision,
+    which autocast makes, do. Numbers are not changed. With gradient checkpointing or compiled layers, whose
+    own hooks take the tensors first, it sees too little: leave it out there.
+    """
+    # Of a sharded tensor (FSDP2) this process has its own piece.
+    local = [getattr(t, "_local_tensor", t) for t in (*module.parameters(), *module.buffers())]
+    own = {t.untyped_storage().data_ptr() for t in local}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Held:
+        held.add(kept := _Held(tensor))
+        return kept
+
+    def total() -> int:
+        storages = (getattr(kept.tensor, "_local_tensor", kept.tensor).untyped_storage() for kept in held)
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        yield total

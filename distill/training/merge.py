@@ -29,7 +29,6 @@ from distill.data.provenance import UPSTREAM, model_source, upstream_manifests
 from distill.devices import describe_device
 from distill.errors import RunError, UserError
 from distill.files import replacing, sync_all, write_atomic
-from distill.integrity import record_entries, write_sealed
 from distill.models.ahead import FILE
 from distill.models.chat import prompt_ids
 from distill.models.load import (
@@ -43,7 +42,15 @@ from distill.models.routers import find_routers
 from distill.moe.metrics import overlap
 from distill.moe.recording import record_routing
 from distill.stages import versions
-from distill.storage import MANIFEST, find_file, fingerprint, hash_file, read_json
+from distill.storage import (
+    MANIFEST,
+    find_file,
+    fingerprint,
+    hash_file,
+    read_json,
+    record_entries,
+    write_sealed,
+)
 
 # Read by models whose tokenizer is not the embedded one; any ordinary text serves, this one has digits and names.
 PROBE_TEXT = (
@@ -148,8 +155,7 @@ def _cast_like(merged: PreTrainedModel, base: str, dtype: str) -> PreTrainedMode
 
 def probe_rows(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[list[int]]:
     """Token ids that both models read: held-out problems with their worked answers, or ordinary text."""
-    from distill.tasks.problems import LEVELS, sample_problems
-    from distill.tasks.tokenizer import CHAT_TEMPLATE, build_tokenizer
+    from distill.tasks.problems import CHAT_TEMPLATE, LEVELS, build_tokenizer, sample_problems
 
     if tokenizer.chat_template == CHAT_TEMPLATE and same_vocabulary(tokenizer, build_tokenizer()):
         problems = sample_problems("validation", dict.fromkeys(LEVELS, 14), seed=0)

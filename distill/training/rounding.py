@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.config.training import Lora, Train
-from distill.models.parameters import adapted_weights, plain_name, weight_groups
+from distill.models.describe import adapted_weights, plain_name, weight_groups
 from distill.models.routers import bare_model
 
 SAMPLE = 2**13  # numbers that are looked at of each tensor

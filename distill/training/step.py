@@ -47,8 +47,7 @@ from distill.config.training import Objective
 from distill.data.batches import Batch
 from distill.errors import UserError
 from distill.models.ahead import TokenAhead, shifted
-from distill.models.head import AtHead, KeptLogits, at_places
-from distill.models.hooks import Tap, replaced_forward
+from distill.models.hooks import AtHead, KeptLogits, Tap, at_places, replaced_forward
 from distill.models.layers import decoder_layers, rows_apart
 from distill.models.routers import find_routers
 from distill.training.live_teachers import LiveTeacher

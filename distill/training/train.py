@@ -40,13 +40,11 @@ from distill.models.layers import attend_by_row, choose_attention, compile_layer
 from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.routers import bare_model, find_routers
 from distill.models.student import BuiltStudent
-from distill.moe.balance import ExpertBiasBalancer
 from distill.training.checkpoint import Interrupts, Saver
-from distill.training.log import StepLog
-from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
+from distill.training.log import OutOfMemory, StepLog, Validator, memory_advice, saved_for_backward
+from distill.training.losses.routers import ExpertBiasBalancer
 from distill.training.sources import Lot, Source
 from distill.training.step import StudentStep, of_step, state_objectives, whole_step
-from distill.training.validation import Validator
 
 # What `compile: auto` goes by, measured on one thread (LOG.md, "Training"): compiling takes 40 s and saves 4 to 19 % of
 # a step, and a thread does so many FLOPs a second in a step.

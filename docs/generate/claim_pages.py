@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
+from distill.bench.claims import History
 from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
 from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size
-from distill.bench.registration import History
 from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
-from distill.report.numbers import si
+from distill.report.pages import si
 from distill.storage import PROJECT_ROOT, hash_yaml, parse_yaml, read_json
 
 RESULTS_FOLDER = PROJECT_ROOT / "recipes" / "results"

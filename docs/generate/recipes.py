@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from annotated_types import Gt
 
 from distill.bench.grid import Bench
-from distill.config.objectives import OBJECTIVES, WEIGHT
+from distill.commands.setup import bounds_text, entries, option_text
 from distill.config.recipe import Recipe
-from distill.config.reference import bounds_text, entries, option_text
-from distill.config.section import Section
+from distill.config.section import OBJECTIVES, WEIGHT, Section
 from distill.storage import PROJECT_ROOT, write_atomic
 
 PAGE = PROJECT_ROOT / "docs" / "recipes.md"

@@ -44,7 +44,7 @@ from distill.data.batches import TokenRows
 from distill.devices import describe_device, peak_flops, peak_memory, pick_device
 from distill.errors import UserError
 from distill.models.decode import Sampling, decode
-from distill.models.lora import add_lora
+from distill.models.student import add_lora
 from distill.stages import versions
 from distill.storage import PROJECT_ROOT, write_json
 from distill.training.checkpoint import load_state, save_state

@@ -32,7 +32,7 @@ from distill.data.signals import SignalFormat, decode_sampled, decode_top_k, enc
 from distill.data.teachers import LocalTeacher, Question
 from distill.devices import describe_device, pick_device
 from distill.models.decode import Sampling
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.load import load_model
 from distill.stages import versions
 from distill.storage import PROJECT_ROOT, write_json

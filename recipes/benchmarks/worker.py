@@ -155,7 +155,7 @@ def distill_hidden_runner(work: Workload, objective: dict[str, Any], precision: 
 def distill_lora_runner(work: Workload, objective: dict[str, Any], precision: str) -> Callable[[], float]:
     """The same with LoRA on all linear layers; the student's own weights are frozen."""
     from distill.config.training import Lora
-    from distill.models.lora import add_lora
+    from distill.models.student import add_lora
 
     work.student = add_lora(work.student, Lora()).train()
     return distill_step_runner(work, objective, precision)

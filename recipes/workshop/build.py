@@ -38,9 +38,9 @@ import slides
 from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson
 
 from distill.errors import DistillError, RunError
-from distill.lessons import explore, record
+from distill.lessons import shown
 from distill.lessons.lesson import FOLDER as LESSONS
-from distill.lessons.lesson import NOW
+from distill.lessons.lesson import NOW, quiz
 from distill.storage import PROJECT_ROOT, read_json, write_json
 
 RESULTS = PROJECT_ROOT / "recipes" / "results" / "workshop.json"
@@ -125,7 +125,7 @@ def quiz_output(number: int, language: str) -> list:
     NOW.update(lesson=None, language=language)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            record.quiz(number, {})
+            quiz(number, {})
     finally:
         NOW.update(before)
     return [need("nbformat").v4.new_output("stream", name="stdout", text=printed.getvalue())]
@@ -188,7 +188,7 @@ def generated(numbers: list[int]) -> dict[Path, str]:
             made["metadata"]["distill"]["executed"] = _executed(lesson)
             files[lesson.notebook_path(language)] = nbformat.writes(made, version=4) + "\n"
     for language, ending in LANGUAGES.items():
-        files[FOLDER / f"sliders{ending}.html"] = explore.page(language)
+        files[FOLDER / f"sliders{ending}.html"] = shown.page(language)
         path = FOLDER / f"README{ending}.md"
         if path.is_file():
             text = path.read_text(encoding="utf-8")

@@ -14,8 +14,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.integrity import record_entries, write_sealed
-from distill.storage import PROJECT_ROOT, fingerprint, hash_file, read_json, write_json
+from distill.storage import (
+    PROJECT_ROOT,
+    fingerprint,
+    hash_file,
+    read_json,
+    record_entries,
+    write_json,
+    write_sealed,
+)
 
 FOLDER = PROJECT_ROOT / "recipes" / "workshop" / "demo"
 COPIED = ("adapter_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json")

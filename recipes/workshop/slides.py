@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from source import FOLDER, Lesson
 
-from distill.lessons.record import LETTERS, questions
+from distill.lessons.lesson import LETTERS, questions
 from distill.storage import PROJECT_ROOT
 
 WORDS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from distill.errors import UserError
-from distill.lessons.record import LETTERS, questions
+from distill.lessons.lesson import LETTERS, questions
 from distill.storage import PROJECT_ROOT
 
 FOLDER = PROJECT_ROOT / "recipes" / "workshop"

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from distill.bench.claims import Claim, Controls
-from distill.bench.controls import judge_controls
 from distill.bench.items import Items, item_noise
-from distill.bench.judge import decide, falsified
+from distill.bench.judge import decide, falsified, judge_controls
 from distill.bench.verdicts import effect, equivalence_p, verdict_p
 
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from distill.bench.claims import texts
 from distill.bench.grid import load_bench
 from distill.bench.plan import plan
-from distill.bench.registration import texts
 from distill.errors import UserError
 
 BENCH = {

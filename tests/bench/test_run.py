@@ -10,9 +10,8 @@ from grid_example import TINY, Inline, written
 
 from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
-from distill.bench.plan import plan
+from distill.bench.plan import BUDGET, plan, tuning_bench
 from distill.bench.run import _Clock, describe_plan, run_bench, run_tasks
-from distill.bench.tuning import BUDGET, tuning_bench
 from distill.commands.cli import main
 from distill.data.prompts import held_out
 from distill.errors import RunError, UserError

@@ -7,7 +7,7 @@ import torch
 from tiny_families import FAMILIES, SIZES, model_of, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config.student_from import From
+from distill.config.section import From
 from distill.convert.calibrate import Calibration, angles
 from distill.convert.derive import derived, derived_config, drop_layers, kept_layers
 from distill.errors import UserError

@@ -5,7 +5,7 @@ import torch
 from tiny_families import model_of, random_ids
 from transformers import AutoModelForCausalLM
 
-from distill.config.student_from import Dense, From, Mixture
+from distill.config.section import Dense, From, Mixture
 from distill.convert.calibrate import Calibration
 from distill.convert.derive import derived, derived_config
 from distill.convert.mixture import as_dense, as_mixture

@@ -12,7 +12,7 @@ from conftest import PYTHON, RECIPE, ROOT
 from distill.commands.cli import main
 from distill.data import export as dataset_card
 from distill.data.export import size_category
-from distill.data.terms import decide
+from distill.data.provenance import decide
 from distill.errors import RunError, UserError
 from distill.models.load import load_tokenizer
 from distill.storage import read_json, read_rows, write_json

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config.data import Prices
-from distill.data.budget import Spent
-from distill.data.ledger import STAGES, format_ledger, recipe_prices, run_ledger
+from distill.data.ledger import STAGES, Spent, format_ledger, recipe_prices, run_ledger
 from distill.devices import describe_device
 from distill.errors import UserError
 

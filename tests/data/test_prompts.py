@@ -6,13 +6,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from distill.config.data import Prompts
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Prompts
 from distill.config.recipe import load_prompts, load_recipe
 from distill.data.prompts import file_prompts, held_out, make_prompts, named_problems, task_prompts
 from distill.errors import UserError
 from distill.storage import read_rows
-from distill.tasks.benchmarks import PRESETS, check_template, render
+from distill.tasks.corpus import PRESETS, check_template, render
 
 # One row each, with the field names exactly as published.
 PUBLISHED = {

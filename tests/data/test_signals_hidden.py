@@ -13,7 +13,7 @@ import distill.training.open_teachers
 from distill.data.batches import TokenRows
 from distill.data.scoring import score_rows
 from distill.data.signals import SignalFormat, StoredSignals, decode_hidden, encode_hidden
-from distill.models.head import Head, load_head, save_head
+from distill.models.hooks import Head, load_head, save_head
 from distill.storage import read_json
 from distill.training.live_teachers import FrozenTeacher, StoredTeacher
 

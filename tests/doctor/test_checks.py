@@ -14,11 +14,11 @@ from distill.config.recipe import load_recipe
 from distill.doctor import memory as footprint
 from distill.doctor import pair
 from distill.doctor.checks import check_recipe, examine
-from distill.doctor.findings import FAIL, NOTE, OK, WARN, format_findings
+from distill.doctor.pair import FAIL, NOTE, OK, WARN, format_findings
 from distill.doctor.tokens import turn_end
 from distill.errors import UserError
-from distill.models import lora as adapters
 from distill.models import precision
+from distill.models import student as adapters
 
 DEEPSEEK = {
     "model_type": "deepseek_v3", "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3,

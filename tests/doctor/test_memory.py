@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.config.training import Objective
 from distill.data.batches import TokenRows
 from distill.doctor import memory
 from distill.models.decode import Decoder, Sampling
 from distill.models.describe import describe_config
 from distill.models.precision import training_attention
-from distill.training.memory import saved_for_backward
+from distill.training.log import saved_for_backward
 from distill.training.step import StudentStep
 
 CPU = torch.device("cpu")

@@ -10,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill.config.data import Prompts
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate, Prompts
 from distill.data.batches import TokenRows
 from distill.data.prompts import held_out
-from distill.evaluation.answers import answer_problems
+from distill.evaluation.answers import answer_problems, compare, summarise
 from distill.evaluation.fidelity import Reader, TokenCalibration, fidelity
 from distill.evaluation.fidelity import read_rows as read_rows_of
 from distill.evaluation.schema import check
-from distill.evaluation.scores import compare, summarise
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.report.report import build_report

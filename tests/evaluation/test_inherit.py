@@ -20,7 +20,7 @@ from distill.evaluation.inherit import (
 )
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_rows
-from distill.tasks.probes import Probe, load_probes, write_probes
+from distill.tasks.flaws import Probe, load_probes, write_probes
 from distill.training.arms import train_arms
 
 

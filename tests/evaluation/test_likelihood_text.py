@@ -14,7 +14,7 @@ from distill.evaluation.likelihood import answers_nll, solutions_nll, text_names
 from distill.models.chat import prompt_ids
 from distill.models.load import load_model, load_tokenizer
 from distill.storage import read_json
-from distill.tasks.documents import documents as read_documents
+from distill.tasks.corpus import documents as read_documents
 
 
 @given(length=st.integers(1, 200), window=st.integers(2, 40), data=st.data())

@@ -9,20 +9,23 @@ import torch
 from conftest import CHATML, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.errors import RunError, UserError
 from distill.evaluation import routing as module
 from distill.evaluation.answers import thinking_tokens
 from distill.evaluation.routes import read_routes, spread, token_pieces, write_routes
 from distill.evaluation.routing import (
     CLASSES,
+    add_saturation,
+    comparable,
     finished,
     route_rows,
     routing_report,
     routing_section,
+    saturation,
+    saturation_between,
     token_classes,
 )
-from distill.evaluation.saturation import add_saturation, comparable, saturation, saturation_between
 from distill.models.decode import Sampling, decode
 from distill.models.routers import find_routers
 from distill.moe.recording import Decisions, record_routing

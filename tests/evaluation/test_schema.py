@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from distill.config.evaluation import Evaluate
+from distill.config.data import Evaluate
 from distill.config.section import BlockPrecision
 from distill.errors import RunError
 from distill.evaluation.schema import METRICS_VERSION, SCHEMA_FILE, check, json_schema

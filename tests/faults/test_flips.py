@@ -15,9 +15,18 @@ import torch
 from distill.commands.cli import main
 from distill.errors import DistillError, RunError, UserError
 from distill.evaluation.interventions import _keep, _read_kept
-from distill.integrity import remove_changed, sealed_text, unsealed, verify_folder
 from distill.models.load import check_model, load_model, load_tokenizer
-from distill.storage import hash_file, read_json, read_table, same, write_json
+from distill.storage import (
+    hash_file,
+    read_json,
+    read_table,
+    remove_changed,
+    same,
+    sealed_text,
+    unsealed,
+    verify_folder,
+    write_json,
+)
 from distill.training.checkpoint import load_trained, save_trained, saved_step
 
 FLIPS = 3  # per file of a checkpoint

@@ -15,8 +15,8 @@ import pytest
 from spread import spread
 
 from distill.commands.cli import main
+from distill.commands.setup import section_of
 from distill.config.recipe import Recipe
-from distill.config.reference import section_of
 from distill.storage import hash_file
 
 NUMBERS = (".inf", "-.inf", ".nan", "-1", str(2**70), "word", "[1, 2, 3]", "9" * 5000)

@@ -40,7 +40,7 @@ def test_the_helper_counts_and_refuses(found):
 
 
 def test_every_objective_is_right_and_never_waits(found):
-    from distill.config.objectives import OBJECTIVES as KNOWN
+    from distill.config.section import OBJECTIVES as KNOWN
 
     assert {name.split()[0] for name in OBJECTIVES} >= KNOWN.keys()
     for name in OBJECTIVES:

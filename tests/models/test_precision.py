@@ -16,7 +16,7 @@ from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
 from distill.models import precision
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.load import load_model
 from distill.models.precision import (
     EMULATED,

@@ -16,7 +16,7 @@ from distill.play import html as play_html
 from distill.play import page as play_page
 from distill.play.engine import Playground
 from distill.play.records import NOT_VERIFIED, Change, Compared, Finished, Setup, Spoke, examples, find_setup
-from distill.report.words import speaking
+from distill.report.pages import speaking
 
 CPU = torch.device("cpu")
 QUESTION = "Tell me {{more}} ${about} `it` <script>alert(1)</script>"

@@ -8,9 +8,9 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.config.recipe import load_recipe
-from distill.moe.balance import ExpertBiasBalancer
 from distill.storage import hash_file
-from distill.tasks.tokenizer import build_tokenizer
+from distill.tasks.problems import build_tokenizer
+from distill.training.losses.routers import ExpertBiasBalancer
 
 CHECKPOINTS = ROOT / "checkpoints"
 NAMES = ("teacher", "base")

@@ -25,7 +25,7 @@ import source  # noqa: E402
 from distill.config.recipe import load_recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.lessons import lesson as lessons  # noqa: E402
-from distill.lessons.record import LETTERS, questions  # noqa: E402
+from distill.lessons.lesson import LETTERS, questions  # noqa: E402
 
 NUMBERS = workshop.lesson_numbers()
 FULL = workshop.results()["lessons"]

@@ -17,13 +17,12 @@ from page_reading import Page, points
 from distill.errors import UserError
 from distill.evaluation.routes import read_routes
 from distill.evaluation.schema import check
-from distill.report import drawing, experts, heat, numbers
+from distill.report import drawing, experts, pages
 from distill.report import figures as dossier_plots
-from distill.report.dossier import build_dossier
+from distill.report.dossier import build_dossier, viewer_data
 from distill.report.drawing import in_order
 from distill.report.experts import few, moe_view
 from distill.report.findings import over_confidence
-from distill.report.viewer import viewer_data
 
 
 def build(folder: Path) -> Page:
@@ -73,7 +72,7 @@ def copy(whole, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def drawn(whole, tmp_path, monkeypatch) -> Path:
     """The same, with figures that are made but not written out."""
-    for module in (drawing, dossier_plots, heat):
+    for module in (drawing, dossier_plots):
         monkeypatch.setattr(module, "to_svg", lambda *_, **__: "")
     return Path(shutil.copytree(whole, tmp_path / "eval-demo"))
 
@@ -86,7 +85,7 @@ def edit(folder: Path, change) -> dict:
 
 
 def spaced(text: str) -> str:
-    return text.replace(numbers.NB, " ")
+    return text.replace(pages.NB, " ")
 
 
 # ---- numbers on the page are the inputs
@@ -268,7 +267,7 @@ def colours_of_cells(svg: str) -> dict[str, str]:
 
 def test_heat_map_writes_every_cell():
     cells = np.array([[1.25, np.nan], [25.0, 100.0]])
-    svg = heat.heat_map("layer 1", ["a", "b<b>"], cells, uniform=25.0, what="family")
+    svg = drawing.heat_map("layer 1", ["a", "b<b>"], cells, uniform=25.0, what="family")
     for said in (
         "1.2",
         "25.0",
@@ -289,11 +288,11 @@ def test_one_scale_of_colours_for_all_maps():
     """A share that is twice the even one has the same colour whatever else the figure holds; even is white."""
 
     def colour(values, uniform, say):
-        svg = heat.heat_map("", ["a"], np.array([values]), uniform=uniform, what="family")
+        svg = drawing.heat_map("", ["a"], np.array([values]), uniform=uniform, what="family")
         return next(c for said, c in colours_of_cells(svg).items() if say in said)
 
     assert colour([50.0, 25.0], 25.0, "expert 0") == colour([10.0, 1.0, 39.0], 5.0, "expert 0")
-    load = colours_of_cells(heat.expert_load("m", {"model.layers.1.mlp": [0.25, 0.25, 0.4, 0.1]}))
+    load = colours_of_cells(drawing.expert_load("m", {"model.layers.1.mlp": [0.25, 0.25, 0.4, 0.1]}))
     assert load["layer 1, expert 0: 25.0 %, 1.00 × the even share"] == WHITE
     assert colour([30.0, 70.0], 30.0, "expert 0") == load["layer 1, expert 0: 25.0 %, 1.00 × the even share"]
     more, less = colour([100.0, 1.0], 25.0, "expert 0"), colour([1.0, 100.0], 25.0, "expert 0")
@@ -303,7 +302,7 @@ def test_one_scale_of_colours_for_all_maps():
 
 
 def test_a_loss_is_coloured_around_zero():
-    cells = colours_of_cells(heat.loss_map("lost", ["layer 1"], np.array([[-4.0, 0.0, 40.0]])))
+    cells = colours_of_cells(drawing.loss_map("lost", ["layer 1"], np.array([[-4.0, 0.0, 40.0]])))
     gain, none, loss = cells.values()
     assert (
         none == WHITE and int(loss[1:3], 16) > int(loss[5:], 16) and int(gain[5:], 16) >= int(gain[1:3], 16)

@@ -17,10 +17,9 @@ from page_reading import Page, points
 from report_example import ATTACK, FAMILIES, LEVELS, SKILL, fake_run
 
 from distill.errors import UserError
-from distill.report import drawing, figures, numbers
-from distill.report.findings import headline
+from distill.report import drawing, figures, pages
+from distill.report.findings import headline, read_run
 from distill.report.report import build_report, summary_table
-from distill.report.runs import read_run
 
 
 @pytest.fixture(scope="module")
@@ -380,25 +379,23 @@ def test_a_step_written_twice_counts_once(run):
 
 def test_formats():
     zero = {"accuracy": 0.0, "ci95": [-1e-17, 0.3]}
-    assert numbers.percent(zero, 0).replace(numbers.NB, " ") == "0 % [0, 30]"  # not -0
-    nb = {value: text.replace(" ", numbers.NB) for value, text in {1: "1", 999: "999", 1500: "1.5 k"}.items()}
-    assert {value: numbers.si(value) for value in nb} == nb
-    assert (
-        numbers.si(999_700, "B") == f"1{numbers.NB}MB" and numbers.si(None) == numbers.si(float("nan")) == "–"
-    )
+    assert pages.percent(zero, 0).replace(pages.NB, " ") == "0 % [0, 30]"  # not -0
+    nb = {value: text.replace(" ", pages.NB) for value, text in {1: "1", 999: "999", 1500: "1.5 k"}.items()}
+    assert {value: pages.si(value) for value in nb} == nb
+    assert pages.si(999_700, "B") == f"1{pages.NB}MB" and pages.si(None) == pages.si(float("nan")) == "–"
     times = {5: "5.0 s", 59.97: "1 min 0 s", 61: "1 min 1 s", 3599.6: "1 h 0 min", 7260: "2 h 1 min"}
-    assert {value: numbers.duration(value).replace(numbers.NB, " ") for value in times} == times
+    assert {value: pages.duration(value).replace(pages.NB, " ") for value in times} == times
     assert (
-        numbers.number(1234567) == "1,234,567"
-        and numbers.number([3, 5]) == "2"
-        and numbers.number(0.12345) == "0.123"
+        pages.number(1234567) == "1,234,567"
+        and pages.number([3, 5]) == "2"
+        and pages.number(0.12345) == "0.123"
     )
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
 def test_percent_loses_at_most_half_a_digit(a, low, high):
-    shown = re.findall(r"[-\d.]+", numbers.percent({"accuracy": a, "ci95": [low, high]}))
+    shown = re.findall(r"[-\d.]+", pages.percent({"accuracy": a, "ci95": [low, high]}))
     assert np.allclose([float(x) for x in shown], [100 * a, 100 * low, 100 * high], atol=0.0501)
 
 

@@ -10,10 +10,11 @@ from distill.tasks.flaws import (
     cases,
     embedded_probes,
     flawed_solution,
+    load_probes,
+    outcome,
     training_rows,
     write_data,
 )
-from distill.tasks.probes import load_probes, outcome
 from distill.tasks.problems import Problem, sample_problems
 from distill.tasks.verify import judge
 

@@ -17,7 +17,7 @@ from distill.config.data import Prompts
 from distill.data.prompts import file_prompts, make_prompts, named_problems
 from distill.errors import UserError
 from distill.storage import fingerprint, read_json, read_rows, write_json
-from distill.tasks.benchmarks import render
+from distill.tasks.corpus import render
 
 
 def answers(path, **keys) -> list[str]:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.errors import RunError, UserError
 from distill.models.chat import prompt_ids
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.models.load import load_model
-from distill.tasks.tokenizer import build_tokenizer
+from distill.tasks.problems import build_tokenizer
 from distill.training.cross_tokenizer import (
     TeacherView,
     TokenBytes,
@@ -24,8 +24,8 @@ from distill.training.cross_tokenizer import (
     aligned_share,
     byte_level_alphabet,
 )
-from distill.training.losses.ranked import uld, uld_rows
 from distill.training.losses.rowwise import per_row
+from distill.training.losses.sparse import uld, uld_rows
 
 TURNS = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"

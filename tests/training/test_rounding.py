@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill.config.training import Lora, Objective, Train
-from distill.models.lora import add_lora
+from distill.models.student import add_lora
 from distill.training.rounding import (
     _outputs,
     _pushes,

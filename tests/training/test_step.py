@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.config.training import Lora
 from distill.data.batches import check_packing
 from distill.errors import UserError
-from distill.models.head import AtHead, KeptLogits
-from distill.models.lora import add_lora
+from distill.models.hooks import AtHead, KeptLogits
+from distill.models.student import add_lora
 from distill.training import losses
 from distill.training.live_teachers import FrozenTeacher
 from distill.training.step import StudentStep

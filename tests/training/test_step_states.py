@@ -10,8 +10,8 @@ from launching import LAUNCH, processes_of, run
 from torch.utils.flop_counter import FlopCounterMode
 from training_example import SGD, assert_same, fake_dataset, losses_of, stopped_after, stored
 
-from distill.config.objectives import OBJECTIVES
 from distill.config.recipe import load_recipe
+from distill.config.section import OBJECTIVES
 from distill.config.training import Objective
 from distill.data.batches import TokenRows
 from distill.errors import UserError

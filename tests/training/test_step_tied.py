@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config.training import Lora, Objective
-from distill.models.head import Head
-from distill.models.lora import add_lora
+from distill.models.hooks import Head
+from distill.models.student import add_lora
 from distill.training.losses.fused import Given, Term, fused_loss
 from distill.training.step import StudentStep, TiedGradient
 

@@ -13,7 +13,7 @@ from training_example import MIXED, SGD, assert_same, fake_dataset, losses_of, s
 from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
-from distill.models.head import KeptLogits
+from distill.models.hooks import KeptLogits
 from distill.storage import read_json
 from distill.training.arms import train_arms
 from distill.training.step import StudentStep
@@ -153,7 +153,7 @@ def test_expert_bias_is_balanced_by_hand(make_recipe, tmp_path):
 def test_bias_update_is_the_papers_rule(hub):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from distill.moe.balance import ExpertBiasBalancer
+    from distill.training.losses.routers import ExpertBiasBalancer
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = AutoConfig.for_model(**QWEN3_MOE, **small, intermediate_size=8, vocab_size=9)

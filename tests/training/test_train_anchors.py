@@ -19,9 +19,9 @@ from distill.config.recipe import load_recipe
 from distill.data.batches import TokenRows
 from distill.errors import RunError, UserError
 from distill.models.student import BuiltStudent
-from distill.moe.balance import ExpertBiasBalancer
 from distill.storage import read_json
 from distill.training.arms import train_arms
+from distill.training.losses.routers import ExpertBiasBalancer
 from distill.training.sources import OnPolicyRows
 from distill.training.step import StudentStep
 from distill.training.train import StepFound, _check_finite, _check_lengths, learning_rate, make_optimizer

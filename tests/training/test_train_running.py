@@ -263,7 +263,7 @@ def test_the_held_out_loss_is_the_training_loss_of_those_rows(trained, hub):
     from distill.data.batches import TokenRows
     from distill.models.load import load_model
     from distill.training import losses
-    from distill.training.validation import split_rows
+    from distill.training.log import split_rows
 
     options = [
         "train.learning_rate=1e-12",

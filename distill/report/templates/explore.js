@@ -1,4 +1,4 @@
-// Sliders of the workshop (distill/lessons/explore.py): a knob is moved, the curve moves with it. Nothing is loaded.
+// Sliders of the workshop (distill/lessons/shown.py): a knob is moved, the curve moves with it. Nothing is loaded.
 // Each kind has its controls, and a function from their values to what is drawn: bars or lines, and a sentence.
 (() => {
   const say = (words, lang) => words[lang] ?? words.en;

@@ -20,8 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "fused": ["fused_loss"],
         "hidden": ["Projection", "hidden_cosine", "hidden_mse", "layer_pairs"],
-        "ranked": ["ranking_hinge", "ranking_logistic", "uld"],
+        "sparse": ["ranking_hinge", "ranking_logistic", "sampled_cross_entropy", "sparse_forward_kl", "uld"],
         "routers": ["batch_balance", "router_distillation", "sequence_balance"],
-        "sparse": ["sampled_cross_entropy", "sparse_forward_kl"],
     },
 )

@@ -18,7 +18,7 @@ Notation: p teacher, q student, both softmax(logits / temperature); sums run ove
   that stays until `backward`. There are no second derivatives.
 
 Shapes: N kept tokens, V vocabulary, K stored tokens; n rows of a chunk. Names and options that a recipe
-may use are in `distill.config.objectives`, under the names of the functions.
+may use are in `distill.config.section`, under the names of the functions.
 """
 
 import math
@@ -29,13 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.training.losses.ranked import (
+from distill.training.losses.rowwise import check_dense, check_option, kl, log_probs, per_row
+from distill.training.losses.sparse import (
     ranking_hinge,
     ranking_logistic,
+    sampled_cross_entropy,
+    sparse_forward_kl,
     uld,
 )
-from distill.training.losses.rowwise import check_dense, check_option, kl, log_probs, per_row
-from distill.training.losses.sparse import sampled_cross_entropy, sparse_forward_kl
 
 __all__ = [
     "adaptive_kl",

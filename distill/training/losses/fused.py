@@ -30,10 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.head import Head
+from distill.models.hooks import Head
 from distill.training import losses
-from distill.training.losses.gradients import MakeGradient, RowFormula, closed
-from distill.training.losses.rowwise import ACCELERATOR_CHUNK, CPU_CHUNK
+from distill.training.losses.rowwise import ACCELERATOR_CHUNK, CPU_CHUNK, MakeGradient, RowFormula, closed
 from distill.training.losses.sparse import already_checked, check_sampled, check_stored
 
 # Bytes of a chunk of logits. Every chunk reads the whole head again: at V = 151,936 float32 products of 96 rows take

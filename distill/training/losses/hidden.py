@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.errors import RunError, UserError
-from distill.models.head import at_places
-from distill.models.hooks import Tap
+from distill.models.hooks import Tap, at_places
 from distill.models.layers import decoder_layers
 
 # ---------------------------------------------------------------------------------------------- per token

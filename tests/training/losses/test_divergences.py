@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config.objectives import OBJECTIVES, problems, resolve
+from distill.config.section import OBJECTIVES, problems, resolve
 from distill.errors import UserError
 from distill.training import losses
 from distill.training.losses import rowwise
@@ -720,5 +720,5 @@ def test_resolve_writes_every_default_down():
 
 
 def test_the_registry_does_not_import_torch():
-    code = "import sys, distill.config.objectives; sys.exit('torch' in sys.modules)"
+    code = "import sys, distill.config.section; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

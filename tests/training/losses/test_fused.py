@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config.objectives import OBJECTIVES, resolve
+from distill.config.section import OBJECTIVES, resolve
 from distill.errors import UserError
-from distill.models.head import Head
+from distill.models.hooks import Head
 from distill.training import losses
 from distill.training.losses import fused
 from distill.training.losses.fused import (
@@ -19,7 +19,7 @@ from distill.training.losses.fused import (
     match_vocabulary,
     whole_loss,
 )
-from distill.training.losses.gradients import RowFormula, closed
+from distill.training.losses.rowwise import RowFormula, closed
 
 N, V, D, DT, K = 37, 23, 6, 5, 4
 DENSE = [name for name, objective in OBJECTIVES.items() if objective.signal == "dense"]

@@ -17,8 +17,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.errors import RunError, UserError
-from distill.models.head import KeptLogits
-from distill.models.hooks import Gate
+from distill.models.hooks import Gate, KeptLogits
 from distill.models.layers import decoder_layers
 from distill.training.losses.hidden import (
     HiddenTap,

@@ -1,0 +1,54 @@
+"""How long a budget takes: held against the two grids that were measured, arms, tasks and seconds."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from distill.bench.claims import History
+from distill.bench.grid import Bench, load_bench
+from distill.bench.plan import forecast, known_results, plan
+
+
+@pytest.mark.parametrize("budget", ["small", "full"])
+def test_the_first_registration_would_have_been_foreseen(budget):
+    """Its file as it was measured: 4,596 and 9,268 seconds of work, 37 and 85 minutes on the wall."""
+    if not History(ROOT).available:
+        pytest.skip("no whole history here: a shallow clone, or no checkout")
+    shown = subprocess.run(
+        ["git", "-C", str(ROOT), "show", "d5c644a:recipes/claims.yaml"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    bench = Bench.model_validate({**yaml.safe_load(shown.stdout), "claims": []})
+    kept = ["git", "-C", str(ROOT), "show", f"fe7c0d3:recipes/results/claims-{budget}.json"]
+    results = json.loads(subprocess.run(kept, capture_output=True, text=True, check=True).stdout)
+    tasks = plan(bench, budget, ROOT / "recipes" / "claims.yaml")
+    found = forecast(bench, tasks, results)
+    assert len(tasks) == results["tasks"] and found["guessed"] == []
+    assert found["work_minutes"] == pytest.approx(results["seconds"]["work"] / 60, rel=0.2)
+    assert found["wall_minutes"] == pytest.approx(results["seconds"]["wall"] / 60, rel=0.2)
+
+
+def test_seconds_of_arms_that_were_measured_are_taken_as_they_are():
+    bench, file = load_bench(str(ROOT / "recipes" / "claims.yaml"))
+    results, name = known_results("recipes/claims.yaml")
+    tasks = plan(bench, "small", file)
+    exact = dict.fromkeys([*bench.all_arms(), "answers", "rows"], 10.0)
+    arms = {
+        arm: {"metrics": {"train.steps": {"mean": bench_steps(tasks, arm)}}, "budget": {}} for arm in exact
+    }
+    found = forecast(bench, tasks, {"arm_seconds": exact, "arms": arms})
+    assert (
+        found["work_minutes"] == pytest.approx(len(tasks) * 10 / 60, rel=0.01) and name == "claims-full.json"
+    )
+    alone = forecast(bench, tasks, {"arm_seconds": exact, "arms": arms}, jobs=1)
+    assert alone["wall_minutes"] > 1.9 * found["wall_minutes"]
+    assert forecast(bench, tasks, results)["guessed"], "arms that nobody has measured are named"
+
+
+def bench_steps(tasks: dict, arm: str) -> float:
+    return next((t.recipe.train.steps for t in tasks.values() if t.arm == arm), 1.0)
