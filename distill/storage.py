@@ -1,7 +1,5 @@
 """Rows on disk, and whether they are what a stage wrote: Parquet parts, a manifest written last, hashes checked.
 
-Rows on disk: Parquet parts written under a temporary name and renamed, a manifest written last.
-
 The run folder is the API between stages. A part is either whole or absent, so a killed stage resumes at
 the first missing part; a folder without `manifest.json` is unfinished, and no stage reads it.
 
@@ -74,7 +72,7 @@ def resolve_model(name: str) -> str:
 
 
 MANIFEST = "manifest.json"
-CHECKSUM = "checksum"  # a key of JSON files that are sealed: see distill/storage.py
+CHECKSUM = "checksum"  # a key of JSON files that are sealed
 
 
 def fingerprint(value: Any) -> str:

@@ -8,7 +8,7 @@ What a grid is to decide: claims, facts, sentences without an experiment, and th
     controls: nulls and dosed positives, planted to try the judge; they stand outside of every correction
 
 A claim's `hypothesis`, metric, arms and margins are its text. `registered` names the commit in which that text first
-stood (distill/bench/claims.py); whatever is changed of it makes another claim. Nothing heavy is imported here.
+stood; whatever is changed of it makes another claim. Nothing heavy is imported here.
 
 Registered before measured: a claim's text, the commit in which it first stood, and the runs that came after.
 

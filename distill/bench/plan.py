@@ -18,7 +18,7 @@ How long a budget will take, before it begins: from the seconds of runs that wer
 changed is scaled. Version 1 kept training seconds and the price of a token, so what a run takes is put together: its
 steps at the seconds of a step of its own arm (or of the arm it is like, or of `sequence`), its answers at the measured
 tokens a second, worked solutions at a third of the training's time a token, and what a process needs to load. Put to
-the the two grids that those results are of, it says 78 and 162 minutes of work, and 77 and 154 were measured
+the two grids that those results are of, it says 78 and 162 minutes of work, and 77 and 154 were measured
 (tests/bench/test_plan_forecast.py).
 
 Fair arms: each is given the best of several learning rates, chosen on seeds and problems that no claim uses.

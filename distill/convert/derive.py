@@ -12,7 +12,7 @@ itself, channels once, since all layers add to the same hidden state. Kept weigh
 Known to work where a layer is q_proj, k_proj, v_proj, o_proj and gate_proj, up_proj, down_proj with norms by channel or
 by head (llama, qwen, gemma, ...). A mixture, latent attention and what else has other weights are refused.
 
-A model made from a model, before it is trained; the recipe key is `student.from`.
+All ways together, in the order in which they are applied:
 
     made = derived(teacher, section, Calibration(rows, seed=0))
     made.model, made.did                             # an ordinary model, and in words what was done
@@ -31,8 +31,8 @@ How to choose layers: evenly spaced ones with both ends are the usual start wher
 (Sanh et al., DistilBERT, arXiv 1910.01108, section 3). `by: angle` leaves out the run of layers over which the hidden
 state turns least (Gromov et al., arXiv 2403.17887, section 3.2); a list tries another choice.
 
-A new way to make a student is a function (model, its settings, ...) -> model, and a step of `derived`: widths are in
-distill/convert/derive.py, experts taken out or merged in experts.py, mixture to dense and back in mixture.py. Each also
+A new way to make a student is a function (model, its settings, ...) -> model, and a step of `derived`: widths and layers
+are here, all about experts (taken out, merged, made, joined) in mixture.py. Each also
 works on a skeleton without weights, where nothing can be read and any choice gives the same shapes.
 """
 

@@ -1,6 +1,6 @@
 """All that an evaluation says about a mixture of experts: its routing, and how far it is another's.
 
-All that an evaluation says about a mixture of experts, from one teacher-forced pass over its answers.
+All of it comes from one teacher-forced pass over the answers.
 
     routing_section(model, tokenizer, rows, problems, section, routes=folder / "teacher.parquet")   # models.<name>.moe
 
@@ -13,11 +13,10 @@ comes from: it knows which token is whose, and decoding is timed without hooks.
                       (definitions and sources: distill.moe.metrics, distill.moe.totals)
     layers.<name>.specialisation.family | level | token_class
                       groups, tokens, answers, baseline k/E, share [G, E], strongest (distill.moe.totals)
-    layers.<name>.specialisation.token     [{expert, token, id, share, n, z}], ids seen 10 times or more model
-    aggregates over layers (distill.moe.metrics.whole_model) answers, answers_total, tokens         how many of the
-    finished answers were routed saturation.<other>                     where a second checkpoint has the same
-    experts (distill.evaluation.routing)
-
+    layers.<name>.specialisation.token     [{expert, token, id, share, n, z}], ids seen 10 times or more
+    model             aggregates over layers (distill.moe.metrics.whole_model)
+    answers, answers_total, tokens         how many of the finished answers were routed
+    saturation.<other>                     where a second checkpoint has the same experts (below)
     error                                  what could not be measured, absent if nothing
 
 A layer whose score function cannot be told (one expert per token with weight 1) has null for `score_function`,

@@ -11,7 +11,7 @@ A range that cannot fail says nothing. So a number comes with `without`: the sam
 taken away (the model before training, one scale for all, no balancing). It must lie outside the range.
 
 A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
-`EXPECTED` and `EXERCISES`, from which distill/lessons/lesson.py makes the account.
+`EXPECTED` and `EXERCISES`, from which the account is made.
 
 `scaled` and `short` are for the tests alone: in a source, `scaled(80, 8)` is 80 for the learner, whose notebook shows
 `80`, and 8 with DISTILL_LESSON_BUDGET=short. DISTILL_LESSON_DIR is where runs go instead of checkpoints/workshop.

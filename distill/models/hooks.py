@@ -1,6 +1,6 @@
 """How this project attaches to a model it did not write: hooks, and the head on kept tokens only.
 
-How this project attaches to a model it did not write: three small tools, and nothing stays behind.
+Three small tools, and nothing stays behind.
 
     hooks = Hooks(); hooks.before(module, f); hooks.after(module, g); hooks.close()      # any hooks that go together
     with replaced_forward(head, function): model(**batch)         # a function is called instead of one module

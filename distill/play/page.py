@@ -17,7 +17,7 @@ It binds to the loopback address alone, has no share link, sends no telemetry an
 theme uses the system's fonts, and a Content-Security-Policy tells the browser to refuse every other host. Requests
 under another host name (a web page that points its own name at this machine) are refused as well.
 
-It opens at once: until PyTorch, Gradio and the models are there, distill/play/page.py says how far that is. Then the
+It opens at once: until PyTorch, Gradio and the models are there, a first page says how far that is. Then the
 first example is asked by itself. A question that the embedded models were never trained on is told so instead of
 being answered; asking it again answers it all the same.
 

@@ -1,7 +1,5 @@
 """What all figures share: styles of models, matplotlib to inline SVG, and one scale of colours for heat maps.
 
-What all figures share: styles of models, an empty figure, and the way from matplotlib to inline SVG.
-
     figure, axes = new_figure(6, 3); ...; svg = to_svg(figure)
 
 Why SVG text: it stays sharp on a projector, can be searched and read aloud, and takes its colours from the

@@ -10,7 +10,7 @@ What a page says in sentences: the verdict, and the other measurements, the most
     verdict = headline(run)            # {"verdict": "BETTER", "title": ..., "detail": ..., "notes": [...], ...}
     said = findings(run, verdict, experts)      # {"opening": [three sentences], "more": [...]}
 
-The evaluation judged; nothing is tested here. `run` is a `distill.report.findings.Run`.
+The evaluation judged; nothing is tested here. `run` is a `Run`.
 """
 
 import json
