@@ -15,6 +15,7 @@ ORDER = (
     "__main__",
 )  # fmt: skip
 MOST_LINES, MOST_OF_A_FUNCTION, FEWEST_LINES, MOST_MODULES = 500, 90, 60, 16
+MOST_IN_ALL = 130  # a reader of the tree sees every one of them: what is new finds its place or takes another's
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 FACES = sorted(PACKAGE.rglob("__init__.py"))
 # A process of its own is started by its path, and what all stand on may be short.
@@ -101,6 +102,7 @@ def test_folders_are_small_and_all_in_the_order():
         assert len(list(folder.glob("*.py"))) - 1 <= MOST_MODULES, f"{folder} has too many modules"
         assert (folder / "__init__.py").is_file(), f"{folder} needs an __init__.py with its sentence"
     assert {place(name) for name in KNOWN} <= set(ORDER)
+    assert len(MODULES) <= MOST_IN_ALL
 
 
 @pytest.mark.parametrize("path", FACES, ids=lambda p: str(p.parent.relative_to(ROOT)))
