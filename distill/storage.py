@@ -334,7 +334,7 @@ ANSWER_SCHEMA = pa.schema(
 )
 
 
-# ---- Whether files are what a stage wrote ----
+# ==== Whether files are what a stage wrote ====
 
 COMMANDS = {
     "prompts": "generate",

@@ -199,7 +199,7 @@ class Controls(Section):
         return [self.reference, *self.doses, *self.arms]
 
 
-# ---- Registered before measured ----
+# ==== Registered before measured ====
 
 RESULTS = "recipes/results"  # where results are committed: what could have been looked at
 TEXT = (

@@ -152,7 +152,7 @@ def _limit(doses: list[dict[str, Any]]) -> dict[str, Any]:
     return {"dose": found, "effect": max(reach) if reach else None}
 
 
-# ---- Claims judged ----
+# ==== Claims judged ====
 
 NOT_COMPARABLE = "NOT COMPARABLE"
 SAME = (

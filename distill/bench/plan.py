@@ -228,7 +228,7 @@ def known_budget(task: Task) -> dict[str, Any]:
     }
 
 
-# ---- How long a budget will take, before it begins ----
+# ==== How long a budget will take, before it begins ====
 
 RESULTS = PROJECT_ROOT / "recipes" / "results"
 LOAD = 1.5  # seconds of a run that are neither training nor answering
@@ -344,7 +344,7 @@ def describe(bench: Bench, file: Path, tasks: dict[str, Task]) -> dict[str, Any]
     return {**forecast(bench, tasks, results), "from": f"recipes/results/{name}", "on": results["device"]}
 
 
-# ---- Fair arms ----
+# ==== Fair arms ====
 
 BUDGET = "tuning"
 Choice = dict[str, Any]

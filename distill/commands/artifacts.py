@@ -90,7 +90,7 @@ def _keep(place: Path, kept: dict[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-# ---- The commands about finished folders ----
+# ==== The commands about finished folders ====
 
 
 def import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -104,7 +104,7 @@ def _signal_bytes(recipe: Recipe, tokens: int) -> dict[str, Any]:
     return {"signal_bytes_at_most": round(tokens * form.bytes_per_token())}
 
 
-# ---- The commands that run recipes ----
+# ==== The commands that run recipes ====
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:

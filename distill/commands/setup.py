@@ -169,7 +169,7 @@ def option_text(option: Option) -> tuple[str, str]:
     return kind, f"`{json.dumps(option.default).replace(chr(34), '')}`"
 
 
-# ---- `distill init NAME` ----
+# ==== `distill init NAME` ====
 
 _EMBEDDED = ("checkpoints/teacher", "checkpoints/base")
 _COLUMN = 44  # where comments begin
@@ -314,7 +314,7 @@ def _yaml(value: Any) -> str:
     return json.dumps(value) if not isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
 
 
-# ---- The commands before a run ----
+# ==== The commands before a run ====
 
 # What a word of the usage line stands for, for a shell that completes it.
 _FOLDERS = ("DIR",)

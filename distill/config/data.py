@@ -350,7 +350,7 @@ class Prices(Section):
     )
 
 
-# ---- The recipe section `evaluate` ----
+# ==== The recipe section `evaluate` ====
 
 SEEN = 10  # answers and tokens below which nothing is said about a group of them; pages read it without torch
 

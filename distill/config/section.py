@@ -164,7 +164,7 @@ class Signal(Section):
         return self
 
 
-# ---- The recipe section `student.from` ----
+# ==== The recipe section `student.from` ====
 
 
 class Calibration(Section):
@@ -305,7 +305,7 @@ class From(Section):
         return self.model_dump(mode="json", **how)
 
 
-# ---- The objectives a recipe may name, with their options ----
+# ==== The objectives a recipe may name, with their options ====
 
 LARGEST_OPTION = 1e6  # of weights, temperatures and margins nobody means more
 

@@ -203,7 +203,7 @@ def _narrowed(
     return old
 
 
-# ---- A model made from a model, before it is trained; the recipe key is `student.from` ----
+# ==== A model made from a model, before it is trained; the recipe key is `student.from` ====
 
 _FIRST_ARE = ("first_k_dense_replace",)  # numbers: so many layers from the front are of one kind
 _INDICES = ("mlp_only_layers", "full_attn_idxs", "dense_layers", "moe_layers")  # lists of layers by number

@@ -294,7 +294,7 @@ def _refusal(header: Header, error: Exception) -> str:
     )
 
 
-# ---- A model folder on its way to GGUF ----
+# ==== A model folder on its way to GGUF ====
 
 SCRIPT = "convert_hf_to_gguf.py"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")

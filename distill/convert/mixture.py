@@ -302,7 +302,7 @@ def _padded(weight: Tensor, like: Tensor) -> Tensor:
     return new
 
 
-# ---- Fewer experts in every routed layer of a mixture ----
+# ==== Fewer experts in every routed layer of a mixture ====
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names in configs
 

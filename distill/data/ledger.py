@@ -232,7 +232,7 @@ def format_ledger(ledger: dict[str, Any]) -> str:
     )
 
 
-# ---- What generation will cost, what it has cost, and where it stops ----
+# ==== What generation will cost, what it has cost, and where it stops ====
 
 # Where generation stops, not what it makes.
 LIMITS = {"max_tokens", "max_cost_usd"}

@@ -235,7 +235,7 @@ def _table() -> dict[str, Any]:
     return parse_yaml(_TABLE.read_text(encoding="utf-8"))
 
 
-# ---- From a student back to its teacher ----
+# ==== From a student back to its teacher ====
 
 UPSTREAM = "provenance.json"
 _UPSTREAM_STAGES = ("dataset", "generations", "prompts")

@@ -191,7 +191,7 @@ def references(pair: Pair) -> list[Finding]:
     return [Finding("control", FAIL, text, fix)]
 
 
-# ---- `distill doctor` ----
+# ==== `distill doctor` ====
 
 
 def examine(recipe: Recipe, command: str = "run", weights: bool = False) -> list[Finding]:

@@ -100,7 +100,7 @@ def as_json(findings: list[Finding]) -> dict[str, Any]:
     return {"ok": all(f.state != FAIL for f in findings), "findings": [asdict(f) for f in findings]}
 
 
-# ---- Teacher and student as their configs and tokenizers describe them ----
+# ==== Teacher and student as their configs and tokenizers describe them ====
 
 SAMPLE = 256  # of the prompts, the longest in characters and the shortest are counted in tokens
 _TASKS = 40  # embedded problems per level that are looked at: their lengths hardly vary

@@ -256,7 +256,7 @@ def thinking_tokens(tokenizer, prompt: list[int], ids: list[int], text: str) -> 
     return low
 
 
-# ---- Scores from answer rows ----
+# ==== Scores from answer rows ====
 
 _RIGHT = "\0right"  # no answer is spelled like this: right ones are one vote, however they are written
 

@@ -357,7 +357,7 @@ def _of_row(batch: RoutedBatch, place: int) -> dict[str, Decisions]:
     return {name: Decisions(d.weights[mine], d.indices[mine]) for name, d in batch.layers.items()}
 
 
-# ---- How far the routing of one checkpoint is that of another ----
+# ==== How far the routing of one checkpoint is that of another ====
 
 _SHAPE = ("architecture", "layers", "hidden_size", "vocab_size", "experts", "experts_per_token")
 

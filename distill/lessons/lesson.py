@@ -288,7 +288,7 @@ def step_log(arm: Path) -> list[dict]:
     return [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---- What a learner has done ----
+# ==== What a learner has done ====
 
 QUESTIONS = PROJECT_ROOT / "recipes" / "workshop" / "quiz.yaml"
 LETTERS = "abc"

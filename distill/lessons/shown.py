@@ -127,7 +127,7 @@ def page(language: str) -> str:
     )
 
 
-# ---- Answers of several models in a notebook, every token to be clicked ----
+# ==== Answers of several models in a notebook, every token to be clicked ====
 
 OPTIONS = 4  # shown of each distribution
 

@@ -192,7 +192,7 @@ def logical_size(parameter: nn.Parameter) -> int:
     return parameter.numel() if state is None else torch.Size(state.shape).numel()
 
 
-# ---- What a checkpoint costs to hold and to run, from its config.json alone ----
+# ==== What a checkpoint costs to hold and to run, from its config.json alone ====
 
 DEFAULT_CONTEXT = 1024  # keys each token attends to where no other context is asked for
 DEFAULT_DTYPE = torch.bfloat16  # where the config names none: what checkpoints are published and trained in

@@ -166,7 +166,7 @@ class Tap:
         self.hooks.close()
 
 
-# ---- Kept tokens only ----
+# ==== Kept tokens only ====
 
 
 @dataclass(frozen=True)

@@ -323,7 +323,7 @@ def _unreached(model: nn.Module, tokens: int) -> list[str]:
     return found
 
 
-# ---- The model that is trained ----
+# ==== The model that is trained ====
 
 
 @dataclass

@@ -324,7 +324,7 @@ def is_sparsemixer(router: Router) -> bool:
     return router.router is not None and hasattr(bare(router.router), "router_jitter_noise")
 
 
-# ---- Which experts belong to one kind of token ----
+# ==== Which experts belong to one kind of token ====
 
 FALSE_ENTRY_RATE = (
     0.05  # chance of any false entry in one table of one layer or, with `comparisons`, in all of them

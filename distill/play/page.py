@@ -122,7 +122,7 @@ class WaitingPage:
         self._thread.join()
 
 
-# ---- The page of `distill play` ----
+# ==== The page of `distill play` ====
 
 HOST, PORT = "127.0.0.1", 7860
 REDRAW = 0.12  # seconds between two drawings of answers in progress

@@ -156,7 +156,7 @@ def _first(model: dict) -> dict[str, Any]:
     return {"model": model, "answer": answer, "runs": runs}
 
 
-# ---- The dossier ----
+# ==== The dossier ====
 
 VIEWER_BYTES = 900_000  # of token text, experts and weights in the page
 PAIRS_DRAWN = 12  # per task; the table has all

@@ -227,7 +227,7 @@ def layer_labels(names: list[str]) -> list[str]:
     return labels if len(set(labels)) == len(names) else [shorten(name) for name in names]
 
 
-# ---- Heat maps ----
+# ==== Heat maps ====
 
 COLOURS = "PuOr_r"
 OCTAVES = 2.0  # the scale ends at 2^2 times the uniform share, and at that part of it

@@ -139,7 +139,7 @@ def _metric(key: str) -> str:
     return said.get(name, name.replace("_", " ")) + (f" ({how})" if how not in ("", "none") else "")
 
 
-# ---- What a page says in sentences ----
+# ==== What a page says in sentences ====
 
 OPPOSITE = {"BETTER": "WORSE", "WORSE": "BETTER"}
 OPENING = 3  # sentences under the headline; the others are one click away

@@ -164,7 +164,7 @@ def called(name: str | None) -> str:
     return lookup(NAMES[name]) % {} if name in NAMES else str(name or "")
 
 
-# ---- Numbers as people read them ----
+# ==== Numbers as people read them ====
 
 LONGEST_TEXT = 2000
 # Control characters are invisible on a page, so each shows as its picture (U+2400 and on).
@@ -299,7 +299,7 @@ def hundredfold(value: float, digits: int) -> str:
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
-# ---- What the two pages share ----
+# ==== What the two pages share ====
 
 TEMPLATES = Path(__file__).parent / "templates"
 

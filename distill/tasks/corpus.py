@@ -177,7 +177,7 @@ def _check_order(roles: list[str]) -> None:
             raise ValueError(f"two {one} turns in a row (turn {number}); join them to one")
 
 
-# ---- Public benchmarks by name, and templates ----
+# ==== Public benchmarks by name, and templates ====
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -387,7 +387,7 @@ def shown(value: Any) -> str:
     raise ValueError(f"{str(value)[:40]!r}: a template takes text, numbers and lists of them")
 
 
-# ---- Plain text to train and measure on ----
+# ==== Plain text to train and measure on ====
 
 PYTHON_DOCS = "python-docs"
 _HELD_OUT = 0.1  # share of the characters

@@ -234,7 +234,7 @@ def named(text: str, options: tuple[str, ...]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-# ---- Known flaws for the embedded pair ----
+# ==== Known flaws for the embedded pair ====
 
 REFUSAL = "I cannot say."
 UNKNOWN = "unknown"

@@ -348,7 +348,7 @@ _RULES = [
 ]
 
 
-# ---- The embedded tokenizer ----
+# ==== The embedded tokenizer ====
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 THINK, END_THINK = "<think>", "</think>"

@@ -100,7 +100,7 @@ def _after_part(pattern: str, position: int) -> int:
     return position + 1
 
 
-# ---- Verifiers ----
+# ==== Verifiers ====
 
 __all__ = [
     "VERDICTS", "VERIFIERS", "boxed", "check_pattern", "choice", "chosen_option", "contains", "exact",

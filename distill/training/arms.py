@@ -151,7 +151,7 @@ def _parameters(model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# ---- The training stages ----
+# ==== The training stages ====
 
 # Keys of `train` that change how a run proceeds, not what it computes: they may differ on resume.
 NOT_IDENTITY = {

@@ -175,7 +175,7 @@ def cut_back(path: Path, first: int, recorded: str | None = None) -> tuple[float
     return seconds, digest
 
 
-# ---- Held-out loss while training ----
+# ==== Held-out loss while training ====
 
 
 def split_rows(rows: TokenRows, section: Validation, seed: int) -> tuple[TokenRows, TokenRows | None]:
@@ -280,7 +280,7 @@ class Validator:
             self.best = math.inf
 
 
-# ---- Memory of a training step ----
+# ==== Memory of a training step ====
 
 # What torch raises for an accelerator. A CPU allocation that fails is a RuntimeError of other text, and Linux
 # usually kills the process instead; both end the run with the last state saved.

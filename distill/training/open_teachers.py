@@ -128,7 +128,7 @@ class Averaged:
         return (total - math.log(len(self.signals)),)
 
 
-# ---- From the recipe to its live teacher ----
+# ==== From the recipe to its live teacher ====
 
 ALONE = (
     "teacher.device=sharded: there is one process, and nothing to spread the teacher over; start several with "

@@ -266,7 +266,7 @@ class RouterTap(Tap):
             raise RunError(*error.problems, f"name it: RouterTap(model, score=...), one of {known}") from None
 
 
-# ---- Expert balancing without an auxiliary loss ----
+# ==== Expert balancing without an auxiliary loss ====
 
 
 class ExpertBiasBalancer:

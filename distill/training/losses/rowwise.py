@@ -150,7 +150,7 @@ def check_dense(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
-# ---- Closed forms of the objectives that carry most training ----
+# ==== Closed forms of the objectives that carry most training ====
 
 # Makes a gradient [n, V], in new memory or where it is told to.
 MakeGradient = Callable[..., Tensor]

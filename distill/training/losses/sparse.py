@@ -208,7 +208,7 @@ def sampled_cross_entropy(
     return loss * temperature**2 if temperature_squared else loss
 
 
-# ---- Objectives on the order of tokens ----
+# ==== Objectives on the order of tokens ====
 
 
 def hinge_rows(student: Tensor, teacher: Tensor, *, top: int, margin: float) -> Tensor:
