@@ -3,7 +3,8 @@
     claims_section(claim_results(), "en")       # markdown between the markers of README.md
     claims_page(claim_results(), bench)         # docs/claims.md, whole
     language_section(results, "en")             # the table of the second story, of recipes/claims_language.yaml
-    language_page(found)                        # docs/claims-language.md, whole
+    combination_section(results, "en")          # the table of the combination, of recipes/claims_combination.yaml
+    bench_page(found, LANGUAGE_BENCH)           # docs/claims-language.md, docs/claims-combination.md, whole
 
 Run by docs/generate/readme.py. Results are shown as what they are: those of version 1 were measured under the first
 registration, whose words stand in the results themselves, and no verdict of theirs is set beside a hypothesis of
@@ -27,10 +28,15 @@ from distill.storage import PROJECT_ROOT, hash_yaml, parse_yaml, read_json
 
 RESULTS_FOLDER = PROJECT_ROOT / "recipes" / "results"
 CLAIMS_PAGE = PROJECT_ROOT / "docs" / "claims.md"
-LANGUAGE_PAGE = PROJECT_ROOT / "docs" / "claims-language.md"
 BENCH = "recipes/claims.yaml"
 LANGUAGE_BENCH = "recipes/claims_language.yaml"
-PREFIXES = {BENCH: "claims", LANGUAGE_BENCH: "language"}  # of the files in recipes/results
+COMBINATION_BENCH = "recipes/claims_combination.yaml"
+PREFIXES = {  # of the files in recipes/results
+    BENCH: "claims", LANGUAGE_BENCH: "language", COMBINATION_BENCH: "combination",
+}  # fmt: skip
+OTHER_PAGES = {
+    bench: PROJECT_ROOT / "docs" / f"claims-{PREFIXES[bench]}.md" for bench in (LANGUAGE_BENCH, COMBINATION_BENCH)
+}
 CHINESE = PROJECT_ROOT / "docs" / "generate" / "claims.zh.yaml"
 # What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
 SHOWN = (
@@ -187,18 +193,22 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
                 "",
             ]
     lines += [f"{limit_text(results['controls'], language)}\n"] if results.get("controls") else []
-    counts = (", " if language == "en" else "、").join(
-        f"{n} {_verdict(v, language)}"
-        for v in MARKS
-        if (n := sum(c["verdict"] == v for c in results["claims"]))
-    )
     sentence = words["sentence"].format(
-        n=len(results["claims"]), counts=counts, jobs=results["jobs"], device=results["device"],
+        n=len(results["claims"]), counts=_counts(results, language), jobs=results["jobs"], device=results["device"],
         commit=shown_commit(results), most=words["most"] if first_registration(results) else "", **_size(results),
     )  # fmt: skip
     for other in smaller:
         sentence += words["smaller"].format(name=other["budget"], **_size(other))
     return "\n".join([*lines, sentence, ""])
+
+
+def _counts(results: dict[str, Any], language: str) -> str:
+    """How many claims got which verdict, in words."""
+    return (", " if language == "en" else "、").join(
+        f"{n} {_verdict(v, language)}"
+        for v in MARKS
+        if (n := sum(c["verdict"] == v for c in results["claims"]))
+    )
 
 
 def _row(claim: dict[str, Any], language: str, results: dict[str, Any]) -> str:
@@ -257,7 +267,8 @@ def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) ->
     second = {name: results for name, results in found.items() if name not in first}
     lines = ["# The article, claim by claim", "", *_RULES.splitlines(), ""]
     lines += [
-        "Claims that need a real language model stand on [a page of their own](claims-language.md).",
+        "Claims that need a real language model stand on [a page of their own](claims-language.md), and so do those of "
+        "[the combination, taken further](claims-combination.md).",
         "",
     ]
     if second:
@@ -286,15 +297,34 @@ def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) ->
     return "\n".join([*lines, ""])
 
 
-def language_page(found: dict[str, dict[str, Any]]) -> str:
-    """docs/claims-language.md: what was measured with real language models, and the checklist."""
-    bench = load_bench(str(PROJECT_ROOT / LANGUAGE_BENCH))[0]
+def bench_page(found: dict[str, dict[str, Any]], file: str) -> str:
+    """The page of a bench file of `OTHER_PAGES`: what was measured of it, and the checklist."""
+    bench = load_bench(str(PROJECT_ROOT / file))[0]
     lines = [f"# {bench.title}", "", "The rules are those of [the first page](claims.md): registered before measured, "
              "effects within a seed, Holm's correction by family. The arms are in "
-             f"[{LANGUAGE_BENCH}](../{LANGUAGE_BENCH}).",
+             f"[{file}](../{file}).",
              ""]  # fmt: skip
-    lines += [*_measured(found, bench=LANGUAGE_BENCH), ""] if found else ["Not measured yet.", ""]
-    return "\n".join([*lines, *checklist(bench, LANGUAGE_BENCH), ""])
+    lines += [*_measured(found, bench=file), ""] if found else ["Not measured yet.", ""]
+    return "\n".join([*lines, *checklist(bench, file), ""])
+
+
+_COMBINATION_WORDS = {
+    "en": "{n} claims, {counts}; {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes by the clock, {jobs} at a time; "
+    "{device}; commit {commit}. What each arm used, and the claims that are not measured yet: "
+    "[docs/claims-combination.md](docs/claims-combination.md).",
+    "zh": "共 {n} 条说法：{counts}；{seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，同时运行 {jobs} 个；"
+    "{device}；提交 {commit}。各组用量与尚未测量的说法见 [docs/claims-combination.md](docs/claims-combination.md)。",
+}
+
+
+def combination_section(results: dict[str, Any], language: str = "en") -> str:
+    """All claims of the combination that were measured, as README shows them."""
+    words = _WORDS[language]
+    lines = ["", words["papers"], "|---|---|---|---|"]
+    lines += [_row(claim, language, results) for claim in results["claims"]]
+    said = {"n": len(results["claims"]), "counts": _counts(results, language), "commit": shown_commit(results)}
+    said |= {"jobs": results["jobs"], "device": results["device"]} | _size(results)
+    return "\n".join([*lines, "", _COMBINATION_WORDS[language].format(**said), ""])
 
 
 _TEXT_WORDS = {

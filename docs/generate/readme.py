@@ -3,6 +3,7 @@
     distill demo && python docs/generate/readme.py checkpoints/demo                                   (a measured run)
     distill bench recipes/claims.yaml --budget full && python docs/generate/readme.py checkpoints/claims      (a grid)
     python docs/generate/readme.py checkpoints/claims-language              (recipes/claims_language.yaml)
+    python docs/generate/readme.py checkpoints/claims-combination           (recipes/claims_combination.yaml)
     python docs/generate/readme.py                                                            (the pages alone, anew)
 
 A run's scores are copied to recipes/results/ (small JSON, no answers), and the pages are written between their markers
@@ -27,15 +28,16 @@ sys.path.append(
 from cases import DISTILLATION, DISTILLATION_AUTOCAST, GKD, HIDDEN, OURS
 from claim_pages import (
     CLAIMS_PAGE,
-    LANGUAGE_PAGE,
+    OTHER_PAGES,
     PREFIXES,
     RESULTS_FOLDER,
+    bench_page,
     claim_results,
     claims_page,
     claims_section,
+    combination_section,
     compact,
     first_registration,
-    language_page,
     language_section,
 )
 from training import TITLES
@@ -169,6 +171,8 @@ def sections(language: str) -> dict[str, str]:
         found["claims"] = claims_section(by_budget, language)
     if measured := claim_results("language").get("small"):
         found["language"] = language_section(measured, language)
+    if measured := claim_results("combination"):
+        found["combination"] = combination_section(list(measured.values())[-1], language)
     found["devices"] = devices_section(language)
     found["real speed"] = real_speed_section(read_json(SPEED_RESULTS["real speed"]), language)
     return found
@@ -250,7 +254,8 @@ def main() -> int:
             write_atomic(path, text)
         if found := claim_results():
             write_atomic(CLAIMS_PAGE, claims_page(found))
-        write_atomic(LANGUAGE_PAGE, language_page(claim_results("language")))
+        for bench, path in OTHER_PAGES.items():
+            write_atomic(path, bench_page(claim_results(PREFIXES[bench]), bench))
         text = SPEED_PAGE.read_text()
         for name, file in SPEED_RESULTS.items():
             if file.is_file():

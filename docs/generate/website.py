@@ -29,6 +29,7 @@ PAGES = (
     ("Scale", "docs/scale.md"),
     ("The article, claim by claim", "docs/claims.md"),
     ("Claims with real language models", "docs/claims-language.md"),
+    ("Claims of the combination", "docs/claims-combination.md"),
     ("Every key of a recipe", "docs/recipes.md"),
     ("Troubleshooting", "docs/troubleshooting.md"),
     ("Glossary", "docs/glossary.md"),

@@ -100,7 +100,8 @@ def test_the_table_of_language_models(language):
 @pytest.mark.parametrize("language", PAGES)
 def test_the_second_story_is_that_of_the_result_files(language):
     found, text = claim_results("language"), PAGES[language].read_text()
-    assert claim_pages.LANGUAGE_PAGE.read_text() == claim_pages.language_page(found)
+    bench = claim_pages.LANGUAGE_BENCH
+    assert claim_pages.OTHER_PAGES[bench].read_text() == claim_pages.bench_page(found, bench)
     if "small" in found:
         shown = sections(language)["language"]
         assert shown in text and replaced(text, "language", shown) == text
@@ -160,6 +161,21 @@ def test_the_table_of_claims_is_chinese_in_chinese():
         if claim["id"] in claim_pages.SHOWN:
             for key in ("sentence", "hypothesis"):
                 assert re.search("[\u4e00-\u9fff]", claim_pages.in_language(claim[key], "zh")), claim[key]
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_the_combination_is_that_of_the_result_files(language):
+    bench, found = claim_pages.COMBINATION_BENCH, claim_results("combination")
+    assert claim_pages.OTHER_PAGES[bench].read_text() == claim_pages.bench_page(found, bench)
+    for claim in load_bench(str(ROOT / bench))[0].claims:
+        for key in ("sentence", "hypothesis"):
+            said = claim_pages.in_language(getattr(claim, key), language)
+            assert (language == "zh") == bool(re.search("[\u4e00-\u9fff]", said)), said
+    if found:
+        largest, shown = list(found.values())[-1], sections(language)["combination"]
+        assert shown in PAGES[language].read_text()
+        assert not claim_pages.stale(largest) and largest["seeds"] >= 5
+        assert all(claim_pages.shown_effect(claim)[:6] in shown for claim in largest["claims"])
 
 
 def test_the_checklist_has_every_claim_of_today():
