@@ -15,7 +15,9 @@ ORDER = (
     "__main__",
 )  # fmt: skip
 MOST_LINES, MOST_OF_A_FUNCTION, FEWEST_LINES, MOST_MODULES = 500, 90, 60, 16
-MOST_IN_ALL = 130  # a reader of the tree sees every one of them: what is new finds its place or takes another's
+MOST_IN_ALL = (
+    130  # a reader of the tree sees every one of them: what is new finds its place or takes another's
+)
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 FACES = sorted(PACKAGE.rglob("__init__.py"))
 # A process of its own is started by its path, and what all stand on may be short.

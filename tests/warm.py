@@ -147,10 +147,10 @@ def serve() -> None:
     import transformers.models.qwen3.modeling_qwen3
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
-    import distill.commands.recipe
     import distill.data.filter
     import distill.data.generate
     import distill.doctor.checks
+    import distill.doctor.memory
     import distill.evaluation.evaluate
     import distill.pipeline
     import distill.report.dossier

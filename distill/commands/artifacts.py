@@ -1,5 +1,10 @@
 """The commands about finished folders: import, describe, provenance, export, merge, play, inherit.
 
+Each is a function that adds its arguments and one that runs, listed in `COMMANDS`. Heavy imports stay inside, so that
+a mistake in the arguments is told in a fraction of a second.
+
+    distill inherit STUDENT ... --teacher PATH [--clean PATH] [--probes FILE|embedded] [--out DIR] [--json]
+
 What `distill describe` said before, kept on disk: counting takes the model's code, which is 5 s of imports.
 
     found, text = described("checkpoints/teacher")      # the keys of distill/models/describe.py, and the table of them
@@ -11,11 +16,6 @@ One that does not fit its checksum is counted again, and where nothing can be wr
 
 The folder itself is looked at every time, as `check_folder` does. Hub names, GGUF files and folders with a config for
 each release of transformers (`configuration_files`) are read by the libraries and never kept.
-
-Each is a function that adds its arguments and one that runs, listed in `COMMANDS`. Heavy imports stay inside, so that
-a mistake in the arguments is told in a fraction of a second.
-
-    distill inherit STUDENT ... --teacher PATH [--clean PATH] [--probes FILE|embedded] [--out DIR] [--json]
 """
 
 import argparse
@@ -29,9 +29,6 @@ from distill import console
 from distill.commands.command import Command, json_argument, language_argument, seed, whole
 from distill.errors import DistillError, UserError
 from distill.files import check_targets
-from distill.models.folders import check_folder, read_object
-from distill.stages import versions
-from distill.storage import fingerprint, hash_file, read_json, resolve_model, write_sealed
 
 _COUNTS = Path(__file__).resolve().parent.parent / "models"  # the code whose change makes another description
 _MOST = 200  # descriptions kept
@@ -45,6 +42,7 @@ def described(name: str) -> tuple[dict[str, Any], str]:
     console.quiet_libraries()
     from distill.convert.gguf import gguf_config, is_gguf
     from distill.models.describe import describe, describe_config, format_description
+    from distill.storage import resolve_model
 
     if is_gguf(name):
         found = describe_config(gguf_config(Path(name)))
@@ -58,6 +56,10 @@ def described(name: str) -> tuple[dict[str, Any], str]:
 
 def _place(name: str) -> Path | None:
     """Where the description of this model is kept; None for what is never kept. Raises UserError for a bad folder."""
+    from distill.models.folders import check_folder, read_object
+    from distill.stages import versions
+    from distill.storage import fingerprint, hash_file, resolve_model
+
     if name.lower().endswith(".gguf"):
         return None
     folder = Path(resolve_model(name))
@@ -75,6 +77,8 @@ def _place(name: str) -> Path | None:
 
 def _kept(place: Path) -> dict[str, Any] | None:
     """What lies there, if it is whole."""
+    from distill.storage import read_json
+
     try:
         kept = read_json(place)
     except (DistillError, OSError):
@@ -83,6 +87,8 @@ def _kept(place: Path) -> dict[str, Any] | None:
 
 
 def _keep(place: Path, kept: dict[str, Any]) -> None:
+    from distill.storage import write_sealed
+
     with contextlib.suppress(DistillError, OSError):
         write_sealed(place, kept)
         oldest = sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_MOST]

@@ -11,11 +11,11 @@ import sys
 import traceback
 
 from distill import __version__, console
-from distill.commands import artifacts, cost, recipe, setup
+from distill.commands import artifacts, recipe, setup
 from distill.commands.command import Command
 from distill.errors import DistillError, UserError, nearest
 
-_MODULES = (recipe, setup, cost, artifacts)
+_MODULES = (recipe, setup, artifacts)
 COMMANDS: dict[str, Command] = {c.name: c for module in _MODULES for c in module.COMMANDS}
 
 

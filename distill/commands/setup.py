@@ -1,320 +1,30 @@
-"""The commands before a run: init writes a recipe, doctor examines it, completion teaches a shell.
+"""The commands that train nothing: init writes a recipe, doctor examines it, cost counts, completion teaches a shell.
 
-Every key of a recipe with type, bounds, default and meaning, read from the classes that check them.
-
-    for path, section, own in entries(): print(path, [(e.key, e.type, e.default, e.description) for e in own])
-
-Types and bounds come from the annotations, meanings and units from each field's `description` (a test asks for one on
-every key), so what is printed cannot say what the program does not do. `distill init` writes its comments from here,
-docs/generate/recipes.py the page docs/recipes.md.
-
-`distill init NAME`: a commented recipe to start from, every key with its meaning, written from the classes.
-
-    distill init mine                                                  the embedded pair, as the demo
     distill init mine --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B
+    distill doctor mine.yaml
+    distill cost [deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE [key=value ...]] [--usd-per-hour USD] [--json]
+    distill cost [RUN_DIR | RECIPE] --break-even [--queries N] [--students N] [--out DIR] [--json]
+    distill completion bash
 
-Keys that a first recipe sets stand as they are; all others are there as comments with their defaults, explained by
-the same descriptions as docs/recipes.md. Apart from the command, since the classes take a while to import.
-
-distill init mine --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B
-distill doctor mine.yaml
-distill completion bash
+`cost` prints a published bill, the ledger of a run, or the break-even between distilling and its alternatives.
 """
 
 import argparse
 import json
-import re
-import types
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-import yaml
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import JsonValue
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from typing import Any
 
 from distill import console
-from distill.commands.command import Command, json_argument, pair_arguments, recipe_arguments, with_pair
-from distill.config.recipe import Recipe, load_recipe
-from distill.config.section import LARGEST, LARGEST_OPTION, Option, Section
-from distill.config.training import Objective
-from distill.errors import UserError
-from distill.files import file_problem, shown
-from distill.storage import write_atomic
-
-_NUMBERS = {
-    int: "whole number",
-    float: "number",
-    str: "text",
-    bool: "true, false",
-    date: "date",
-    Any: "anything",
-    JsonValue: "anything",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One key: its dotted path, type with bounds, default and description, all as text."""
-
-    key: str
-    type: str
-    default: str
-    description: str
-
-
-def entries(
-    section: type[Section] = Recipe, prefix: str = ""
-) -> Iterator[tuple[str, type[Section], list[Entry]]]:
-    """(path, section class, its own keys), then the same for every section below it, depth first."""
-    own, below = [], []
-    for name, field in section.model_fields.items():
-        name = field.alias or name
-        inner = section_of(field.annotation)
-        if inner is not None and inner is not Objective:
-            many = {dict: ".NAME", list: ".0"}.get(get_origin(field.annotation), "")
-            below.append((f"{prefix}{name}{many}", inner))
-        else:
-            own.append(
-                Entry(
-                    f"{prefix}{name}",
-                    type_text(field.annotation, field.metadata),
-                    default_text(field),
-                    field.description or "",
-                )
-            )
-    yield prefix.rstrip("."), section, own
-    for path, inner in below:
-        yield from entries(inner, f"{path}.")
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The section class behind an annotation, looking through Optional and list."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def type_text(annotation: Any, metadata: list[Any] = ()) -> str:
-    """An annotation in words: `int` with ge=1 is "whole number, at least 1"."""
-    origin, inside = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        further = [m for a in inside[1:] for m in (a.metadata if isinstance(a, FieldInfo) else [a])]
-        return type_text(inside[0], [*metadata, *further])
-    if origin in (Union, types.UnionType):
-        words = [type_text(a) for a in inside if a is not type(None)]
-        return ", or ".join([*words, *(["empty"] if type(None) in inside else [])])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inside)
-    if origin is list:
-        return f"list of: {type_text(inside[0])}"
-    if origin is tuple:
-        return (
-            f"list of: {type_text(inside[0])}"
-            if inside[-1] is ...
-            else f"{len(inside)} x {type_text(inside[0])}"
-        )
-    if origin is dict:
-        return f"mapping of {type_text(inside[0])} to {type_text(inside[1])}"
-    if annotation is Objective:
-        return "objective, see [below](#objectives)"
-    bounds = bounds_text(metadata)
-    return f"{_NUMBERS[annotation]}{f', {bounds}' if bounds else ''}"
-
-
-def bounds_text(metadata: list[Any]) -> str:
-    """ "at least 1", "above 0, at most 5", "0 to 1"."""
-    found = {type(m): m for m in metadata if getattr(m, "le", getattr(m, "lt", 0)) < LARGEST}
-    low = {Ge: "at least", Gt: "above"}
-    high = {Le: "at most", Lt: "below"}
-    if Ge in found and Le in found:
-        return f"{found[Ge].ge:g} to {found[Le].le:g}"
-    parts = [f"{word} {getattr(found[kind], kind.__name__.lower()):g}"
-             for kind, word in (low | high).items() if kind in found]  # fmt: skip
-    return ", ".join(parts)
-
-
-def default_text(field: FieldInfo) -> str:
-    """The default as YAML would take it; "required" where there is none."""
-    value = field.default
-    if value is PydanticUndefined:
-        return "required"
-    if value is None:
-        return "empty"
-    if isinstance(value, list) and value and isinstance(value[0], Objective):
-        value = [{"name": o.name} for o in value]
-    if isinstance(value, str):
-        return f"`{value}`" if value else "`''`"
-    return f"`{json.dumps(value).replace(chr(34), '')}`"
-
-
-def option_text(option: Option) -> tuple[str, str]:
-    """Type and default of one option of an objective."""
-    if option.kind is list:
-        kind = (
-            f"{', '.join(f'`{c}`' for c in option.choices)}, or pairs [[student layer, teacher layer], ...]"
-        )
-    elif option.choices:
-        kind = ", ".join(f"`{c}`" for c in option.choices)
-    else:
-        low = (Gt(option.low) if option.above else Ge(option.low),) if option.low > -LARGEST_OPTION else ()
-        high = (Lt(option.high) if option.below else Le(option.high),) if option.high < LARGEST_OPTION else ()
-        bounds = bounds_text([*low, *high])
-        kind = f"{_NUMBERS[option.kind]}{f', {bounds}' if bounds else ''}"
-    return kind, f"`{json.dumps(option.default).replace(chr(34), '')}`"
-
-
-# ==== `distill init NAME` ====
-
-_EMBEDDED = ("checkpoints/teacher", "checkpoints/base")
-_COLUMN = 44  # where comments begin
-_ANSWER = 1024  # tokens of an answer with its thinking, where both models have room for that
-
-
-def write_recipe(name: str, teacher: str | None, student: str | None) -> Path:
-    """Write NAME.yaml in the current folder; returns its path. Raises UserError where it is there already."""
-    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    if problem := file_problem(path):
-        raise UserError(f"'{shown(name)}' {problem}")
-    if not Path(name).name.removesuffix(".yml").removesuffix(".yaml").strip("."):
-        raise UserError(f"'{name}' is no name of a recipe; give one, as mine")
-    if path.exists():
-        raise UserError(f"{path} is there already; choose another name, or move it away")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder; make it first")
-    for option, given in (("--teacher", teacher), ("--student", student)):
-        if given is not None and not given.strip():
-            raise UserError(f"{option} is empty; give a model, or leave it out")
-    chosen = (teacher or _EMBEDDED[0], student or _EMBEDDED[1])
-    values = _values(path.stem, *chosen)
-    text = "\n".join([*_opening(path), *_section(Recipe, values, 0)]) + "\n"
-    write_atomic(path, text)
-    load_recipe(str(path))  # what is written is a recipe
-    return path
-
-
-def _values(stem: str, teacher: str, student: str) -> dict[str, Any]:
-    """What a first recipe of this pair sets."""
-    objectives = [{"name": "cross_entropy", "weight": 1.0}]
-    own = (teacher, student) == _EMBEDDED
-    new = 80 if own else _ANSWER
-    if own or _one_vocabulary(teacher, student):
-        objectives.append({"name": "forward_kl", "weight": 1.0})
-    if not own:
-        room = [c for c in map(_context, (teacher, student)) if c]
-        new = min([_ANSWER, *(max(1, c // 2) for c in room)])
-    return {
-        "run_dir": f"checkpoints/{stem}",
-        "seed": 0,
-        "prompts": {"source": "tasks", "levels": {"easy": 600, "medium": 800, "hard": 2000}},
-        "teacher": {"model": teacher},
-        "generate": {
-            "samples": 2,
-            "temperature": 0.7,
-            "max_new_tokens": new,
-            "batch_size": 256 if own else 32,
-        },
-        "filter": {"correct_only": True},
-        "student": {"model": student, "adapter": "lora", "lora": {"rank": 16, "alpha": 32.0}},
-        "train": {
-            "objectives": objectives,
-            "steps": 400,
-            "batch_size": 64,
-            "micro_batch_size": 64 if own else 4,
-            "learning_rate": 1e-2 if own else 2e-4,
-            "precision": "auto",
-        },
-        "control": {"enabled": True},
-        "evaluate": {"levels": {"easy": 210, "medium": 210, "hard": 420}, "max_new_tokens": new},
-    }
-
-
-def _one_vocabulary(teacher: str, student: str) -> bool:
-    """Whether logits can be compared; False where a tokenizer is out of reach. UserError for a folder not there."""
-    from distill.models.load import load_tokenizer, resolve_model, same_vocabulary
-
-    for model in (teacher, student):
-        resolve_model(model)
-    try:
-        return same_vocabulary(load_tokenizer(teacher), load_tokenizer(student))
-    except UserError:
-        return False
-
-
-def _context(model: str) -> int | None:
-    from distill.models.load import load_config
-
-    try:
-        config = load_config(model).get_text_config(decoder=True)
-    except UserError:
-        return None
-    return getattr(config, "max_position_embeddings", None)
-
-
-def _opening(path: Path) -> list[str]:
-    return [
-        f"# {path.stem}: teacher outputs -> student -> evaluation -> report. One page, one experiment.",
-        "#",
-        f"#   distill doctor {path}               is this pair fit for it? seconds, no weights",
-        f"#   distill run {path} --dry-run        what it will take",
-        f"#   distill run {path}                  every stage, resuming what is done",
-        "#",
-        "# Keys behind a # have the value shown. Any key can be changed on the command line, as train.steps=200.",
-        "",
-    ]
-
-
-def _section(section: type[Section], values: dict[str, Any], depth: int) -> Iterator[str]:
-    """Lines of one section: its keys in order, those not in `values` as comments."""
-    for name, field in section.model_fields.items():
-        name = field.alias or name
-        inner = section_of(field.annotation)
-        nested = inner is not None and inner is not Objective
-        if nested:
-            yield from _nested(name, inner, values.get(name), depth)
-            continue
-        given = name in values
-        shown = _yaml(values[name]) if given else _default(field)
-        yield _line(name, shown, field.description or "", depth, commented=not given)
-
-
-def _nested(name: str, inner: type[Section], values: dict[str, Any] | None, depth: int) -> Iterator[str]:
-    words = re.split(r"(?<! al)[.;] ", " ".join((inner.__doc__ or "").split()))[0].rstrip(".")
-    if depth == 0:
-        yield ""
-    if values is None:
-        yield _line(name, "", words, depth, commented=True)
-        yield from _section(inner, {}, depth + 1)
-        return
-    yield _line(name, "", words, depth, commented=False)
-    yield from _section(inner, values, depth + 1)
-
-
-def _line(name: str, value: str, words: str, depth: int, commented: bool) -> str:
-    text = f"{'  ' * depth}{'# ' if commented else ''}{name}:{f' {value}' if value else ''}"
-    return f"{text:<{_COLUMN - 2}}  # {words}" if words else text
-
-
-def _default(field: Any) -> str:
-    shown = default_text(field).strip("`")
-    return {"empty": "null", "required": ""}.get(shown, shown)
-
-
-def _yaml(value: Any) -> str:
-    """A value on one line, as YAML."""
-    if isinstance(value, float):
-        return f"{value:g}" if "e" not in f"{value:g}" else f"{value:.1e}"
-    if isinstance(value, dict | list):
-        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).strip()
-    return json.dumps(value) if not isinstance(value, str) else yaml.safe_dump(value).splitlines()[0]
-
-
-# ==== The commands before a run ====
+from distill.commands.command import (
+    Command,
+    amount,
+    json_argument,
+    pair_arguments,
+    recipe_arguments,
+    with_pair,
+)
+from distill.errors import UserError, nearest
+from distill.files import check_targets, like_it, shown
 
 # What a word of the usage line stands for, for a shell that completes it.
 _FOLDERS = ("DIR",)
@@ -327,6 +37,7 @@ def init_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def init(arguments: argparse.Namespace) -> int:
+    from distill.commands.scaffold import write_recipe
 
     if arguments.teacher or arguments.student:
         console.quiet_libraries()
@@ -377,10 +88,148 @@ def completion(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ==== what it costs ====
+
+_BILLS = ("deepseek-v3", "deepseek-r1")
+
+
+# Options that replace one number of the break-even: distill/cost/break_even.py says what each is.
+_AMOUNTS = {
+    "teacher_query": "one answer of the teacher",
+    "student_query": "one answer of the distilled student",
+    "direct_query": "one answer of the directly trained one, if another",
+    "teacher_outputs": "the teacher's answers to train on, once for all students",
+    "distil_student": "distilling one student",
+    "direct_student": "training one student directly to the same accuracy",
+    "teacher_training": "training the teacher, where that must be paid",
+}
+
+
+def cost_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("what", nargs="?", metavar="deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="with a RECIPE, as prices.usd_per_device_hour=2",
+    )
+    add("--usd-per-hour", type=amount, metavar="USD", help="price of one device-hour, before the recipe's")
+    add("--break-even", action="store_true", help="distil, train directly, or keep calling the teacher")
+    group = parser.add_argument_group("with --break-even", "amounts in one unit; a run tells most of them")
+    add = group.add_argument
+    add("--queries", type=amount, metavar="N", help="answered in all, 1,000,000")
+    add("--students", type=amount, metavar="N", help="made from the same teacher, 1")
+    add("--unit", choices=["usd", "device_hours", "flops"], help="default: usd where a price is known")
+    for name, words in _AMOUNTS.items():
+        add(f"--{name.replace('_', '-')}", type=amount, metavar="X", help=words)
+    add("--direct-multiple", type=amount, metavar="M",
+        help="direct training takes M times the control arm to be as accurate")  # fmt: skip
+    add("--out", metavar="DIR", help="write break_even.html and break_even.json there")
+    json_argument(parser)
+
+
+def cost(arguments: argparse.Namespace) -> int:
+    what = arguments.what
+    if arguments.overrides and not str(what).endswith((".yaml", ".yml")):
+        raise UserError(f"'{arguments.overrides[0]}': key=value goes with a RECIPE")
+    check_targets(folder_out=arguments.out)
+    if arguments.break_even:
+        found, text = _break_even(arguments)
+    else:
+        found, text = _bill(arguments)
+    print(json.dumps(found, indent=2) if arguments.json else text(found))
+    if arguments.break_even and arguments.out:
+        from distill.cost.page import write_page
+
+        page = write_page(found, Path(arguments.out))
+        if not arguments.json:
+            print(f"page: {page}")
+    return 0
+
+
+def _bill(arguments: argparse.Namespace):
+    """(what was found, how it prints) of a published bill or a run."""
+    asked = (*_AMOUNTS, "direct_multiple", "queries", "students", "unit", "out")
+    unused = [name for name in asked if getattr(arguments, name) is not None]
+    if unused:
+        raise UserError(f"--{unused[0].replace('_', '-')} goes with --break-even")
+    if arguments.what in (None, "deepseek-v3"):
+        from distill.cost.published import deepseek_v3_bill, format_bill
+
+        return deepseek_v3_bill(arguments.usd_per_hour), format_bill
+    if arguments.what == "deepseek-r1":
+        from distill.cost.published import deepseek_r1_bill, format_r1
+
+        return deepseek_r1_bill(arguments.usd_per_hour), format_r1
+    from distill.data.ledger import format_ledger, run_ledger
+
+    run_dir, prices = _run_and_prices(arguments)
+    return run_ledger(run_dir, prices), format_ledger
+
+
+def _run_and_prices(arguments: argparse.Namespace) -> tuple[Path, dict[str, float] | None]:
+    """The run folder, and the prices of its recipe; --usd-per-hour goes before the recipe's."""
+    if arguments.what.endswith((".yaml", ".yml")):
+        from distill.config.recipe import load_recipe
+
+        recipe = load_recipe(arguments.what, arguments.overrides)
+        run_dir = recipe.path
+        prices = {key: value for key, value in recipe.prices.model_dump().items() if value is not None}
+    else:
+        from distill.data.ledger import recipe_prices
+
+        run_dir = Path(arguments.what)
+        if not run_dir.is_dir():
+            raise UserError(
+                f"'{shown(arguments.what)}' is no folder of a run, and no published bill"
+                f"{like_it(run_dir) or nearest(arguments.what, _BILLS)}"
+            )
+        prices = recipe_prices(run_dir) or {}
+    if arguments.usd_per_hour is not None:
+        prices["usd_per_device_hour"] = arguments.usd_per_hour
+    return run_dir, prices or None
+
+
+def _break_even(arguments: argparse.Namespace):
+    from distill.cost.break_even import Costs, break_even, from_run
+    from distill.cost.page import format_break_even
+
+    given = {name: getattr(arguments, name) for name in _AMOUNTS}
+    if arguments.what in _BILLS:
+        raise UserError(f"--break-even goes with a RUN_DIR, a RECIPE or numbers, not with {arguments.what}")
+    if arguments.what:
+        run_dir, prices = _run_and_prices(arguments)
+        inputs = from_run(run_dir, prices, arguments.unit, arguments.direct_multiple, given)
+    else:
+        inputs = _without_a_run(arguments, given)
+    costs = Costs(**inputs["costs"])
+    queries = 1e6 if arguments.queries is None else arguments.queries
+    students = 1 if arguments.students is None else arguments.students
+    found: dict[str, Any] = {**break_even(costs, queries, students), "inputs": inputs}
+    return found, format_break_even
+
+
+def _without_a_run(arguments: argparse.Namespace, given: dict[str, float | None]) -> dict[str, Any]:
+    """Numbers from options; with none of them, the committed measurement of the demo."""
+    from distill.cost.break_even import from_options, measured_inputs
+
+    need_run = [n for n in ("direct_multiple", "usd_per_hour") if getattr(arguments, n) is not None]
+    if need_run:
+        raise UserError(f"--{need_run[0].replace('_', '-')} with --break-even needs a RUN_DIR; name one")
+    if any(value is not None for value in given.values()) or arguments.unit:
+        return from_options(given, arguments.unit)
+    return measured_inputs()
+
+
 COMMANDS = [
     Command("init", "write a commented recipe NAME.yaml to start from", init_arguments, init),
     Command(
         "doctor", "is this pair fit for this recipe? before any weight is loaded", doctor_arguments, doctor
     ),
     Command("completion", "a script that completes commands and options", completion_arguments, completion),
+    Command(
+        "cost", "DeepSeek's published bills, a run's ledger, or when distilling pays", cost_arguments, cost
+    ),
 ]

@@ -31,9 +31,9 @@ How to choose layers: evenly spaced ones with both ends are the usual start wher
 (Sanh et al., DistilBERT, arXiv 1910.01108, section 3). `by: angle` leaves out the run of layers over which the hidden
 state turns least (Gromov et al., arXiv 2403.17887, section 3.2); a list tries another choice.
 
-A new way to make a student is a function (model, its settings, ...) -> model, and a step of `derived`: widths and layers
-are here, all about experts (taken out, merged, made, joined) in mixture.py. Each also
-works on a skeleton without weights, where nothing can be read and any choice gives the same shapes.
+A new way to make a student is a function (model, its settings, ...) -> model, and a step of `derived`: widths and
+layers are here, all about experts (taken out, merged, made, joined) in mixture.py. Each also works on a skeleton
+without weights, where nothing can be read and any choice gives the same shapes.
 """
 
 import copy

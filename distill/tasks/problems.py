@@ -32,9 +32,10 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LEVELS = ("easy", "medium", "hard")
 SPLITS = ("train", "validation", "test")
@@ -361,11 +362,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(vocabulary: int = 512, context: int = 256) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: int = 512, context: int = 256) -> "PreTrainedTokenizerFast":
     """Train the tokenizer on 2,100 training problems of fixed seed: the same files every time.
 
     `vocabulary` is an upper limit; training stops earlier when every word of the tasks is one token.
     """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

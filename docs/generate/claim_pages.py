@@ -35,7 +35,8 @@ PREFIXES = {  # of the files in recipes/results
     BENCH: "claims", LANGUAGE_BENCH: "language", COMBINATION_BENCH: "combination",
 }  # fmt: skip
 OTHER_PAGES = {
-    bench: PROJECT_ROOT / "docs" / f"claims-{PREFIXES[bench]}.md" for bench in (LANGUAGE_BENCH, COMBINATION_BENCH)
+    bench: PROJECT_ROOT / "docs" / f"claims-{PREFIXES[bench]}.md"
+    for bench in (LANGUAGE_BENCH, COMBINATION_BENCH)
 }
 CHINESE = PROJECT_ROOT / "docs" / "generate" / "claims.zh.yaml"
 # What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
@@ -322,7 +323,11 @@ def combination_section(results: dict[str, Any], language: str = "en") -> str:
     words = _WORDS[language]
     lines = ["", words["papers"], "|---|---|---|---|"]
     lines += [_row(claim, language, results) for claim in results["claims"]]
-    said = {"n": len(results["claims"]), "counts": _counts(results, language), "commit": shown_commit(results)}
+    said = {
+        "n": len(results["claims"]),
+        "counts": _counts(results, language),
+        "commit": shown_commit(results),
+    }
     said |= {"jobs": results["jobs"], "device": results["device"]} | _size(results)
     return "\n".join([*lines, "", _COMBINATION_WORDS[language].format(**said), ""])
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from annotated_types import Gt
 
 from distill.bench.grid import Bench
-from distill.commands.setup import bounds_text, entries, option_text
+from distill.commands.scaffold import bounds_text, entries, option_text
 from distill.config.recipe import Recipe
 from distill.config.section import OBJECTIVES, WEIGHT, Section
 from distill.storage import PROJECT_ROOT, write_atomic

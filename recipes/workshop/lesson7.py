@@ -47,7 +47,7 @@ from distill.evaluation.stats import bootstrap_interval
 from distill.lessons import ask, begin, exercise, expect, experiment, needs, scaled, slider
 from distill.models import resolve_precision
 from distill.storage import read_json
-from distill.tasks.corpus import documents
+from distill.tasks import documents
 
 folder = begin(7)
 whole = needs(scaled("checkpoints/smollm2", "checkpoints/base"), "distill import smollm2")

@@ -62,7 +62,7 @@ def test_another_config_code_or_release_is_counted(model, counted, tmp_path, mon
     monkeypatch.setattr(module, "_COUNTS", tmp_path / "code")
     described(model)
     assert len(counted) == 3
-    monkeypatch.setattr(module, "versions", lambda: {"transformers": "99"})
+    monkeypatch.setattr("distill.stages.versions", lambda: {"transformers": "99"})
     described(model)
     assert len(counted) == 4 and len(kept(tmp_path)) == 4
 

@@ -15,7 +15,7 @@ from readme import PAGES, replaced, results_section, sections
 
 import recipes as recipe_page
 from distill.bench.grid import Bench, load_bench
-from distill.commands import setup as recipe_reference
+from distill.commands import scaffold as recipe_reference
 from distill.commands.cli import build_parser
 from distill.config.recipe import Recipe
 

@@ -15,7 +15,7 @@ import pytest
 from spread import spread
 
 from distill.commands.cli import main
-from distill.commands.setup import section_of
+from distill.commands.scaffold import section_of
 from distill.config.recipe import Recipe
 from distill.storage import hash_file
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from distill.commands.setup import entries, option_text, type_text
+from distill.commands.scaffold import entries, option_text, type_text
 from distill.config.section import Count, Fraction, Option, Section
 
 

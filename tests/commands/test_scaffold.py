@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from distill.commands.setup import entries
+from distill.commands.scaffold import entries
 from distill.config.recipe import Recipe, load_recipe
 
 
