@@ -304,7 +304,7 @@ class Train(Section):
     head_precision: Literal["same", "fp32"] = Field(
         "same",
         description="of the student's output head alone; fp32: it sees updates that bf16 rounds away "
-        "(distill/training/rounding.py), and its logits are not rounded",
+        "(distill/models/precision.py), and its logits are not rounded",
     )
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
     checkpoint_every: Whole = Field(100, description="steps; 0 keeps none")

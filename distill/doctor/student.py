@@ -14,12 +14,11 @@ from distill.doctor.pair import FAIL, NOTE, OK, WARN, Finding, Pair, Side, base_
 from distill.errors import UserError
 from distill.models.describe import LINEAR, trainable_table, weight_groups
 from distill.models.fp8 import emulate_fp8
-from distill.models.precision import EMULATED, resolve_precision
+from distill.models.precision import EMULATED, FEW_STEPS, lost_steps, resolve_precision, stored_matrices
 from distill.models.routers import find_routers
 from distill.models.student import check_start, student_skeleton
 from distill.moe.interventions import sample_experts, use_top_k
 from distill.training.losses.routers import ExpertBiasBalancer
-from distill.training.rounding import FEW_STEPS, lost_steps, stored_matrices
 
 _ROUTER_SIGNALS = ("own_routers", "routers")
 

@@ -50,14 +50,13 @@ from distill.models.load import (
     resolve_model,
     tokenizer_fingerprint,
 )
-from distill.models.precision import Precision, resolve_precision
+from distill.models.precision import Precision, lost_steps, matrices, resolve_precision
 from distill.models.student import BuiltStudent, build_student, save_student, student_tokenizer
 from distill.stages import Stage, input_fingerprint
 from distill.storage import MANIFEST, read_json, read_rows
 from distill.training.checkpoint import BEST, drop_states, whole_state_dict
 from distill.training.log import split_rows
 from distill.training.open_teachers import live_teachers, told
-from distill.training.rounding import lost_steps, matrices
 from distill.training.sources import OnPolicyRows, Source, StoredRows
 from distill.training.train import compilation, make_accelerator, train_student
 

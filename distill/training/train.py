@@ -41,8 +41,9 @@ from distill.models.precision import Precision, arithmetic, training_attention
 from distill.models.routers import bare_model, find_routers
 from distill.models.student import BuiltStudent
 from distill.training.checkpoint import Interrupts, Saver
-from distill.training.log import OutOfMemory, StepLog, Validator, memory_advice, saved_for_backward
+from distill.training.log import StepLog, Validator
 from distill.training.losses.routers import ExpertBiasBalancer
+from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
 from distill.training.sources import Lot, Source
 from distill.training.step import StudentStep, of_step, state_objectives, whole_step
 

@@ -13,7 +13,7 @@ from distill.doctor import memory
 from distill.models.decode import Decoder, Sampling
 from distill.models.describe import describe_config
 from distill.models.precision import training_attention
-from distill.training.log import saved_for_backward
+from distill.training.memory import saved_for_backward
 from distill.training.step import StudentStep
 
 CPU = torch.device("cpu")

@@ -11,16 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill.config.training import Lora, Objective, Train
+from distill.models.precision import _outputs, _pushes, lost_steps, matrices, spacing, stored_matrices, unseen
 from distill.models.student import add_lora
-from distill.training.rounding import (
-    _outputs,
-    _pushes,
-    lost_steps,
-    matrices,
-    spacing,
-    stored_matrices,
-    unseen,
-)
 from distill.training.step import StudentStep
 from distill.training.train import make_optimizer
 

@@ -6,7 +6,7 @@ from conftest import QWEN3_MOE, byte_tokenizer, save_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.training.log import saved_for_backward
+from distill.training.memory import saved_for_backward
 
 
 def test_a_multilayer_perceptron_keeps_its_inputs_and_activations():
