@@ -1,7 +1,7 @@
 """`distill cost`: a published bill, the ledger of a run, or the break-even between distilling and its alternatives.
 
 distill cost [deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE [key=value ...]] [--usd-per-hour USD] [--json]
-distill cost [RUN_DIR | RECIPE] --break-even [--queries N] [--students N] [--out DIR] [--json]
+distill cost [RUN_DIR | RECIPE] --break-even [--queries N] [--students N] [--out DIR] [--lang zh] [--json]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.commands.command import Command, amount, json_argument
+from distill.commands.command import Command, amount, json_argument, language_argument
 from distill.errors import UserError, nearest
 from distill.files import check_targets, like_it, shown
 
@@ -50,6 +50,7 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     add("--direct-multiple", type=amount, metavar="M",
         help="direct training takes M times the control arm to be as accurate")  # fmt: skip
     add("--out", metavar="DIR", help="write break_even.html and break_even.json there")
+    language_argument(parser)
     json_argument(parser)
 
 
@@ -66,7 +67,7 @@ def cost(arguments: argparse.Namespace) -> int:
     if arguments.break_even and arguments.out:
         from distill.cost.page import write_page
 
-        page = write_page(found, Path(arguments.out))
+        page = write_page(found, Path(arguments.out), arguments.lang)
         if not arguments.json:
             print(f"page: {page}")
     return 0
