@@ -37,7 +37,7 @@ import numpy as np
 from distill.bench.claims import EQUAL, Claim, Controls
 from distill.bench.grid import Bench, arms_within
 from distill.bench.items import Table, item_noise, item_values
-from distill.bench.metrics import metric
+from distill.bench.metrics import metric, unit_words
 from distill.bench.plan import KNOWN_BEFORE, Task, edges, runs_of
 from distill.bench.verdicts import (
     INCONCLUSIVE,
@@ -53,6 +53,7 @@ from distill.bench.verdicts import (
     verdict_p,
 )
 from distill.evaluation.stats import holm, wilson_interval
+from distill.report.pages import say
 from distill.storage import MANIFEST, read_json
 
 BY_SEEDS = 6  # seeds, from which on halves have the three seeds that a verdict needs
@@ -359,13 +360,22 @@ def _shown(value: Any) -> str:
 
 def falsified(claim: Claim) -> str:
     """What the interval would have to be for the hypothesis to be refuted."""
-    unit = {"%": " %" if claim.relative else " points"}.get(claim.unit, f" {claim.unit}".rstrip())
-    size = 100 if claim.unit == "%" else 1
-    if claim.expect == "within":
-        return f"a 95 % interval wholly outside ±{size * claim.margin:g}{unit}"
-    bound = size * claim.margin * (1 if claim.expect == "greater" else -1) + 0.0  # never -0
-    side = "below" if claim.expect == "greater" else "above"
-    words = f"a 95 % interval wholly {side} {bound:g}{unit}"
-    if claim.trivial:
-        words += f", or two one-sided tests that place the effect within ±{size * claim.trivial:g}{unit}"
+    return falsified_by(claim.expect, claim.margin, claim.trivial, claim.unit, claim.relative)
+
+
+def falsified_by(expect: str, margin: float, trivial: float, unit: str, relative: bool) -> str:
+    """The same of what a results file keeps of a claim, in the language of the page."""
+    size = 100 if unit == "%" else 1
+
+    def amount(value: float) -> str:
+        return f"{size * value + 0.0:g} {unit_words(unit, relative)}".rstrip()  # with 0.0: never -0
+
+    if expect == "within":
+        return say("a 95 %% interval wholly outside ±%(margin)s", margin=amount(margin))
+    if expect == "greater":
+        words = say("a 95 %% interval wholly below %(bound)s", bound=amount(margin))
+    else:
+        words = say("a 95 %% interval wholly above %(bound)s", bound=amount(-margin))
+    if trivial:
+        words += say(", or two one-sided tests that place the effect within ±%(size)s", size=amount(trivial))
     return words

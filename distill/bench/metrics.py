@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.report.pages import called, lookup, mark, say
 from distill.storage import MANIFEST, read_json
 
 
@@ -24,53 +25,71 @@ class Metric:
     @property
     def label(self) -> str:
         """For an axis or the head of a column."""
-        return f"{self.words}, {self.unit}" if self.unit and self.unit not in self.words else self.words
+        if not self.unit or self.unit.rstrip("s") in self.words:
+            return self.words
+        return say("%(words)s, %(unit)s", words=self.words, unit=unit_words(self.unit, True))
+
+
+_UNITS = (mark("nats/token"), mark("tokens"), mark("s"))  # the others are the same in every language
+
+
+def unit_words(unit: str, relative: bool) -> str:
+    """A unit as a reader calls it. A difference of shares is in points, a relative one in %."""
+    if unit == "%":
+        return "%" if relative else say("points")
+    return lookup(unit) if unit in _UNITS else unit
 
 
 METRICS = {
-    "accuracy.easy": Metric("%", "easy problems solved"),
-    "accuracy.medium": Metric("%", "medium problems solved"),
-    "accuracy.hard": Metric("%", "hard problems solved"),
-    "accuracy.mean": Metric("%", "problems solved, mean of the levels"),
-    "nll.easy": Metric("nats/token", "worked solutions of easy test problems, read after the question"),
-    "nll.medium": Metric("nats/token", "worked solutions of medium test problems, read after the question"),
-    "nll.hard": Metric("nats/token", "worked solutions of hard test problems, read after the question"),
-    "tokens.answer": Metric("tokens", "mean length of an answer"),
-    "loss.train": Metric("nats/token", "training loss, smoothed"),
-    "loss.held_out": Metric("nats/token", "loss on held-out rows"),
-    "moe.max_violation": Metric("", "MaxVio, the worst layer (0 is perfect balance)"),
-    "moe.load_entropy": Metric("", "load entropy over its maximum, mean of the layers"),
-    "moe.family_spread": Metric("%", "how far a family's expert load is from the overall one, mean"),
-    "train.flops": Metric("FLOPs", "training FLOPs"),
-    "train.tokens": Metric("tokens", "completion tokens trained on"),
-    "train.tokens_sampled": Metric("tokens", "tokens that the student read and wrote to make its own rows"),
-    "train.seconds": Metric("s", "training seconds"),
-    "train.steps": Metric("", "optimizer steps"),
-    "parameters.total": Metric("", "parameters"),
-    "parameters.active": Metric("", "parameters active per token"),
-    "parameters.trainable": Metric("", "parameters that train"),
-    "bytes.training_state": Metric("B", "gradients and Adam moments of what trains"),
-    "bytes.saved": Metric("B", "what a micro-batch's forward pass keeps for its backward pass"),
-    "ahead.acceptance": Metric("%", "drafts of the module that were the model's own next token"),
-    "ahead.tokens_per_pass": Metric("", "tokens that a pass of the model brings, 1 without drafts"),
-    "cost.flops_per_answer": Metric("FLOPs", "FLOPs per answer"),
-    "cost.flops_per_token": Metric("FLOPs", "forward FLOPs per token"),
-    "cost.usd_per_million": Metric("USD", "USD per million tokens written, as measured in this run"),
+    "accuracy.easy": Metric("%", mark("easy problems solved")),
+    "accuracy.medium": Metric("%", mark("medium problems solved")),
+    "accuracy.hard": Metric("%", mark("hard problems solved")),
+    "accuracy.mean": Metric("%", mark("problems solved, mean of the levels")),
+    "nll.easy": Metric("nats/token", mark("worked solutions of easy test problems, read after the question")),
+    "nll.medium": Metric(
+        "nats/token", mark("worked solutions of medium test problems, read after the question")
+    ),
+    "nll.hard": Metric("nats/token", mark("worked solutions of hard test problems, read after the question")),
+    "tokens.answer": Metric("tokens", mark("mean length of an answer")),
+    "loss.train": Metric("nats/token", mark("training loss, smoothed")),
+    "loss.held_out": Metric("nats/token", mark("loss on held-out rows")),
+    "moe.max_violation": Metric("", mark("MaxVio, the worst layer (0 is perfect balance)")),
+    "moe.load_entropy": Metric("", mark("load entropy over its maximum, mean of the layers")),
+    "moe.family_spread": Metric("%", mark("how far a family's expert load is from the overall one, mean")),
+    "train.flops": Metric("FLOPs", mark("training FLOPs")),
+    "train.tokens": Metric("tokens", mark("completion tokens trained on")),
+    "train.tokens_sampled": Metric(
+        "tokens", mark("tokens that the student read and wrote to make its own rows")
+    ),
+    "train.seconds": Metric("s", mark("training seconds")),
+    "train.steps": Metric("", mark("optimizer steps")),
+    "parameters.total": Metric("", mark("parameters")),
+    "parameters.active": Metric("", mark("parameters active per token")),
+    "parameters.trainable": Metric("", mark("parameters that train")),
+    "bytes.training_state": Metric("B", mark("gradients and Adam moments of what trains")),
+    "bytes.saved": Metric("B", mark("what a micro-batch's forward pass keeps for its backward pass")),
+    "ahead.acceptance": Metric("%", mark("drafts of the module that were the model's own next token")),
+    "ahead.tokens_per_pass": Metric("", mark("tokens that a pass of the model brings, 1 without drafts")),
+    "cost.flops_per_answer": Metric("FLOPs", mark("FLOPs per answer")),
+    "cost.flops_per_token": Metric("FLOPs", mark("forward FLOPs per token")),
+    "cost.usd_per_million": Metric("USD", mark("USD per million tokens written, as measured in this run")),
 }
 _WITH_K = re.compile(r"k(\d+)\.(accuracy\.(?:easy|medium|hard)|cost\.(?:flops_per_token|usd_per_million))")
 _OF_TEXT = re.compile(r"text\.(.+)\.(nll|kl|agreement)")
 _IN = re.compile(r"in\.([a-z0-9-]+)\.(nll|kl|flips|bytes|accuracy\.\w+)")
 _PRECISION = {
-    "nll": Metric("nats/token", "completions, read in {}"),
-    "kl": Metric("nats/token", "KL from the model in fp32 to itself in {}"),
-    "flips": Metric("%", "expert choices that {} changes"),
-    "bytes": Metric("B", "weights in {}, the others in 16 bits"),
-    "accuracy": Metric("%", "{} problems solved in {}"),
+    "nll": Metric("nats/token", mark("completions, read in %(precision)s")),
+    "kl": Metric("nats/token", mark("KL from the model in fp32 to itself in %(precision)s")),
+    "flips": Metric("%", mark("expert choices that %(precision)s changes")),
+    "bytes": Metric("B", mark("weights in %(precision)s, the others in 16 bits")),
+    "accuracy": Metric("%", mark("%(level)s problems solved in %(precision)s")),
 }
 _TEXT = {
-    "nll": Metric("nats/token", "the text {}, read by the model"),
-    "kl": Metric("nats/token", "KL from the teacher to the model on the text {}"),
-    "agreement": Metric("%", "tokens of the text {} of which model and teacher find the same one likeliest"),
+    "nll": Metric("nats/token", mark("the text %(text)s, read by the model")),
+    "kl": Metric("nats/token", mark("KL from the teacher to the model on the text %(text)s")),
+    "agreement": Metric(
+        "%", mark("tokens of the text %(text)s of which model and teacher find the same one likeliest")
+    ),
 }
 MODEL = "student"  # the name under which every run's model is measured
 TEACHER = "teacher"  # and of what it is compared with, where `evaluate.models` asks for it
@@ -81,18 +100,18 @@ def metric(name: str) -> Metric:
     `text.NAME.nll`, `.kl` and `.agreement` of a text (`evaluate.text`); `in.PRECISION.nll`, `.kl`, `.flips`, `.bytes`,
     `.accuracy.LEVEL` in another precision (`evaluate.precisions`). KeyError for another."""
     if name.startswith("flaw."):
-        return Metric("%", f"probes that show {name[5:].replace('_', ' ')}")
+        return Metric("%", say("probes that show %(flaw)s", flaw=called(name[5:]).replace("_", " ")))
     if found := _WITH_K.fullmatch(name):
         of = METRICS[found[2]]
-        return Metric(of.unit, f"{of.words}, {found[1]} experts per token")
+        return Metric(of.unit, say("%(words)s, %(n)s experts per token", words=lookup(of.words), n=found[1]))
     if found := _OF_TEXT.fullmatch(name):
         of = _TEXT[found[2]]
-        return Metric(of.unit, of.words.format(found[1]))
+        return Metric(of.unit, lookup(of.words) % {"text": found[1]})
     if found := _IN.fullmatch(name):
         kind, _, level = found[2].partition(".")
         of = _PRECISION[kind]
-        return Metric(of.unit, of.words.format(*filter(None, (level, found[1]))))
-    return METRICS[name]
+        return Metric(of.unit, lookup(of.words) % {"level": called(level), "precision": found[1]})
+    return Metric(METRICS[name].unit, lookup(METRICS[name].words))
 
 
 def is_metric(name: str) -> bool:

@@ -1,24 +1,28 @@
 """What a grid found, for people: the claims as text, and `bench.html`, one self-contained page.
 
-    print(claims_text(results)); build_bench_page(results, Path("bench.html"))
+    print(claims_text(results)); build_bench_page(results, Path("bench.html"), "zh")
     svg = forest("Distillation", claims); svg = curve(results["curves"][0])     # effects; a metric against another
 
-It reads results.json's content and nothing else. Figures are inline SVG in the style of the other pages, readable
+It reads results.json's content, and the bench file's sentences in another language: those of `zh/NAME.yaml` beside
+NAME.yaml, where somebody wrote one. Figures are inline SVG in the style of the other pages, readable
 in black and white and at phone width; there is no script.
 """
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from distill.bench.metrics import metric
+from distill.bench.judge import falsified_by
+from distill.bench.metrics import metric, unit_words
 from distill.report import drawing, pages
-from distill.report.pages import page_environment
-from distill.storage import write_atomic
+from distill.report.pages import called, lookup, mark, page_environment, say, speaking, spoken
+from distill.storage import find_file, parse_yaml, write_atomic
 
 MARKS = {
     "SUPPORTED": "✓",
@@ -56,7 +60,7 @@ def _digits(value: float) -> int:
 def shown_effect(claim: dict[str, Any]) -> str:
     """`+68.8 [61.2, 76.4] points`, or the mean alone where there is one seed."""
     effect, unit = claim["effect"], claim["unit"]
-    words = {"%": "%" if claim["relative"] else "points"}.get(unit, unit)
+    words = unit_words(unit, claim["relative"])
     text = amount(effect["mean"], unit, sign=True)
     if effect["ci95"] is not None:
         low, high = (amount(bound, unit) for bound in effect["ci95"])
@@ -67,8 +71,7 @@ def shown_effect(claim: dict[str, Any]) -> str:
 def shown_size(value: float | None, claim: dict[str, Any]) -> str:
     """A size in the unit of a claim's effect: `3.1 points`."""
     unit = claim["unit"]
-    words = {"%": "%" if claim.get("relative") else "points"}.get(unit, unit)
-    return f"{amount(value, unit)} {words}".rstrip()
+    return f"{amount(value, unit)} {unit_words(unit, bool(claim.get('relative')))}".rstrip()
 
 
 _LIMITS = {
@@ -100,7 +103,7 @@ def limit_text(controls: dict[str, Any] | None, language: str = "en") -> str:
     size, words, found = {"unit": controls["unit"], "relative": False}, _LIMITS[language], []
 
     def points(text: str) -> str:
-        return text if language == "en" else text.replace(" points", " 个百分点")
+        return text if language == "en" else text.replace(" points", " 个百分点")  # README's, made in English
 
     if controls["doses"]:
         shown = [(d["dose"], d["verdict"], points(shown_effect({**d, **size}))) for d in controls["doses"]]
@@ -108,7 +111,7 @@ def limit_text(controls: dict[str, Any] | None, language: str = "en") -> str:
         found.append(
             words["doses"].format(
                 judged=(", " if language == "en" else "；").join(
-                    words["dose"].format(share=share, verdict=verdict, effect=effect)
+                    words["dose"].format(share=share, verdict=verdict_words(verdict, language), effect=effect)
                     for share, verdict, effect in shown
                 ),
                 limit=words["seen"].format(share=limit["dose"]) if limit["dose"] else words["unseen"],
@@ -129,9 +132,8 @@ def fact_text(fact: dict[str, Any]) -> str:
     if fact["range"] and (low := amount(fact["range"][0], fact["unit"], True)) != (
         high := amount(fact["range"][1], fact["unit"], True)
     ):
-        text += f" ({low} to {high})"
-    words = {"%": "%" if fact["relative"] else "points"}.get(fact["unit"], fact["unit"])
-    return f"{text} {words}".rstrip().replace("-", "−")
+        text += say(" (%(low)s to %(high)s)", low=low, high=high)
+    return f"{text} {unit_words(fact['unit'], fact['relative'])}".rstrip().replace("-", "−")
 
 
 def claims_text(results: dict[str, Any]) -> str:
@@ -166,36 +168,93 @@ def claims_text(results: dict[str, Any]) -> str:
     ).lstrip("\n")
 
 
-def build_bench_page(results: dict[str, Any], path: Path) -> None:
-    """Write the page."""
+def build_bench_page(results: dict[str, Any], path: Path, language: str = "en") -> None:
+    """Write the page in a language of `distill.report.pages`."""
+    with speaking(language):
+        write_atomic(path, _page(results))
+
+
+def _page(results: dict[str, Any]) -> str:
+    own = _own_words(results)
     groups: dict[str, list] = {}
     for claim in results["claims"]:
-        shown = {**claim, "shown": shown_effect(claim), "mark": MARKS[claim["verdict"]]}
-        shown["means"] = [
+        groups.setdefault(claim["group"], []).append(_shown_claim(claim, own))
+    figures = {group: Markup(forest(own(group), claims)) for group, claims in groups.items()}
+    curves = [
+        (c, Markup(curve(c, own))) for c in results["curves"] if any(s["x"] for s in c["series"].values())
+    ]
+    environment = page_environment()
+    environment.filters |= {"own": own, "verdict_words": verdict_words}
+    return environment.get_template("bench.html.j2").render(
+        results=results,
+        colours=COLOURS,
+        groups=groups,
+        figures=figures,
+        curves=curves,
+        arms=_arms(results),
+        limit=limit_text(results.get("controls"), spoken()),
+        facts=[{**fact, "shown": fact_text(fact)} for fact in results.get("facts", ())],
+        sizes={c["id"]: shown_size(c["detectable"], c) for c in results["claims"] if c.get("detectable")},
+        counts={v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS},
+    )
+
+
+def _own_words(results: dict[str, Any]) -> Callable[[str], str]:
+    """The sentences of a bench file in the language of the page, or as they are: `zh/NAME.yaml` beside NAME.yaml."""
+    file = find_file(results.get("bench", ""))
+    table = _sentences(file.parent / spoken() / file.name) if spoken() != "en" else {}
+    return lambda text: table.get(text, text)
+
+
+@cache
+def _sentences(path: Path) -> dict[str, str]:
+    return parse_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def verdict_words(verdict: str, language: str | None = None) -> str:
+    """A verdict as a reader calls it, beside its name in files, in the language of the page or in `language`."""
+    if (language or spoken()) == "en":
+        return verdict
+    with speaking(language or spoken()):
+        return f"{called(verdict)} {verdict}"
+
+
+_SAME = (mark("prompts"), mark("steps"), mark("rows"), mark("tokens"), mark("flops"))
+
+
+def _shown_claim(claim: dict[str, Any], own: Callable[[str], str]) -> dict[str, Any]:
+    """A claim with what the page says of it in words."""
+    n, corrected = claim["effect"]["n"], claim["p_value_holm"]
+    basis = say("%(metric)s; n = %(n)s seeds", metric=metric(claim["metric"]).words, n=n)
+    if corrected is not None:
+        basis += say(", corrected p %(p)s", p=pages.p_value(corrected))
+    if claim["alone"] != claim["verdict"]:
+        basis += say("; alone it would be %(verdict)s", verdict=verdict_words(claim["alone"]))
+    shown = {
+        **claim,
+        "shown": shown_effect(claim),
+        "mark": MARKS[claim["verdict"]],
+        "means": [
             (term.partition("@")[0], amount(mean, metric(term.partition("@")[2]).unit))
             for term, mean in claim["means"].items()
-        ]
-        shown["words"] = metric(claim["metric"]).words
-        groups.setdefault(claim["group"], []).append(shown)
-    figures = {group: Markup(forest(group, claims)) for group, claims in groups.items()}
-    curves = [(c, Markup(curve(c))) for c in results["curves"] if any(s["x"] for s in c["series"].values())]
-    page = (
-        page_environment()
-        .get_template("bench.html.j2")
-        .render(
-            results=results,
-            colours=COLOURS,
-            groups=groups,
-            figures=figures,
-            curves=curves,
-            arms=_arms(results),
-            limit=limit_text(results.get("controls")),
-            facts=[{**fact, "shown": fact_text(fact)} for fact in results.get("facts", ())],
-            sizes={c["id"]: shown_size(c["detectable"], c) for c in results["claims"] if c.get("detectable")},
-            counts={v: sum(c["verdict"] == v for c in results["claims"]) for v in MARKS},
-        )
-    )
-    write_atomic(path, page)
+        ],
+        "basis": say("(%(basis)s)", basis=basis),
+        "equal": [lookup(what) if what in _SAME else what for what in claim["equal"]],
+    }
+    if "falsified" not in claim:  # results of the first registration
+        return shown
+    rest = claim["family"].partition(": ")[2]
+    kept = ("expect", "margin", "trivial", "unit", "relative")
+    return shown | {
+        "family_words": say("exploratory: %(group)s", group=own(rest)) if rest else say("headline"),
+        "falsified_by": falsified_by(**{key: claim[key] for key in kept}),
+        "fixed": [_fixed(name) for name in claim.get("fixed") or ()],
+    }
+
+
+def _fixed(name: str) -> str:
+    arm = name.removeprefix("the one run of ")
+    return name if arm == name else say("the one run of %(arm)s", arm=arm)
 
 
 def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,6 +272,7 @@ def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+WIDTH, MIN_WIDTH = 5.0, 320  # inches, pixels: what fits a phone without being smaller than it is readable
 _FACES = {
     "SUPPORTED": drawing.ACCENT,
     "NOT SUPPORTED": "#d55e00",
@@ -238,7 +298,7 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
     with matplotlib.rc_context(drawing.RC):
         units = {(c["unit"], c["relative"]) for c in claims}
         scale = 100 if {unit for unit, _ in units} == {"%"} else 1
-        figure = drawing.new_figure(6.4, 0.7 + 0.42 * len(claims))
+        figure = drawing.new_figure(WIDTH, 0.7 + 0.38 * len(claims))
         axes = figure.add_subplot()
         drawing.plain_axes(axes, "x")
         axes.axvline(0, color=drawing.MUTED, linewidth=1)
@@ -262,15 +322,19 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
         axes.set_yticks(range(len(claims)), [drawing.shorten(c["id"], 26) for c in claims])
         axes.set_ylim(len(claims) - 0.5, -0.5)
         axes.set_xlabel(_effect_label(units))
-    return drawing.to_svg(figure, f"{title}: effects with 95 % intervals", 480)
+    label = say("%(title)s: effects with 95 %% intervals", title=title)
+    return drawing.to_svg(figure, label, MIN_WIDTH)
 
 
 def _effect_label(units: set[tuple[str, bool]]) -> str:
     if len(units) > 1:
-        return "effect, in half widths of its 95 % interval"
+        return say("effect, in half widths of its 95 %% interval")
     unit, relative = next(iter(units))
-    words = "% of the reference" if relative else {"%": "percentage points"}.get(unit, unit)
-    return f"effect, {words}" if words else "effect"
+    if relative:
+        return say("effect, %% of the reference")
+    if unit == "%":
+        return say("effect, percentage points")
+    return say("effect, %(unit)s", unit=unit_words(unit, relative)) if unit else say("effect")
 
 
 def _own_scale(effect: dict[str, Any]) -> float:
@@ -279,12 +343,12 @@ def _own_scale(effect: dict[str, Any]) -> float:
     return 1 / half if half else 1.0
 
 
-def curve(found: dict[str, Any]) -> str:
+def curve(found: dict[str, Any], own: Callable[[str], str] = str) -> str:
     """One metric against another: a line (or points) per series, one sd over seeds as bars, fits dashed."""
     x_about, y_about = metric(found["x"]), metric(found["y"])
     by_x, by_y = (100 if about.unit == "%" else 1 for about in (x_about, y_about))
     with matplotlib.rc_context(drawing.RC):
-        figure = drawing.new_figure(6.4, 3.8)
+        figure = drawing.new_figure(WIDTH, 3.4)
         axes = figure.add_subplot()
         drawing.plain_axes(axes, "both")
         names = list(found["series"])
@@ -295,7 +359,7 @@ def curve(found: dict[str, Any]) -> str:
                 for arm, x, y in zip(s["arms"], s["x"], s["y"])
             }
             axes.step(*zip(*(places[arm] for arm in found["front"])), where="post", color=drawing.MUTED,
-                      linewidth=5, alpha=0.3, label="not beaten on both axes")  # fmt: skip
+                      linewidth=5, alpha=0.3, label=say("not beaten on both axes"))  # fmt: skip
         for name, series in found["series"].items():
             colour, _, line = drawing.model_style(name, names)
             marker = "osD^vP*"[names.index(name) % 7]
@@ -304,7 +368,7 @@ def curve(found: dict[str, Any]) -> str:
                 continue
             spread = [0 if sd is None else sd * by_y for sd in series["y_sd"]]
             joined = "none" if series["fit"] or len(x) == 1 else line
-            axes.errorbar(x, y, spread, label=name, color=colour, marker=marker, linestyle=joined, capsize=3,
+            axes.errorbar(x, y, spread, label=own(name), color=colour, marker=marker, linestyle=joined, capsize=3,
                           markeredgecolor=drawing.INK, ecolor=drawing.MUTED)  # fmt: skip
             if series["fit"]:
                 fit = series["fit"]
@@ -315,7 +379,7 @@ def curve(found: dict[str, Any]) -> str:
                 )
             if len(names) > 4 or len(x) == 1:
                 axes.annotate(
-                    drawing.shorten(name),
+                    drawing.shorten(own(name)),
                     (x[-1], y[-1]),
                     textcoords="offset points",
                     xytext=(6, 4),
@@ -323,11 +387,13 @@ def curve(found: dict[str, Any]) -> str:
                 )
         if found["log_x"]:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axes.get_xlim()
+            narrow = high < 10 * low  # there a log locator's labels run into each other
+            axes.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: pages.si(value)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(x_about.label)
         axes.set_ylabel(y_about.label)
         if 1 < len(names) <= 4:
             axes.legend(frameon=False)
-    return drawing.to_svg(figure, found["title"])
+    return drawing.to_svg(figure, own(found["title"]), MIN_WIDTH)

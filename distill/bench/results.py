@@ -293,8 +293,8 @@ def shown_path(path: Path) -> str:
     )
 
 
-def write_results(results: dict[str, Any], table: Table, root: Path) -> None:
-    """results.json, results.parquet, items.parquet and bench.html in `root`."""
+def write_results(results: dict[str, Any], table: Table, root: Path, language: str = "en") -> None:
+    """results.json, results.parquet, items.parquet and bench.html in `root`; the page in `language`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -314,4 +314,4 @@ def write_results(results: dict[str, Any], table: Table, root: Path) -> None:
     with replacing(root / "results.parquet", found.nbytes) as temporary:
         pq.write_table(found, temporary)
     write_items(table, root / ITEMS)
-    build_bench_page(results, root / "bench.html")
+    build_bench_page(results, root / "bench.html", language)

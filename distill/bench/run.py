@@ -50,8 +50,12 @@ def run_bench(
     jobs: int = 0,
     redo: bool = False,
     say: Callable[[str], None] = console.say,
+    language: str = "en",
 ) -> dict[str, Any]:
-    """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed."""
+    """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed.
+
+    language: of the page.
+    """
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
     if apply_rates(recipe) is None and recipe.tuning:
@@ -64,7 +68,7 @@ def run_bench(
     root = Path(recipe.run_dir)
     clock = _finish(recipe, budget, tasks, jobs, redo, say)
     results, table = collect_results(recipe, budget, file, tasks, clock.data, jobs)
-    write_results(results, table, root)
+    write_results(results, table, root, language)
     return results
 
 

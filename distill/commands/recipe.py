@@ -310,6 +310,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tune", action="store_true", help="choose learning rates first, on seeds of their own")
     add("--dry-run", action="store_true", help="print the runs it would make, and how long they will take")
     add("--out", metavar="FILE", help="write the JSON there too")
+    language_argument(parser)
     json_argument(parser)
 
 
@@ -343,7 +344,7 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
         return found, tuning_text(found)
     from distill.bench.page import claims_text
 
-    found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say)
+    found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say, arguments.lang)
     return found, claims_text(found)
 
 

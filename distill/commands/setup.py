@@ -3,7 +3,7 @@
     distill init mine --teacher Qwen/Qwen3-8B --student Qwen/Qwen3-0.6B
     distill doctor mine.yaml
     distill cost [deepseek-v3 | deepseek-r1 | RUN_DIR | RECIPE [key=value ...]] [--usd-per-hour USD] [--json]
-    distill cost [RUN_DIR | RECIPE] --break-even [--queries N] [--students N] [--out DIR] [--json]
+    distill cost [RUN_DIR | RECIPE] --break-even [--queries N] [--students N] [--out DIR] [--lang zh] [--json]
     distill completion bash
 
 `cost` prints a published bill, the ledger of a run, or the break-even between distilling and its alternatives.
@@ -19,6 +19,7 @@ from distill.commands.command import (
     Command,
     amount,
     json_argument,
+    language_argument,
     pair_arguments,
     recipe_arguments,
     with_pair,
@@ -127,6 +128,7 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     add("--direct-multiple", type=amount, metavar="M",
         help="direct training takes M times the control arm to be as accurate")  # fmt: skip
     add("--out", metavar="DIR", help="write break_even.html and break_even.json there")
+    language_argument(parser)
     json_argument(parser)
 
 
@@ -143,7 +145,7 @@ def cost(arguments: argparse.Namespace) -> int:
     if arguments.break_even and arguments.out:
         from distill.cost.page import write_page
 
-        page = write_page(found, Path(arguments.out))
+        page = write_page(found, Path(arguments.out), arguments.lang)
         if not arguments.json:
             print(f"page: {page}")
     return 0

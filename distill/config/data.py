@@ -46,23 +46,26 @@ class Prompts(Section):
         None, description="a benchmark's columns, template and verifier; without `source`, from the hub"
     )
     config: str | None = Field(None, description="hub: the dataset's config")
-    split: str | None = Field(None, description="hub: the dataset's split; empty: train")
+    split: str | None = Field(None, description="hub: the dataset's split; empty means train")
     levels: dict[str, Whole] = Field(
         {"easy": 800, "medium": 800, "hard": 1600}, description="embedded tasks: prompts per level"
     )
     families: list[str] = Field(list(FAMILIES), description="embedded tasks: which families")
     solutions: bool = Field(
-        False, description="no teacher: train on given solutions (how the embedded teacher is made)"
+        False, description="train on given solutions, without a teacher (the embedded teacher was made so)"
     )
-    solution_column: str | None = Field(None, description="with `solutions`, files: the column they stand in")
+    solution_column: str | None = Field(
+        None, description="files, with `solutions`: the column that holds the solutions"
+    )
     distinct: bool = Field(
-        True, description="embedded tasks: no prompt twice; false for long from-scratch runs"
+        True, description="embedded tasks: no prompt occurs twice; set false for long runs from scratch"
     )
     limit: Count | None = Field(None, description="files and hub: use the first rows only")
     documents: bool = Field(
         False,
-        description="plain text instead of questions: `source` is a .txt file, a .jsonl file with a column `text`, or "
-        "'python-docs', English that every Python has; a live teacher scores it",
+        description="train on plain text instead of questions. `source` is then a .txt file, a .jsonl file "
+        "with a column `text`, or 'python-docs' (the English documentation inside Python). A live"
+        " teacher scores the text",
     )
     window: Annotated[int, Field(ge=8)] = Field(128, description="with `documents`: tokens of a training row")
     prompt_column: str = Field(
@@ -70,21 +73,28 @@ class Prompts(Section):
     )
     last_turn: Literal["drop", "reference", "refuse"] = Field(
         "drop",
-        description="a conversation's last assistant turn: drop, it is left out; reference, it is the final answer "
-        "(then a file needs no answer column); refuse, a row that has one is a mistake",
+        description="what to do with a conversation's last assistant turn. drop: leave it out. reference: use"
+        " it as the final answer, so no answer column is needed. refuse: report such a row as a "
+        "mistake",
     )
     answer_column: str = Field("answer", description="files: column with the final answer ('' if none)")
-    completion_column: str | None = Field(None, description="files: score these texts instead of sampling")
-    template: str | None = Field(None, description="prompt made of columns, as '{question}\\n{choices}'")
+    completion_column: str | None = Field(
+        None, description="files: column with finished answers; they are scored, and nothing is sampled"
+    )
+    template: str | None = Field(
+        None, description="how a prompt is made of columns, for example '{question}\\n{choices}'"
+    )
     verifier: Literal["exact", "contains", "numeric", "choice", "regex", "math"] = Field(
-        "exact", description="rule that compares answers"
+        "exact", description="the rule that compares an answer with the reference"
     )
     pattern: str | None = Field(
-        None, description="verifier regex: found in a right answer; {answer} is the reference, escaped"
+        None,
+        description="with verifier regex: the pattern that a right answer contains; {answer} stands for the "
+        "reference",
     )
     system: str | None = Field(
         None,
-        description="system message put before every question; a conversation with another of its own is refused",
+        description="system message before every question; a conversation that has a different one is refused",
     )
 
     @model_validator(mode="before")
@@ -135,17 +145,24 @@ class Prompts(Section):
 class Filter(Section):
     """Which teacher answers become training rows. What is empty or off drops nothing."""
 
-    correct_only: bool = Field(True, description="rejection sampling: keep what the verifier accepts")
+    correct_only: bool = Field(
+        True, description="rejection sampling: keep only answers that the verifier accepts"
+    )
     completions: Literal["whole", "teacher_answer", "reference_answer", "shuffled"] = Field(
         "whole",
-        description="what of a kept answer is trained on: all of it, its final answer, the public one, or (as a "
-        "control) another prompt's",
+        description="the part of a kept answer to train on. whole: all of it. teacher_answer: its final "
+        "answer. reference_answer: the public final answer. shuffled: another prompt's answer, as"
+        " a control",
     )
     shuffled_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="shuffled: of the prompts, this share alone; a larger one contains the smaller"
+        1.0,
+        description="with shuffled: the share of prompts that get another's answer; a larger share contains "
+        "the smaller one",
     )
     keep_unverified: bool = Field(
-        False, description="with correct_only: keep answers to prompts without a reference, nothing to verify"
+        False,
+        description="with correct_only: keep answers that cannot be checked because their prompt has no "
+        "reference",
     )
     deduplicate: bool = Field(True, description="identical completions of one prompt are kept once")
     max_per_prompt: Count | None = Field(None, description="at most this many completions per prompt")
@@ -155,19 +172,25 @@ class Filter(Section):
     max_characters: Count | None = Field(None, description="completion's text at most this long")
     finish_reasons: Annotated[list[Literal["stop", "length"]], Field(min_length=1)] | None = Field(
         None,
-        description="keep answers that ended so: stop, or length (cut off; trained on without an end token); empty: "
-        "stop alone",
+        description="keep answers that ended in one of these ways. stop: by themselves. length: cut off; they"
+        " are trained on without an end token. empty: stop alone",
     )
     near_duplicates: Share | None = Field(
-        None, description="drop what is this similar to a kept row: Jaccard, 3-word shingles"
+        None,
+        description="drop an answer if it is at least so similar to a kept one (Jaccard similarity of runs of"
+        " 3 words)",
     )
-    charset: Literal["latin", "cjk"] | None = Field(None, description="script of the answer's letters")
-    charset_share: Share = Field(0.9, description="at least this share of them")
+    charset: Literal["latin", "cjk"] | None = Field(
+        None, description="the script that an answer's letters must be of"
+    )
+    charset_share: Share = Field(0.9, description="with charset: at least this share of the letters")
     decontaminate: bool | None = Field(
         None, description="drop prompts that are held out; empty: on for files and hub, off for tasks"
     )
     decontaminate_ngram: Count = Field(8, description="words in a row that count as shared")
-    decontaminate_share: Share = Field(0.5, description="share of its n-grams from which a prompt is dropped")
+    decontaminate_share: Share = Field(
+        0.5, description="drop a prompt if at least this share of its n-grams occurs in held-out problems"
+    )
 
     @model_validator(mode="after")
     def _some_length_fits(self):
@@ -184,13 +207,19 @@ class Terms(Section):
     """What the teacher's licence or terms of use say about training on its outputs. Not legal advice."""
 
     train_other_models: Literal["yes", "no", "same_provider", "unknown"] | None = Field(
-        None, description="may outputs train another model; empty: read the model card or the shipped table"
+        None,
+        description="may its outputs train another model? empty: the answer is read from the model card or "
+        "the shipped table",
     )
-    name: str | None = Field(None, description="licence or terms, for example MIT")
-    url: str | None = Field(None, description="where they stand")
+    name: str | None = Field(None, description="name of the licence or the terms, for example MIT")
+    url: str | None = Field(None, description="address of their text")
     read: date | None = Field(None, description="when you read them")
-    provider: str | None = Field(None, description="with same_provider: whose models may be trained")
-    acknowledged: str | None = Field(None, description="who goes on although the answer is not yes, and why")
+    provider: str | None = Field(
+        None, description="with same_provider: the provider whose models may be trained"
+    )
+    acknowledged: str | None = Field(
+        None, description="your name and your reason, if you go on although the answer is not yes"
+    )
 
     @field_validator("train_other_models", mode="before")
     @classmethod
@@ -211,21 +240,27 @@ class Terms(Section):
 class Endpoint(Section):
     """An OpenAI-compatible server that answers as the teacher. It gives text; weights and logits are not here."""
 
-    base_url: str = Field(description="as http://localhost:8000/v1")
-    api_key_env: str | None = Field("OPENAI_API_KEY", description="variable that holds the key; null: no key")
+    base_url: str = Field(description="address of the server, for example http://localhost:8000/v1")
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY", description="name of the environment variable that holds the key; null: no key"
+    )
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        8, description="requests at a time, per process"
+        8, description="how many requests run at the same time, per process"
     )
     timeout: Annotated[float, Field(gt=0, le=86400)] = Field(60.0, description="seconds for one whole answer")
     retries: Annotated[int, Field(ge=0, le=1000)] = Field(
-        5, description="further attempts of a request that failed"
+        5, description="how often a failed request is tried again"
     )
-    backoff: Annotated[float, Field(ge=0, le=3600)] = Field(1.0, description="seconds, doubling per retry")
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(0, description="above 0: keep tokens' logprobs")
+    backoff: Annotated[float, Field(ge=0, le=3600)] = Field(
+        1.0, description="seconds before the first retry; doubled for each further one"
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = Field(
+        0, description="keep so many log-probabilities per token; 0 keeps none"
+    )
     tokenizer: str | None = Field(
         None,
-        description="folder with the served model's tokenizer: its ids, and generate.signal of kind top_k where the "
-        "server gives prompt_logprobs (vLLM)",
+        description="folder with the served model's tokenizer. With it, token ids are known, and "
+        "generate.signal of kind top_k works if the server returns prompt_logprobs (vLLM)",
     )
 
     @model_validator(mode="after")
@@ -256,33 +291,38 @@ class TeacherSection(Section):
     model: str = Field(description="folder or hub name of any causal LM")
     chat_template_kwargs: TemplateArguments = Field(
         {},
-        description="arguments of its chat template, as {enable_thinking: false}; a server is sent them too",
+        description="arguments for its chat template, for example {enable_thinking: false}; a server receives"
+        " them too",
     )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: as stored")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="number format of its weights; auto: the stored one"
+    )
     device: Literal["auto", "cpu", "sharded"] = Field(
         "auto",
-        description="while it scores for training: auto, whole in every process; cpu, offloaded; sharded, its layers "
-        "spread over the processes",
+        description="where it lies while it scores for training. auto: a whole copy in every process. cpu: in"
+        " main memory. sharded: its layers are spread over the processes",
     )
     quantize: Literal["none", "4bit", "8bit"] = Field(
-        "none", description="by bitsandbytes, only if asked for"
+        "none", description="store its weights in 4 or 8 bits (needs bitsandbytes)"
     )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="who runs it in `generate`: this project's own decoder, or vLLM on this machine (an extra); "
-        "training and evaluation load it by transformers in any case",
+        description="what runs it in `generate`: this project's own decoder, or vLLM on this machine (an "
+        "extra). Training and evaluation always use transformers",
     )
     engine_options: TemplateArguments = Field(
         {},
-        description="engine vllm: arguments of vllm.LLM, as {gpu_memory_utilization: 0.8, max_model_len: 4096}",
+        description="with engine vllm: arguments for vllm.LLM, for example {gpu_memory_utilization: 0.8, "
+        "max_model_len: 4096}",
     )
     draft: str | None = Field(
         None,
-        description="a smaller model of the same tokens that guesses what the teacher will say in `generate`: the same "
-        "answers, sooner where few are written at a time (generate.batch_size 1 to 4)",
+        description="a smaller model with the same tokenizer that guesses the teacher's next tokens in "
+        "`generate`. The answers stay the same. It is faster if few are written at a time "
+        "(generate.batch_size 1 to 4)",
     )
     draft_tokens: Annotated[int, Field(ge=1, le=16)] = Field(
-        3, description="with `draft`: tokens that it guesses ahead"
+        3, description="with `draft`: how many tokens it guesses at a time"
     )
     endpoint: Endpoint | None = Field(None, description="a server that answers; `model` is its name there")
     terms: Terms = Terms()
@@ -318,21 +358,23 @@ class Generate(Section):
     min_p: Fraction = Field(0.0, description="0 is off")
     max_new_tokens: Count = Field(96, description="thinking included; longer answers count as truncated")
     stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="an answer also ends with the token that completes one of these"
+        [], description="an answer ends when it contains one of these texts; the text is kept"
     )
     by_tag: bool = Field(
         False,
-        description="each question is answered by the teacher of its tag in `train.teachers.models`, as specialists "
-        "do; other tags by `teacher.model`",
+        description="each question is answered by its specialist: the teacher of its tag in "
+        "`train.teachers.models`. Other tags are answered by `teacher.model`",
     )
     batch_size: Count = Field(256, description="completions decoded together")
     part_size: Count = Field(512, description="prompts per Parquet part, the unit of resuming")
     signal: Signal = Signal()
     max_tokens: Count | None = Field(
-        None, description="tokens of answers: stop after the part that reaches as many"
+        None,
+        description="stop when so many tokens of answers are written; the part in progress is finished first",
     )
     max_cost_usd: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
-        None, description="stop after the part that reaches this cost, at `prices`"
+        None,
+        description="stop when the cost, at `prices`, reaches this; the part in progress is finished first",
     )
 
 
@@ -360,14 +402,17 @@ class Interventions(Section):
 
     top_k: list[Count] = Field([], description="experts per token to try, as [1, 2, 4]")
     drop: list[str] = Field(
-        [], description="experts to do without, LAYER:EXPERT, joined by + if together: ['1:3', '1:3+2:0']"
+        [],
+        description="experts to remove, as LAYER:EXPERT; join several by +, for example ['1:3', '1:3+2:0']",
     )
     drop_each: bool = Field(
-        False, description="without each expert of each layer in turn: layers x experts runs"
+        False, description="remove each expert of each layer in turn: as many runs as layers x experts"
     )
-    route: list[Literal["random", "uniform", "shuffled"]] = Field([], description="controls for the choice")
+    route: list[Literal["random", "uniform", "shuffled"]] = Field(
+        [], description="replace the router's choice, as a control"
+    )
     problems: Count = Field(60, description="first problems of each level; answers are greedy")
-    seed: Seed = Field(0, description="of random and shuffled")
+    seed: Seed = Field(0, description="seed of random and shuffled")
 
     @field_validator("drop")
     @classmethod
@@ -391,7 +436,8 @@ class Evaluate(Section):
         {"easy": 210, "medium": 210, "hard": 210}, description="embedded tasks: held-out problems per level"
     )
     source: str | None = Field(
-        None, description="or a file or 'hub:org/name' of held-out problems, as in `prompts`"
+        None,
+        description="instead of levels: a file or 'hub:org/name' with held-out problems, as in `prompts`",
     )
     preset: PresetName | None = Field(
         None, description="a benchmark, as in `prompts`; empty: that of `prompts`"
@@ -400,16 +446,14 @@ class Evaluate(Section):
     split: str = Field("test", description="embedded tasks: validation or test; hub: the dataset's split")
     limit: Count | None = Field(None, description="files and hub: use the first rows only")
     models: list[Literal["base", "control", "student", "teacher"]] = Field(
-        [], description="of a recipe's checkpoints, these alone; empty: all it has"
+        [], description="measure only these checkpoints of the recipe; empty: all"
     )
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
-    batch_size: Count = Field(
-        256, description="answers decoded together, at most: as many as memory holds the keys and values of"
-    )
+    batch_size: Count = Field(256, description="answers decoded together, at most; fewer if memory is short")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
-        description="an answer also ends before one of these; empty: for models without a chat template of their own, "
-        "which run on, an empty line or the next 'User:'",
+        description="an answer ends before one of these texts. empty: models without a chat template end at "
+        "an empty line or the next 'User:'",
     )
     samples: Annotated[int, Field(ge=1, le=100_000)] = Field(
         1, description="answers per problem; above 1 needs a temperature"
@@ -418,34 +462,49 @@ class Evaluate(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1 is off")
     seed: Seed = Field(0, description="of sampled answers and of every bootstrap")
     level: Annotated[float, Field(ge=0.5, lt=1.0)] = Field(
-        0.95, description="of the verdicts BETTER and WORSE"
+        0.95, description="confidence level of the verdicts BETTER and WORSE"
     )
     fidelity_rows: Whole = Field(
-        200, description="answers read by model and teacher side by side, the teacher's and its own; 0 is off"
+        200,
+        description="answers that model and teacher both read, the teacher's and the model's own; 0 is off",
     )
     likelihood: bool = Field(
         False, description="multiple choice: score each option's log-likelihood as well as the written answer"
     )
     solutions: Whole = Field(
-        0, description="embedded tasks: of each level so many worked solutions are read, in nats; 0 is off"
+        0,
+        description="embedded tasks: read so many worked solutions of each level and give their loss in nats;"
+        " 0 is off",
     )
-    text: list[str] = Field([], description=".txt or .jsonl (column `text`) files for nats and bits per byte")
+    text: list[str] = Field(
+        [],
+        description="files of plain text, .txt or .jsonl (column `text`): their loss is given in nats per token "
+        "and bits per byte",
+    )
     text_window: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(
-        1024, description="tokens of text in view at once, half of them scored; at most the model's context"
+        1024,
+        description="tokens of text that the model sees at once; half of them are scored. At most the model's"
+        " context",
     )
     routing_rows: Count = Field(
-        1000, description="mixture of experts: answers whose routing is read, evenly taken over all"
+        1000, description="MoE: answers whose routing is measured, taken evenly from all"
     )
     routes: Whole = Field(
-        24, description="of these, answers whose every decision is kept in eval/routes/; 0 is off"
+        24, description="how many of these answers keep every routing decision, in eval/routes/; 0 is off"
     )
-    speed: bool = Field(True, description="time a prefill and one answer alone, seconds on a small model")
+    speed: bool = Field(
+        True,
+        description="measure the speed of reading a prompt and of writing one answer alone; takes seconds on a "
+        "small model",
+    )
     precisions: list[
         Literal["fp32", "bf16", "fp16", "fp8-emulated", "fp8-emulated-tensor", BlockPrecision]
-    ] = Field([], description="the same answers again in each of these: loss, scores, routing flips")
+    ] = Field([], description="measure again in each of these number formats: loss, scores, changed routing")
     harness: list[str] = Field([], description="tasks of lm-evaluation-harness, as [arc_easy, gsm8k]")
     harness_include: str | None = Field(None, description="a folder with further task files of the harness")
-    harness_limit: Count | None = Field(None, description="first documents of each harness task only")
+    harness_limit: Count | None = Field(
+        None, description="use only the first so many documents of each harness task"
+    )
     interventions: Interventions = Interventions()
 
     @model_validator(mode="before")

@@ -29,15 +29,18 @@ class Recipe(Section):
     """One page, one whole experiment."""
 
     run_dir: str = Field(description="the run lives here; one folder per stage")
-    seed: Seed = Field(0, description="of prompts, sampling, initial adapter and order of rows")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    seed: Seed = Field(0, description="seed of prompts, sampling, the new adapter and the order of rows")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the GPU if there is one, else the CPU"
+    )
     threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         0,
-        description="CPU threads of a process; 0: as DISTILL_THREADS, OMP_NUM_THREADS or MKL_NUM_THREADS say, else "
-        "every core",
+        description="CPU threads per process; 0: the number in DISTILL_THREADS, OMP_NUM_THREADS or "
+        "MKL_NUM_THREADS, else all cores",
     )
     date: datetime.date | None = Field(
-        None, description="the day that chat templates with a clock read; empty: the day the run began"
+        None,
+        description="the date that a chat template sees, if it asks for one; empty: the day the run began",
     )
     prompts: Prompts = Prompts()
     teacher: TeacherSection | None = None

@@ -141,18 +141,21 @@ class Signal(Section):
 
     kind: Literal["none", "top_k", "sampled", "hidden"] = Field(
         "none",
-        description="top_k: for sparse_forward_kl; sampled: for sampled_cross_entropy, unbiased; hidden: the last "
-        "hidden states and the head once, which are the whole distribution: for every dense objective (forward_kl ...)",
+        description="what is stored. top_k: the likeliest tokens, for sparse_forward_kl. sampled: drawn "
+        "tokens, for sampled_cross_entropy, unbiased. hidden: the last hidden states and, once, "
+        "the output head. They give the whole distribution, for every dense objective (forward_kl"
+        " ...)",
     )
     k: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        32, description="tokens kept, or drawn, per completion token"
+        32, description="top_k and sampled: how many tokens are kept or drawn at each completion token"
     )
     bits: Literal[8, 16, 32] = Field(
         8,
-        description="top_k: of a log-probability, 32 is exact; hidden: of a number of a state, 16 unless 32 (exact)",
+        description="bits per stored number; 32 is exact. top_k: of a log-probability. hidden: of a number of"
+        " a state (8 is taken as 16)",
     )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(
-        1.0, description="sampled: the teacher's, for the draws"
+        1.0, description="sampled: the temperature at which tokens are drawn from the teacher"
     )
 
     @model_validator(mode="after")
@@ -172,24 +175,26 @@ class Calibration(Section):
 
     rows: Count = Field(64, description="prompts (or windows of text) that are read, drawn by `seed`")
     answers: bool = Field(
-        True, description="with the greedy answers of the model itself; false reads the questions alone"
+        True, description="read the model's own greedy answers too; false: the questions alone"
     )
-    max_new_tokens: Count = Field(64, description="tokens of such an answer")
+    max_new_tokens: Count = Field(64, description="most tokens of such an answer")
 
 
 class Width(Section):
     """Less of every layer, after Minitron (arXiv 2407.14679, section 2.2)."""
 
-    intermediate: Count | None = Field(None, description="neurons of every MLP that are kept; empty: all")
+    intermediate: Count | None = Field(None, description="neurons to keep in every MLP; empty: all")
     kv_heads: Count | None = Field(
         None,
-        description="heads of keys and values that are kept, each with the queries that read it; empty: all",
+        description="heads of keys and values to keep, each with its queries; empty: all",
     )
     hidden: Count | None = Field(
-        None, description="channels of the hidden states that are kept, the same in every layer; empty: all"
+        None, description="channels of the hidden states to keep, the same in every layer; empty: all"
     )
     by: Literal["activation", "random"] = Field(
-        "activation", description="which: the largest mean activations, or drawn by `seed` (a control)"
+        "activation",
+        description="which ones stay. activation: those with the largest mean activation. random: drawn by "
+        "`seed`, as a control",
     )
 
     @model_validator(mode="after")
@@ -202,11 +207,13 @@ class Width(Section):
 class Experts(Section):
     """Fewer experts in every routed layer; the router keeps the rows of those that stay."""
 
-    drop: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the experts that goes")
+    drop: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the experts that is removed")
     how: Literal["reap", "frequency", "random", "merge"] = Field(
         "reap",
-        description="which stay: the largest router weight times norm of the output (REAP, arXiv 2510.13999), the most "
-        "used, drawn by `seed`; merge: as reap, the others averaged into the likest of them (REAM, arXiv 2604.04356)",
+        description="which ones stay. reap: those with the largest product of router weight and output norm "
+        "(REAP, arXiv 2510.13999). frequency: the most used. random: drawn by `seed`. merge: as "
+        "reap, and each removed expert is averaged into the most similar one that stays (REAM, "
+        "arXiv 2604.04356)",
     )
 
 
@@ -215,11 +222,13 @@ class Dense(Section):
 
     how: Literal["concatenate", "average"] = Field(
         "concatenate",
-        description="concatenate: experts side by side, each scaled by its mean router weight; average: one expert, "
-        "the mean of all weighted by that",
+        description="concatenate: experts side by side in one wide MLP, each scaled by its mean router "
+        "weight. average: one expert, the mean of all, weighted by that",
     )
     experts: Count | None = Field(
-        None, description="concatenate: so many, those of the largest weight; empty: as many as a token used"
+        None,
+        description="concatenate: how many experts, those with the largest weight; empty: as many as a token "
+        "used",
     )
 
 
@@ -227,9 +236,11 @@ class Mixture(Section):
     """A dense model made a mixture: sparse upcycling (arXiv 2212.05055). It computes what the dense one computed."""
 
     experts: Annotated[int, Field(ge=2, le=4096)] = Field(4, description="copies of every MLP")
-    experts_per_token: Count = Field(2, description="of them, chosen by a new router for every token")
+    experts_per_token: Count = Field(2, description="how many of them a new router chooses for every token")
     shared: bool = Field(
-        False, description="one more copy that every token uses; it and the chosen ones count half"
+        False,
+        description="add one more copy that every token uses; this copy and the chosen ones then count half "
+        "each",
     )
 
     @model_validator(mode="after")
@@ -252,12 +263,15 @@ class From(Section):
         description="further models of the same shape: every weight is the mean of all (model soups, arXiv 2203.05482)",
     )
     layers: Count | tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, description="decoder layers that are kept: so many, or a list from 0; empty: all"
+        None,
+        description="decoder layers to keep: a number of layers, or a list of their numbers from 0; empty: "
+        "all",
     )
     by: Literal["even", "angle"] = Field(
         "even",
-        description="which, where `layers` is a number: evenly with the first and the last, or without the run of "
-        "layers that turns the hidden state least (arXiv 2403.17887, section 3.2)",
+        description="if `layers` is a number, which ones stay. even: evenly spaced, with the first and the "
+        "last. angle: all but the run of layers that changes the hidden state least (arXiv "
+        "2403.17887, section 3.2)",
     )
     width: Width | None = Field(None, description="less of every layer")
     experts: Experts | None = Field(None, description="a mixture with fewer experts")

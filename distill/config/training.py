@@ -25,7 +25,7 @@ class Lora(Section):
     """LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT; see distill/models/student.py for what each key reaches."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)] = Field(
-        16, description="of each adapted weight; of each expert with `experts`"
+        16, description="rank of the adapter of each weight; with `experts`, of each expert"
     )
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         32, description="the adapter is scaled by alpha / rank before it is added"
@@ -34,13 +34,17 @@ class Lora(Section):
         0.0, description="share of the adapter's inputs set to zero in training"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    dora: bool = Field(False, description="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
+    dora: bool = Field(
+        False,
+        description="DoRA: train magnitude and direction separately (Liu et al. 2024, arXiv 2402.09353)",
+    )
     targets: Literal["all-linear", "attention"] | tuple[ModuleName, ...] = Field(
         "all-linear",
-        description="or endings of the names of linear layers, as [q_proj, mlp.down_proj]; [] is none",
+        description="which linear layers get an adapter: all, those of attention, or a list of name endings, "
+        "for example [q_proj, mlp.down_proj]; [] means none",
     )
-    experts: bool = Field(False, description="MoE: also the routed experts, each with its own rank")
-    router: bool = Field(False, description="MoE: also the routers")
+    experts: bool = Field(False, description="MoE: adapters on the routed experts too, one for each")
+    router: bool = Field(False, description="MoE: adapters on the routers too")
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -74,7 +78,9 @@ class StudentSection(Section):
     model: str | None = Field(None, description="folder or hub name to start from")
     made_from: From | None = Field(None, alias="from", description="or a model to make it from")
     config: dict[str, Any] | None = Field(
-        None, description="or a transformers config (with model_type) to start from random weights"
+        None,
+        description="instead of `model`: a transformers config (with model_type), to start from random "
+        "weights",
     )
     tokenizer: str = Field("embedded", description="with `config`: 'embedded', or a folder or hub name")
     chat_template_kwargs: TemplateArguments = Field(
@@ -86,7 +92,7 @@ class StudentSection(Section):
     lora: Lora = Lora()
     quantize: Literal["none", "4bit", "8bit"] = Field(
         "none",
-        description="keep the frozen base in 4 bits (QLoRA, arXiv 2305.14314) or 8; needs bitsandbytes",
+        description="store the frozen base in 4 bits (QLoRA, arXiv 2305.14314) or 8 bits; needs bitsandbytes",
     )
 
     @model_serializer(mode="wrap")
@@ -155,27 +161,33 @@ class OnPolicy(Section):
     later: ClassVar = ("first_tokens", "skip_truncated", "skip_special")
 
     fraction: Fraction = Field(
-        0.0, description="of the rows; GKD's lambda; 0 trains on the teacher's text only"
+        0.0, description="share of rows that the student writes (GKD's lambda); 0: the teacher's text only"
     )
-    buffer_steps: Count = Field(8, description="optimizer steps whose rows are sampled together")
-    temperature: Annotated[float, Field(gt=0, le=5)] = Field(1.0, description="of the student's sampling")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="of the student's sampling; 1 is off")
+    buffer_steps: Count = Field(8, description="for how many optimizer steps rows are sampled at once")
+    temperature: Annotated[float, Field(gt=0, le=5)] = Field(
+        1.0, description="temperature of the student's sampling"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="nucleus of the student's sampling; 1 is off"
+    )
     max_new_tokens: Count = Field(96, description="tokens per answer; longer ones count as truncated")
     batch_size: Count = Field(256, description="answers decoded together")
-    most_truncated: Fraction = Field(0.5, description="stop when a larger share does not end, twice in a row")
+    most_truncated: Fraction = Field(
+        0.5, description="stop the run when a larger share of answers does not end, twice in a row"
+    )
     first_tokens: Count | None = Field(
         None,
-        description="only so many tokens of what the student wrote count, from its beginning: further on the teacher "
-        "reads what it would never write (arXiv 2606.22600); empty: all",
+        description="count only the first so many tokens of what the student wrote. Further on, the teacher "
+        "reads text that it would never write (arXiv 2606.22600). empty: all count",
     )
     skip_truncated: bool = Field(
         False,
-        description="what the student did not end within max_new_tokens counts for nothing (overlong filtering, DAPO, "
+        description="answers that do not end within max_new_tokens do not count (overlong filtering, DAPO, "
         "arXiv 2503.14476, section 3.4)",
     )
     skip_special: bool = Field(
         False,
-        description="control tokens that the student wrote count for nothing, but its end token does (special-token "
+        description="control tokens that the student wrote do not count; its end token does (special-token "
         "masking, arXiv 2603.25562)",
     )
 
@@ -188,11 +200,13 @@ class OnPolicy(Section):
 class Context(Section):
     """What a live teacher reads and the student does not: context distillation (arXiv 2209.15189)."""
 
-    system: str | None = Field(None, description="a system prompt, in place of the row's own")
+    system: str | None = Field(
+        None, description="the system prompt that the teacher reads in place of the row's own"
+    )
     question: str | None = Field(
         None,
-        description="what it is asked in place of the last question: text with {question}, and {answer} for the stored "
-        "answer of the row (with its working), whoever writes the text that is scored",
+        description="the text that the teacher reads in place of the last question. {question} stands for the"
+        " question, {answer} for the row's stored answer with its working",
     )
 
     @model_validator(mode="after")
@@ -210,27 +224,34 @@ class LiveTeachers(Section):
     later: ClassVar = ("balance",)
 
     by: Literal["family", "level"] = Field("family", description="column of the dataset that holds the tag")
-    models: dict[str, str] = Field({}, description="tag -> folder or hub name; other tags: `teacher.model`")
+    models: dict[str, str] = Field(
+        {}, description="for each tag the folder or hub name of its teacher; other tags: `teacher.model`"
+    )
     balance: bool = Field(
         False,
-        description="every tag of a step counts as much as any other, however many tokens its rows have: a token's "
-        "loss is divided by its tag's share of them",
+        description="every tag counts equally in a step, however many tokens it has: a token's loss is "
+        "divided by its tag's share of tokens",
     )
-    own_start: bool = Field(False, description="self-distillation: the student's own starting weights score")
+    own_start: bool = Field(
+        False, description="self-distillation: the student's starting weights are the teacher"
+    )
     experts_per_token: Count | None = Field(
         None,
-        description="a mixture as teacher scores with so many experts a token, not as many as it was trained with",
+        description="MoE teacher: how many experts a token uses when it scores; empty: as many as in its "
+        "training",
     )
     routings: Count | None = Field(
         None,
-        description="a mixture as teacher: the mean of its distributions over so many draws of experts by their scores "
-        "(arXiv 2502.12947); each is one more forward pass; empty: its own choice",
+        description="MoE teacher: draw the experts so many times by their scores and average the "
+        "distributions (arXiv 2502.12947). Each draw is one more forward pass. empty: its own "
+        "choice, once",
     )
     context: Context | None = Field(None, description="what the teacher reads and the student does not")
     remember_gb: Annotated[float, Field(ge=0, le=1e6)] = Field(
         0.0,
-        description="main memory, in GB a process, for the last hidden states of rows that the teacher has read: later "
-        "epochs skip its body. Equal to rounding, so a resumed run is no longer equal to the last bit",
+        description="GB of main memory per process to keep the teacher's last hidden states, so that later "
+        "epochs need not compute them again. The result is the same up to rounding; a resumed run"
+        " may differ in the last bit",
     )
 
     @model_validator(mode="after")
@@ -248,10 +269,12 @@ class LiveTeachers(Section):
 class Validation(Section):
     """Rows of the dataset that are kept from training to look at the loss on."""
 
-    rows: Whole = Field(0, description="held out; 0 is off")
-    every: Count = Field(50, description="optimizer steps between looks")
-    patience: Whole = Field(0, description="looks without a better value until training ends")
-    keep_best: bool = Field(False, description="save the weights of the best look, not the last")
+    rows: Whole = Field(0, description="rows held out; 0 is off")
+    every: Count = Field(50, description="optimizer steps between two measurements")
+    patience: Whole = Field(
+        0, description="end training after so many measurements without a better value; 0 is off"
+    )
+    keep_best: bool = Field(False, description="save the weights of the best measurement, not the last ones")
 
     @model_validator(mode="after")
     def _something_to_look_at(self):
@@ -276,15 +299,24 @@ class Train(Section):
     micro_batch_size: Count = Field(64, description="rows per forward pass of one process")
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = Field(
         1e-2,
-        description="peak; suits a million parameters. Billions want less; LoRA about 10x that of full training",
+        description="the largest learning rate. The default suits a million parameters; billions need a "
+        "smaller one. LoRA needs about 10 times that of full training",
     )
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_steps: Whole = Field(20, description="optimizer steps of linear rise; below `steps`")
-    final_fraction: Fraction = Field(0.1, description="learning rate at the last step over its peak")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: no moments, for exact comparisons")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="adamw: what its two moments keep of a step")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="how the learning rate goes on after the warm-up"
+    )
+    warmup_steps: Whole = Field(
+        20, description="optimizer steps in which the learning rate rises linearly; fewer than `steps`"
+    )
+    final_fraction: Fraction = Field(
+        0.1, description="learning rate at the last step, as a share of the largest one"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or plain sgd for exact comparisons"
+    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="adamw: the decay of its two moments")
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0, description="of matrices; norms and biases never decay"
+        0.0, description="weight decay of matrices; norms and biases never decay"
     )
     max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = Field(
         1.0, description="gradients with a larger Euclidean norm are scaled down to it"
@@ -300,38 +332,42 @@ class Train(Section):
         "fp8-emulated-tensor",
         "fp8-emulated-gradient-blocks",
         BlockPrecision,
-    ] = Field("bf16", description="what matmuls run in: distill/models/precision.py has the table")
+    ] = Field(
+        "bf16", description="number format of matrix products; the table is in distill/models/precision.py"
+    )
     head_precision: Literal["same", "fp32"] = Field(
         "same",
-        description="of the student's output head alone; fp32: it sees updates that bf16 rounds away "
-        "(distill/models/precision.py), and its logits are not rounded",
+        description="precision of the student's output head alone. With fp32 its logits are not rounded, and "
+        "small updates are not lost as in bf16 (distill/models/precision.py)",
     )
     max_length: Count | None = Field(None, description="rows longer than this are refused, not cut")
-    checkpoint_every: Whole = Field(100, description="steps; 0 keeps none")
+    checkpoint_every: Whole = Field(100, description="steps between saved states; 0 saves none")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     micro_batch_tokens: Count | None = Field(
         None,
-        description="and at most so many tokens per forward pass, padding included; rows of like length share one",
+        description="at most so many tokens per forward pass, padding included; rows of similar length go "
+        "together",
     )
     auto_micro_batch: bool = Field(
-        False, description="halve micro_batch_size when memory runs out, same result"
+        False, description="halve micro_batch_size when memory runs out; the result stays the same"
     )
     packing: bool = Field(
-        False, description="rows end to end without padding; refused where the model sees across"
+        False,
+        description="put rows end to end, without padding; refused if the model would let one row see another",
     )
     compile: bool | Literal["auto"] = Field(
         False,
-        description="torch.compile of the decoder layers; auto: where the training foreseen repays it (a CPU, dense "
-        "models, stored text), by a rule that the first lines state",
+        description="torch.compile of the decoder layers. auto: only if the training is long enough to repay "
+        "it (on a CPU, dense models, stored text); the first lines of the run state the rule",
     )
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = Field(
         "auto",
-        description="of student and live teachers, as transformers names it; auto: its own choice, torch's fused "
-        "product wherever there is one",
+        description="attention kernel of student and live teachers, by its name in transformers; auto: what "
+        "transformers chooses, usually torch's fused one",
     )
     tf32: bool = Field(
         False,
@@ -339,15 +375,16 @@ class Train(Section):
     )
     deterministic: bool = Field(
         False,
-        description="GPU: the same bits at every run, by slower kernels; an operation without one is an error",
+        description="GPU: every run gives the same bits, with slower kernels; an operation that has none is "
+        "an error",
     )
     expert_bias_step: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="MoE from scratch: bias balancing step u (DeepSeek-V3 section 2.1.2); 0 is off"
     )
     expert_bias_freeze: Fraction = Field(0.1, description="last share of steps with u = 0")
-    keep_states: Count = Field(1, description="how many saved states stay until the end")
+    keep_states: Count = Field(1, description="how many saved states are kept")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="besides metrics.jsonl"
+        [], description="where to log as well, besides metrics.jsonl"
     )
 
     @model_validator(mode="after")
@@ -418,4 +455,8 @@ class Train(Section):
 class Control(Section):
     """The same base, prompts, steps and adapter, on question + final answer, without a teacher."""
 
-    enabled: bool = Field(True, description="train this arm too: without it a gain could be more training")
+    enabled: bool = Field(
+        True,
+        description="train this arm too. Without it you cannot tell the teacher's effect from that of more "
+        "training",
+    )

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 from distill.data.ledger import run_ledger
 from distill.errors import UserError
+from distill.report.pages import mark
 from distill.storage import find_file, read_json
 
 STRATEGIES = ("teacher", "distil", "direct")  # where costs tie, the earlier: what commits to less
@@ -206,7 +207,7 @@ def _crossing(a: Line, b: Line) -> dict[str, Any]:
     return {"between": [a.name, b.name], "queries": at, "meaning": words}
 
 
-UNITS = {"usd": "USD", "device_hours": "device-hours", "flops": "FLOPs"}
+UNITS = {"usd": "USD", "device_hours": mark("device-hours"), "flops": "FLOPs"}
 NAMES = tuple(field.name for field in fields(Costs))
 REQUIRED = ("teacher_query", "student_query", "teacher_outputs", "distil_student")
 MEASURED_INPUTS = "recipes/results/break_even.json"
@@ -227,13 +228,33 @@ def from_options(given: dict[str, float | None], unit: str | None) -> dict[str, 
         "run_dir": None,
         "device": None,
         "costs": costs,
-        "sources": dict.fromkeys(costs, "given"),
+        "sources": dict.fromkeys(costs, SAID["given"]),
         "accuracy": {},
-        "notes": [] if "direct_student" in costs else [_NO_DIRECT],
+        "notes": [] if "direct_student" in costs else [SAID["no_direct"]],
     }
 
 
-_NO_DIRECT = "direct training is left out: give --direct-student, what one costs to the same accuracy"
+# Sentences that stand in a JSON file, in English; a page says them in its language (distill.report.pages.retold).
+SAID = {
+    "given": mark("given"),
+    "no_direct": mark(
+        "direct training is left out: give --direct-student, what one costs to the same accuracy"
+    ),
+    "left_out": mark("direct training is left out: %(why)s; give --direct-student or --direct-multiple"),
+    "teacher_exists": mark("the teacher exists: its training is not charged (--teacher-training charges it)"),
+    "outputs": mark("stages prompts, generations and dataset of this run"),
+    "student": mark("stage student of this run"),
+    "control": mark("stage control of this run, %(why)s"),
+    "multiple": mark("%(times)s x stage %(stage)s"),
+    "flops": mark("%(length)s tokens written and its prompt, %(flops)s FLOPs each"),
+    "speed": mark("%(length)s tokens an answer at %(speed)s tokens/s, in batches of %(rows)s"),
+    "bought": mark("stage generations of this run, %(rows)s answers"),
+    "not_compared": mark("no comparison of control and student was measured"),
+    "reached": mark("whose accuracy is the student's to %(points)s points"),
+    "behind": mark(
+        "the control does not reach the student's accuracy (behind by up to %(points)s points, %(task)s)"
+    ),
+}
 
 
 def measured_inputs() -> dict[str, Any]:
@@ -247,7 +268,7 @@ def with_options(inputs: dict[str, Any], given: dict[str, float | None]) -> dict
     return {
         **inputs,
         "costs": inputs["costs"] | chosen,
-        "sources": inputs["sources"] | dict.fromkeys(chosen, "given"),
+        "sources": inputs["sources"] | dict.fromkeys(chosen, SAID["given"]),
         "notes": [n for n in inputs["notes"] if not ("direct_student" in chosen and n.startswith("direct"))],
     }
 
@@ -288,20 +309,21 @@ def from_run(
     parts = [stages[s][unit] for s in ("prompts", "generations", "dataset") if s in stages]
     known = "generations" in stages and stages["generations"][unit] is not None
     outputs = sum(part for part in parts if part is not None) if known else None
-    put("teacher_outputs", outputs, "stages prompts, generations and dataset of this run")
-    put("distil_student", stages.get("student", {}).get(unit), "stage student of this run")
+    put("teacher_outputs", outputs, SAID["outputs"])
+    put("distil_student", stages.get("student", {}).get(unit), SAID["student"])
 
     reached, words = _control_reaches(metrics)
     base = stages.get("control" if "control" in stages else "student", {}).get(unit)
     which = "control" if "control" in stages else "student"
     if direct_multiple is not None:
-        put("direct_student", base and base * direct_multiple, f"{direct_multiple:g} x stage {which}")
+        times = SAID["multiple"] % {"times": f"{direct_multiple:g}", "stage": which}
+        put("direct_student", base and base * direct_multiple, times)
     elif reached:
-        put("direct_student", base, f"stage control of this run, {words}")
+        put("direct_student", base, SAID["control"] % {"why": words})
     elif "direct_student" not in given:
-        notes.append(f"direct training is left out: {words}; give --direct-student or --direct-multiple")
+        notes.append(SAID["left_out"] % {"why": words})
     if "teacher_training" not in given:
-        notes.append("the teacher exists: its training is not charged (--teacher-training charges it)")
+        notes.append(SAID["teacher_exists"])
 
     missing = [name for name in REQUIRED if name not in costs and name not in given]
     if missing:
@@ -333,14 +355,13 @@ def _answer(model: dict | None, stage: dict | None, unit: str, per_hour: float |
     length = cost["generated_tokens"] / answers
     if unit == "flops":
         flops = model["model"]["flops_per_token"]
-        return cost["flops"] / answers, f"{length:.1f} tokens written and its prompt, {flops:.3g} FLOPs each"
+        source = SAID["flops"] % {"length": f"{length:.1f}", "flops": f"{flops:.3g}"}
+        return cost["flops"] / answers, source
     hours = cost["seconds"] / answers / 3600 * stage["devices"]
     amount = hours if unit == "device_hours" else per_hour and hours * per_hour
     speed = cost["decode_tokens_per_second"]
-    return (
-        amount,
-        f"{length:.1f} tokens an answer at {speed:,.0f} tokens/s, in batches of {cost['batch_size']}",
-    )
+    words = {"length": f"{length:.1f}", "speed": f"{speed:,.0f}", "rows": cost["batch_size"]}
+    return amount, SAID["speed"] % words
 
 
 def _bought(run_dir: Path, stage: dict | None, unit: str):
@@ -348,7 +369,7 @@ def _bought(run_dir: Path, stage: dict | None, unit: str):
     if stage is None or stage[unit] is None:
         return None, ""
     rows = read_json(run_dir / "generations" / "manifest.json")["counts"].get("rows")
-    return (stage[unit] / rows if rows else None), f"stage generations of this run, {rows or 0:,} answers"
+    return (stage[unit] / rows if rows else None), SAID["bought"] % {"rows": f"{rows or 0:,}"}
 
 
 def _accuracy(model: dict) -> float | None:
@@ -366,11 +387,8 @@ def _control_reaches(metrics: dict) -> tuple[bool, str]:
             low, high = item["ci95"]
             leads.append((item["task"], high if item["b"] == "student" else -low))
     if not leads:
-        return False, "no comparison of control and student was measured"
+        return False, SAID["not_compared"]
     task, most = max(leads, key=lambda lead: lead[1])
     if most <= MARGIN:
-        return True, f"whose accuracy is the student's to {100 * MARGIN:g} points"
-    return (
-        False,
-        f"the control does not reach the student's accuracy (behind by up to {100 * most:.0f} points, {task})",
-    )
+        return True, SAID["reached"] % {"points": f"{100 * MARGIN:g}"}
+    return False, SAID["behind"] % {"points": f"{100 * most:.0f}", "task": task}

@@ -1,6 +1,6 @@
 """The break-even as text and as one page: `break_even.html` with two figures, and `break_even.json` beside it.
 
-    distill cost RUN_DIR --break-even --out DIR
+    distill cost RUN_DIR --break-even --out DIR [--lang zh]
 
 Regions differ in grey, hatch and label, lines in dashes, so that a black-and-white print loses nothing.
 """
@@ -14,13 +14,26 @@ import numpy as np
 from markupsafe import Markup
 
 from distill.console import text_table
-from distill.cost.break_even import STRATEGIES, UNITS, Costs, segments, strategy_lines
+from distill.cost.break_even import SAID, STRATEGIES, UNITS, Costs, segments, strategy_lines
 from distill.errors import UserError
 from distill.report.drawing import INK, MUTED, RC, new_figure, plain_axes, to_svg
-from distill.report.pages import page_environment, si
+from distill.report.pages import lookup, mark, page_environment, retold, say, si, speaking
 from distill.storage import json_text, write_atomic, write_json
 
-_STRATEGY_WORDS = {"teacher": "keep calling the teacher", "distil": "distil", "direct": "train directly"}
+_STRATEGY_WORDS = {
+    "teacher": mark("keep calling the teacher"),
+    "distil": mark("distil"),
+    "direct": mark("train directly"),
+}
+_INPUTS = {
+    "teacher_query": mark("teacher query"),
+    "student_query": mark("student query"),
+    "teacher_outputs": mark("teacher outputs"),
+    "distil_student": mark("distil student"),
+    "direct_student": mark("direct student"),
+    "direct_query": mark("direct query"),
+    "teacher_training": mark("teacher training"),
+}
 _LOOK = {  # fill, hatch, dashes
     "teacher": ("#bcc2ca", "", "-."),
     "distil": ("#56b4e9", "////", "-"),
@@ -28,9 +41,10 @@ _LOOK = {  # fill, hatch, dashes
 }
 STUDENTS = 1000  # the region plot goes from 1 to as many
 COLUMNS, ROWS = 160, 60
+WIDTH, MIN_WIDTH = 5.0, 320  # of a figure, inches and pixels: it fits a phone
 
 
-def write_page(found: dict[str, Any], out: Path) -> Path:
+def write_page(found: dict[str, Any], out: Path, language: str = "en") -> Path:
     """`break_even.json` and `break_even.html` in `out`. Raises UserError where either exists already.
 
     The very same numbers may be there: a command that was stopped between the two goes on.
@@ -42,26 +56,32 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
         raise UserError(
             *(f"{path} exists; remove it or give another --out (nothing is overwritten)" for path in there)
         )
+    with speaking(language):
+        html = _page(found)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(data, found)
+    write_atomic(page, html)
+    return page
+
+
+def _page(found: dict[str, Any]) -> str:
     costs = Costs(**found["inputs"]["costs"])
     figures = [
         regions(costs, found["queries"], found["students"]),
-        cost_lines(costs, found["students"], found["queries"], UNITS[found["inputs"]["unit"]]),
+        cost_lines(costs, found["students"], found["queries"], lookup(UNITS[found["inputs"]["unit"]])),
     ]
-    html = (
+    return (
         page_environment()
         .get_template("break_even.html.j2")
         .render(
             inputs=found["inputs"],
+            notes=[retold(note, SAID.values()) for note in found["inputs"]["notes"]],
             figures=[Markup(figure) for figure in figures],
             lead=lead(found),
             spans_queries=spans(found, "by_queries", "queries"),
             rows=rows(found),
         )
     )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(data, found)
-    write_atomic(page, html)
-    return page
 
 
 def _most_queries(costs: Costs, queries: float, students: float) -> float:
@@ -83,7 +103,7 @@ def regions(costs: Costs, queries: float, students: float) -> str:
     winner = amounts.argmin(axis=1)
     tiny = np.finfo(float).tiny
     with matplotlib.rc_context(RC):
-        figure = new_figure(6.4, 3.9)
+        figure = new_figure(WIDTH, 3.4)
         axes = figure.add_subplot()
         plain_axes(axes, "both")
         axes.set_xscale("log")
@@ -101,16 +121,18 @@ def regions(costs: Costs, queries: float, students: float) -> str:
                 axes.contour(x, y, ahead, [0], colors=[INK], linewidths=1.2)
             row, column = _middle(where)
             axes.text(
-                x[column], y[row], _STRATEGY_WORDS[line.name], ha="center", va="center",
+                x[column], y[row], lookup(_STRATEGY_WORDS[line.name]), ha="center", va="center",
                 bbox={"facecolor": "white", "edgecolor": INK, "boxstyle": "round,pad=0.25"}, color="black",
             )  # fmt: skip
         if queries >= 1:
             axes.plot([queries], [students], marker="D", color=INK, markersize=7, clip_on=False, zorder=5)
         axes.xaxis.set_major_formatter(_short)
         axes.yaxis.set_major_formatter(_short)
-        axes.set_xlabel("queries answered in all")
-        axes.set_ylabel("students")
-        return to_svg(figure, "Which strategy is cheapest, by number of queries and of students", 420)
+        axes.set_xlabel(say("queries answered in all"))
+        axes.set_ylabel(say("number of students"))
+        return to_svg(
+            figure, say("Which strategy is cheapest, by number of queries and of students"), MIN_WIDTH
+        )
 
 
 def _short(value: float, _position: int) -> str:
@@ -133,7 +155,7 @@ def cost_lines(costs: Costs, students: float, queries: float, unit: str) -> str:
     lines = strategy_lines(costs, students)
     x = np.logspace(0, np.log10(_most_queries(costs, queries, students)), COLUMNS)
     with matplotlib.rc_context(RC):
-        figure = new_figure(6.4, 3.4)
+        figure = new_figure(WIDTH, 3.4)
         axes = figure.add_subplot()
         plain_axes(axes, "both")
         axes.set_xscale("log")
@@ -144,7 +166,7 @@ def cost_lines(costs: Costs, students: float, queries: float, unit: str) -> str:
                 np.where(y > 0, y, np.nan),
                 _LOOK[line.name][2],
                 color=INK,
-                label=_STRATEGY_WORDS[line.name],
+                label=lookup(_STRATEGY_WORDS[line.name]),
                 lw=1.6,
             )
         axes.set_yscale("log")
@@ -152,10 +174,12 @@ def cost_lines(costs: Costs, students: float, queries: float, unit: str) -> str:
         axes.yaxis.set_major_formatter(_short)
         for segment in segments(lines)[1:]:
             axes.axvline(segment.start, color=MUTED, linestyle=":", linewidth=1.2)
-        axes.set_xlabel(f"queries answered in all, for {students:g} student{'' if students == 1 else 's'}")
+        axes.set_xlabel(say("queries answered in all, for %(students)s", students=_students(students)))
         axes.set_ylabel(unit)
         axes.legend(frameon=False, handlelength=3.5)
-        return to_svg(figure, f"Total cost by number of queries, for {students:g} students", 420)
+        return to_svg(
+            figure, say("Total cost by number of queries, for %(n)s", n=_students(students)), MIN_WIDTH
+        )
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -163,7 +187,11 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     inputs = found["inputs"]
     unit = UNITS[inputs["unit"]]
     return [
-        (name.replace("_", " "), shown(value, unit), inputs["sources"].get(name, ""))
+        (
+            lookup(_INPUTS[name]),
+            shown(value, unit),
+            retold(inputs["sources"].get(name, ""), SAID.values()),
+        )
         for name, value in inputs["costs"].items()
         if value is not None
     ]
@@ -171,35 +199,54 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def shown(value: float, unit: str) -> str:
     """An amount as people read it: `135 MFLOPs`, `0.002 USD`."""
-    return si(value, unit) if unit == UNITS["flops"] and value >= 1000 else f"{value:.4g} {unit}"
+    return si(value, unit) if unit == UNITS["flops"] and value >= 1000 else f"{value:.4g} {lookup(unit)}"
 
 
 def spans(found: dict[str, Any], key: str, what: str) -> list[str]:
     """Segments in words: `distil from 58,203 queries on`."""
-    lines = []
+    lines, forms = [], _SPANS[what]
     for index, segment in enumerate(found[key]):
         # Things are counted in whole ones: the last that fit before the crossing, the first after it.
         start = count(segment["from"] if not index else math.floor(segment["from"]) + 1)
         end = segment["to"] if segment["to"] is None else math.floor(segment["to"])
-        if end is None:
-            where = f"from {start} {what} on" if index else f"for any number of {what}"
-        else:
-            where = f"from {start} to {count(end)} {what}" if index else f"up to {count(end)} {what}"
-        same = " and ".join(_STRATEGY_WORDS[name] for name in segment["ties"])
-        lines.append(
-            f"{_STRATEGY_WORDS[segment['strategy']]} {where}" + (f" ({same}: the same)" if same else "")
-        )
+        form = forms[(index > 0, end is not None)]
+        words = {
+            "strategy": lookup(_STRATEGY_WORDS[segment["strategy"]]),
+            "start": start,
+            "end": end and count(end),
+        }
+        line = lookup(form) % words
+        if same := say(" and ").join(lookup(_STRATEGY_WORDS[name]) for name in segment["ties"]):
+            line += say(" (%(others)s: the same)", others=same)
+        lines.append(line)
     return lines
+
+
+_SPANS = {  # what is counted -> (is there a cheaper one before, and after?) -> the sentence
+    "queries": {
+        (False, False): mark("%(strategy)s for any number of queries"),
+        (False, True): mark("%(strategy)s up to %(end)s queries"),
+        (True, True): mark("%(strategy)s from %(start)s to %(end)s queries"),
+        (True, False): mark("%(strategy)s from %(start)s queries on"),
+    },
+    "students": {
+        (False, False): mark("%(strategy)s for any number of students"),
+        (False, True): mark("%(strategy)s up to %(end)s students"),
+        (True, True): mark("%(strategy)s from %(start)s to %(end)s students"),
+        (True, False): mark("%(strategy)s from %(start)s students on"),
+    },
+}
 
 
 def lead(found: dict[str, Any]) -> str:
     """The answer for the point that was asked for."""
-    best = " or ".join(_STRATEGY_WORDS[name] for name in found["cheapest"])
-    return f"{count(found['queries'])} queries, {_students(found)}: {best}"
+    best = say(" or ").join(lookup(_STRATEGY_WORDS[name]) for name in found["cheapest"])
+    queries, students = count(found["queries"]), _students(found["students"])
+    return say("%(queries)s queries, %(students)s: %(best)s", queries=queries, students=students, best=best)
 
 
-def _students(found: dict[str, Any]) -> str:
-    return f"{found['students']:g} student{'' if found['students'] == 1 else 's'}"
+def _students(number: float) -> str:
+    return say("%(n)s student" if number == 1 else "%(n)s students", n=f"{number:g}")
 
 
 def count(value: float) -> str:
@@ -213,7 +260,7 @@ def format_break_even(found: dict[str, Any]) -> str:
     device = f" on {inputs['device']}" if inputs["device"] else ""
     totals = [("strategy", unit)]
     totals += [(_STRATEGY_WORDS[n], f"{found['costs'][n]:.4g}") for n in STRATEGIES if n in found["costs"]]
-    many = _students(found)
+    many = _students(found["students"])
     lines = [
         f"Distil, train directly, or keep calling the teacher ({where}{device})",
         *text_table([("input", "amount", "from"), *rows(found)], text_columns=(0, 2)),

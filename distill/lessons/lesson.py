@@ -13,6 +13,9 @@ taken away (the model before training, one scale for all, no balancing). It must
 A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
 `EXPECTED` and `EXERCISES`, from which the account is made.
 
+A lesson that speaks Chinese draws Chinese labels too: recipes/workshop/labels.zh.yaml has them, and a font of this
+machine the letters. Where there is none, the labels stay English and `begin` says so.
+
 `scaled` and `short` are for the tests alone: in a source, `scaled(80, 8)` is 80 for the learner, whose notebook shows
 `80`, and 8 with DISTILL_LESSON_BUDGET=short. DISTILL_LESSON_DIR is where runs go instead of checkpoints/workshop.
 
@@ -29,6 +32,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -50,6 +54,7 @@ warnings.filterwarnings("ignore", message="Could not find a config file")
 
 BUDGET = "DISTILL_LESSON_BUDGET"
 FOLDER = "DISTILL_LESSON_DIR"
+BOTH = "DISTILL_LESSON_BOTH"  # set by the builder of the notebooks: every figure in Chinese too
 T = TypeVar("T")
 
 
@@ -74,7 +79,7 @@ class Expectation:
 
 EXPECTED: list[Expectation] = []  # of the lesson in progress
 EXERCISES: dict[str, bool] = {}  # exercise -> solved
-NOW: dict[str, Any] = {"lesson": None, "language": "en"}
+NOW: dict[str, Any] = {"lesson": None, "language": "en", "labels": "en"}
 
 WORDS = {
     "en": {
@@ -87,6 +92,7 @@ WORDS = {
         "wrong": "exercise {number}: not yet right. Hint: {hint}",
         "empty": "exercise {number}: to do. Put your code in place of the three dots in the cell above. Hint: {hint}",
         "raised": "exercise {number}: your code stopped with {error}. Hint: {hint}",
+        "font": "",
         "needs": "This lesson needs {model}, which is not here. Type this in a terminal in the project's folder, "
         "then run this cell again:\n{command}",
     },
@@ -100,6 +106,7 @@ WORDS = {
         "wrong": "练习 {number}：还不对。提示：{hint}",
         "empty": "练习 {number}：待完成。把上面单元格里的三个点换成你的代码。提示：{hint}",
         "raised": "练习 {number}：你的代码报错了：{error}。提示：{hint}",
+        "font": "没有找到中文字体，图中的文字保持英文（可安装 Noto Sans CJK）。",
         "needs": "本课需要 {model}，这里还没有。请在项目文件夹的终端里输入下面的命令，再运行这个单元格：\n{command}",
     },
 }
@@ -150,9 +157,118 @@ def begin(lesson: int, language: str = "en") -> Path:
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams["figure.constrained_layout.use"] = True  # labels of one figure stay out of its neighbour
     plt.rcParams.update({"grid.alpha": 0.3, "font.size": 10, "legend.frameon": False})
+    _label_in(language)
     folder = lessons_folder() / f"lesson{lesson}{scaled('', '-short')}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+# ---- the language of figures
+
+LABELS = "recipes/workshop/labels.zh.yaml"
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "Microsoft YaHei", "PingFang SC",
+    "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Noto Sans CJK JP",
+)  # fmt: skip
+
+
+def _label_in(language: str) -> None:
+    """Figures with labels in `language`, from here on; with BOTH, each is shown in Chinese as well."""
+    import matplotlib.pyplot as plt
+
+    NOW["labels"] = "en"
+    both = bool(os.environ.get(BOTH))
+    if language == "en" and not both:
+        return
+    font = _chinese_font()
+    if font is None:
+        print(word("font")) if language == "zh" else None
+        return
+    plt.rcParams["font.family"] = ["DejaVu Sans", font]  # the second for letters that the first has not
+    _translate_text()
+    NOW["labels"] = language
+    if both and not hasattr(plt.show, "both"):
+        plt.show = _shown_in_both(plt.show)
+
+
+def _chinese_font() -> str | None:
+    """A font of this machine that has Chinese letters."""
+    from matplotlib import font_manager
+
+    def known() -> str | None:
+        names = {font.name for font in font_manager.fontManager.ttflist}
+        return next((name for name in CHINESE_FONTS if name in names), None)
+
+    if known() is None:  # matplotlib's list may be older than the font
+        for path in font_manager.findSystemFonts():
+            if re.search(r"CJK|SansSC|HanSans|Hei|PingFang|DroidSansFallback", Path(path).name):
+                with contextlib.suppress(RuntimeError, OSError):  # of a kind that matplotlib does not read
+                    font_manager.fontManager.addfont(path)
+    return known()
+
+
+def _translate_text() -> None:
+    """Whatever matplotlib is given to write, it writes in the language of the labels."""
+    from matplotlib.text import Text
+
+    original = Text.set_text
+    if hasattr(original, "original"):
+        return
+
+    def set_text(self, text):
+        original(self, in_chinese(text) if NOW["labels"] == "zh" and isinstance(text, str) else text)
+
+    set_text.original = original
+    Text.set_text = set_text
+
+
+@cache
+def in_chinese(label: str) -> str:
+    """A label in Chinese; one that labels.zh.yaml does not have stays as it is."""
+    from distill.report.pages import retold, speaking
+
+    with speaking("zh"):
+        return retold(label, _labels(), _labels().__getitem__)
+
+
+@cache
+def _labels() -> dict[str, str]:
+    from distill.storage import PROJECT_ROOT, parse_yaml
+
+    file = PROJECT_ROOT / LABELS
+    return parse_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _shown_in_both(show: Callable[..., None]) -> Callable[..., None]:
+    """`plt.show`, before which every open figure is shown with Chinese labels, marked so that the builder knows it."""
+
+    def shown(*arguments: Any, **options: Any) -> None:
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+        from matplotlib.text import Text
+
+        for figure in map(plt.figure, plt.get_fignums()):
+            texts = [(text, text.get_text()) for text in figure.findobj(Text)]
+            NOW["labels"] = "zh"
+            for text, words in texts:
+                text.set_text(words)
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png")
+            NOW["labels"] = "en"
+            for text, words in texts:
+                text.set_text(words)
+            shown_in_chinese(Image(data=drawn.getvalue()))
+        show(*arguments, **options)
+
+    shown.both = True
+    return shown
+
+
+def shown_in_chinese(thing: Any) -> None:
+    """Show what stands in the Chinese notebook in place of what is shown next. With BOTH alone."""
+    from IPython.display import display
+
+    display(thing, metadata={"lang": "zh"})
 
 
 class NotInstalled(UserError):
@@ -187,7 +303,10 @@ def expect(name: str, value: float, low: float, high: float, short: tuple[float,
     EXPECTED.append(found)
     verdict = word("short" if not checked else "ok" if found.met else "outside")
     broken_words = "" if broken is None else word("without", without=broken)
-    print(word("expected", name=name, value=value, low=low, high=high, verdict=verdict, without=broken_words))
+    shown = in_chinese(name) if NOW["language"] == "zh" else name
+    print(
+        word("expected", name=shown, value=value, low=low, high=high, verdict=verdict, without=broken_words)
+    )
 
 
 def exercise(number: str, test: Callable[[], Any], hint: str) -> None:

@@ -32,11 +32,12 @@ with their numbers, a few kB an answer. A viewer that runs no scripts, as GitHub
 
 import html
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.errors import UserError
-from distill.lessons.lesson import NOW
+from distill.lessons.lesson import BOTH, NOW, shown_in_chinese
 from distill.play.engine import Player, Playground
 from distill.play.html import SIGNS, changes, labels_of
 from distill.play.records import Asked, Change, Chosen, Finished, PlayedAnswer, Token, find_setup
@@ -156,6 +157,10 @@ def answer(
 
 def show(asked: Asked, playground: Playground, language: str | None = None) -> Shown:
     """The answers side by side, every token a button."""
+    if os.environ.get(BOTH) and language is None:
+        from IPython.display import HTML
+
+        shown_in_chinese(HTML(show(asked, playground, "zh")))
     with speaking(language or NOW["language"]):
         words = {
             "token": say("token"),

@@ -150,7 +150,7 @@ class Hover:
 def written_svg(figure: Figure) -> str:
     """The file that `figure.savefig` would write, which draws everything twice, the first time for the layout alone."""
     buffer, canvas, dpi = io.StringIO(), FigureCanvasSVG(figure), figure.dpi
-    with _room_for_wide_letters():
+    with _room_for_wide_letters(), matplotlib.rc_context(RC):  # letters as text, whoever draws
         figure.get_layout_engine().execute(figure)
         figure.set_layout_engine("none")
         figure.dpi = dpi  # which asking for the size of text had changed

@@ -30,7 +30,8 @@ i18n to `distill.report.pages`: `{% trans %}sentence{% endtrans %}`, `_("word")`
 
 import contextlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -96,6 +97,20 @@ def say(text: str, **values: object) -> str:
     return lookup(text) % values
 
 
+def retold(sentence: str, forms: Collection[str], translate: Callable[[str], str] = lookup) -> str:
+    """A sentence that was made in English, in the language of the page. `forms`: the `%`-formats it may be made of.
+
+    A sentence of no form stays as it is, and a name that the project gives is translated.
+    """
+    plain = sentence.replace("%", "%%")
+    for form in (plain,) if plain in forms else forms:
+        pattern = re.sub(r"%\\\((\w+)\\\)s", r"(?P<\1>.+?)", re.escape(form.replace("%%", "%")))
+        if found := re.fullmatch(pattern, sentence, re.S):
+            values = {name: retold(value, forms, translate) for name, value in found.groupdict().items()}
+            return translate(form) % values
+    return called(sentence)
+
+
 def mark(text: str) -> str:
     """`text` itself: a word that is looked up later, by `called` or by a template."""
     return text
@@ -139,6 +154,10 @@ NAMES |= {
     "WORSE": mark("WORSE"),
     "INCONCLUSIVE": mark("INCONCLUSIVE"),
     "NOT COMPARED": mark("NOT COMPARED"),
+    "SUPPORTED": mark("SUPPORTED"),
+    "NOT SUPPORTED": mark("NOT SUPPORTED"),
+    "EQUIVALENT": mark("EQUIVALENT"),
+    "NOT COMPARABLE": mark("NOT COMPARABLE"),
     "teacher_answers": mark("teacher answers"),
     "cross_entropy": mark("cross-entropy"),
     "forward_kl": mark("forward KL"),
@@ -156,6 +175,12 @@ NAMES |= {
     "sign flips over problems, exact": mark("exact sign-flip test over problems"),
     "holm": mark("Holm"),
     "as_is": mark("as it is"),
+    "wrong_rule": mark("wrong rule"),
+    "hidden_step": mark("hidden step"),
+    "refusal": mark("refusal"),
+    "refusal_checked": mark("refusal checked"),
+    "bias": mark("bias"),
+    "overconfidence": mark("overconfidence"),
 }
 
 

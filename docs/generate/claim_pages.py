@@ -11,6 +11,7 @@ registration, whose words stand in the results themselves, and no verdict of the
 today's recipes/claims.yaml. The checklist is of today's file, whatever has been measured of it.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from distill.bench.claims import History
 from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
-from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size
+from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size, verdict_words
 from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
 from distill.report.pages import si
@@ -38,19 +39,12 @@ OTHER_PAGES = {
     bench: PROJECT_ROOT / "docs" / f"claims-{PREFIXES[bench]}.md"
     for bench in (LANGUAGE_BENCH, COMBINATION_BENCH)
 }
-CHINESE = PROJECT_ROOT / "docs" / "generate" / "claims.zh.yaml"
+CHINESE = PROJECT_ROOT / "recipes" / "zh"  # of every bench file, under its name
 # What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
 SHOWN = (
     "distillation", "teacher-or-working", "not-beyond", "cheaper-in-usd", "bf16-loss", "balance-needed", "lora-as-full",
     "compute-matters", "inherits-wrong-rule", "verifier-stops-wrong-rule",
 )  # fmt: skip
-_VERDICTS = {
-    "SUPPORTED": "成立",
-    "NOT SUPPORTED": "不成立",
-    "EQUIVALENT": "等效",
-    "INCONCLUSIVE": "无定论",
-    "NOT COMPARABLE": "不可比",
-}
 _WORDS = {
     "en": {
         "head": "| the article | hypothesis, written down before the run | effect [95 % interval] | verdict |",
@@ -206,7 +200,7 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
 def _counts(results: dict[str, Any], language: str) -> str:
     """How many claims got which verdict, in words."""
     return (", " if language == "en" else "、").join(
-        f"{n} {_verdict(v, language)}"
+        f"{n} {verdict_words(v, language)}"
         for v in MARKS
         if (n := sum(c["verdict"] == v for c in results["claims"]))
     )
@@ -216,10 +210,13 @@ def _row(claim: dict[str, Any], language: str, results: dict[str, Any]) -> str:
     """A row of README's table; a verdict that differs from what the interval alone says explains itself."""
     source = claim.get("source", "article")
     sentence, hypothesis = (in_language(claim[key], language) for key in ("sentence", "hypothesis"))
-    sentence = sentence if source == "article" else f"{sentence} ({source})"
-    verdict = _verdict(claim["verdict"], language)
+    if source != "article":
+        sentence += f" ({source})" if language == "en" else f"（{in_language(source, language)}）"
+    verdict = verdict_words(claim["verdict"], language)
     if claim["verdict"] == "INCONCLUSIVE" and claim["alone"] in ("SUPPORTED", "NOT SUPPORTED", "EQUIVALENT"):
-        alone = claim["alone"] if language == "en" else _VERDICTS[claim["alone"]]
+        alone = (
+            verdict_words(claim["alone"], language).partition(" ")[0] if language != "en" else claim["alone"]
+        )
         together = sum(c.get("family") == claim.get("family") for c in results["claims"])
         said = {"verdict": verdict, "alone": alone, "n": together, "p": claim["p_value_holm"]}
         verdict = _WORDS[language]["alone"].format(**said)
@@ -246,19 +243,21 @@ def _leaves_out_0(claim: dict[str, Any]) -> bool:
     return low * high > 0
 
 
+@functools.cache
+def _chinese() -> dict[str, str]:
+    found = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(CHINESE.glob("*.yaml"))]
+    return {english: chinese for file in found for english, chinese in file.items()}
+
+
 def in_language(words: str, language: str) -> str:
-    """A claim's words; in Chinese those of claims.zh.yaml, and English where it has none."""
+    """A claim's words; in Chinese those of recipes/zh, and English where they have none."""
     if language == "en":
         return words
-    return yaml.safe_load(CHINESE.read_text(encoding="utf-8")).get(words, words)
+    return _chinese().get(words, words)
 
 
 def _size(results: dict[str, Any]) -> dict[str, Any]:
     return {"seeds": results["seeds"], "tasks": results["tasks"], "minutes": results["seconds"]["wall"] / 60}
-
-
-def _verdict(verdict: str, language: str) -> str:
-    return verdict if language == "en" else f"{_VERDICTS[verdict]} {verdict}"
 
 
 def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) -> str:

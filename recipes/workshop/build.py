@@ -12,9 +12,9 @@ Code and Colab fold) and is run by the tests. The quiz at the end comes from qui
 measured time and `{{NAME|FORMAT}}` the measured value of the number NAME, so no text says another number than its
 lesson prints. `build` also writes the page of sliders.
 
-Outputs are the same in both languages: axis labels and printed words are English. They are executed once, without
-solutions, as a learner meets them. In the Chinese notebooks comments are Chinese (code.zh.yaml), and so is what the
-lesson prints when the learner runs it.
+Lessons are executed once, without solutions, as a learner meets them. Numbers are the same in both languages. In the
+Chinese notebooks comments are Chinese (code.zh.yaml), and so are figures (labels.zh.yaml; each is drawn twice), ranges
+and exercises. What a cell prints by itself stays English.
 
 Needs the extra `workshop` (jupytext, nbformat; to execute, nbclient and ipykernel).
 """
@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import slides
-from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson
+from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson, translations
 
 from distill.errors import DistillError, RunError
 from distill.lessons import shown
+from distill.lessons.lesson import BOTH, NOW, WORDS, in_chinese, quiz
 from distill.lessons.lesson import FOLDER as LESSONS
-from distill.lessons.lesson import NOW, quiz
 from distill.storage import PROJECT_ROOT, read_json, write_json
 
 RESULTS = PROJECT_ROOT / "recipes" / "results" / "workshop.json"
@@ -68,6 +68,7 @@ def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = N
     first = install_cell() if language == "en" else in_language(install_cell())
     code = [first, *(c.code_in(language) for c in lesson.cells if c.kind in ("code", "exercise"))]
     outputs = outputs if outputs and len(outputs) == len(code) else [[] for _ in code]
+    outputs = [in_one_language(shown, language) for shown in outputs]
     made, ran = [], 0
 
     def add_code(source: str, tags: list[str], printed: list | None = None) -> None:
@@ -132,13 +133,88 @@ def quiz_output(number: int, language: str) -> list:
 
 
 def stored_outputs(lesson: Lesson) -> list[list[dict]] | None:
-    """The outputs in the committed English notebook, by code cell; None where there are none."""
-    path = lesson.notebook_path("en")
-    if not path.is_file():
-        return None
-    cells = read_json(path)["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    return [_joined(cell["outputs"]) for cell in code if "quiz" not in cell["metadata"].get("tags", [])]
+    """The outputs in the committed notebooks, by code cell, what is Chinese marked; None where there are none."""
+    found = {}
+    for language in LANGUAGES:
+        path = lesson.notebook_path(language)
+        if not path.is_file():
+            return found.get("en")
+        code = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+        found[language] = [
+            _joined(cell["outputs"]) for cell in code if "quiz" not in cell["metadata"].get("tags", [])
+        ]
+    return [_together(*cell) for cell in zip(found["en"], found["zh"])]
+
+
+def _rich(outputs: list[dict]) -> list[dict]:
+    return [output for output in outputs if output["output_type"] in ("display_data", "execute_result")]
+
+
+def _is_chinese(output: dict) -> bool:
+    return output.get("metadata", {}).get("lang") == "zh"
+
+
+def _together(english: list[dict], chinese: list[dict]) -> list[dict]:
+    """A cell's outputs as they were executed: before each figure or page the Chinese one, where there is one."""
+    if len(_rich(english)) != len(_rich(chinese)):
+        return english
+    other = dict(zip(map(id, _rich(english)), _rich(chinese)))
+    both = []
+    for output in english:
+        found = other.get(id(output))
+        both += [found, output] if found and _is_chinese(found) else [output]
+    return both
+
+
+def in_one_language(outputs: list[dict], language: str) -> list[dict]:
+    """What one notebook shows: no output of the other language, and in Chinese what the lesson itself prints."""
+    if language == "en":
+        return [output for output in outputs if not _is_chinese(output)]
+    kept, waiting = [], None  # a Chinese output stands in the place of the next English one
+    for output in outputs:
+        if _is_chinese(output):
+            waiting = output
+        elif waiting and output["output_type"] in ("display_data", "execute_result"):
+            kept.append(waiting)
+            waiting = None
+        else:
+            kept.append(_said_in_chinese(output))
+    return kept
+
+
+def _said_in_chinese(output: dict) -> dict:
+    """A stream with its ranges and exercises in Chinese, a slider with its words: both know two languages."""
+    if output.get("name") == "stdout":
+        lines = (_line_in_chinese(line) for line in output["text"].split("\n"))
+        return type(output)({**output, "text": "\n".join(lines)})
+    page = output.get("data", {}).get("text/html", "")
+    if "class='explore'" in page:
+        page = page.replace('"lang": "en"', '"lang": "zh"').replace(shown.NOTES["en"], shown.NOTES["zh"])
+        return type(output)({**output, "data": {**output["data"], "text/html": page}})
+    return output
+
+
+_EXPECTED = re.compile(
+    r"(?P<name>.*): (?P<value>\S+)   \(expected (?P<low>\S+) to (?P<high>\S+): ok"
+    r"(; if it did not work: (?P<without>\S+))?\)"
+)
+_TO_DO = re.compile(r"exercise (?P<number>\d\.\d): to do\. .* Hint: (?P<hint>.*)")
+
+
+def _line_in_chinese(line: str) -> str:
+    """A line that `expect` or `exercise` printed; any other as it is."""
+    words = WORDS["zh"]
+    if found := _EXPECTED.fullmatch(line):
+        said = {name: float(found[name]) for name in ("value", "low", "high")}
+        without = words["without"].format(without=float(found["without"])) if found["without"] else ""
+        return words["expected"].format(
+            name=in_chinese(found["name"]), verdict=words["ok"], without=without, **said
+        )
+    if found := _TO_DO.fullmatch(line):
+        return words["empty"].format(
+            number=found["number"], hint=translations().get(found["hint"], found["hint"])
+        )
+    return line
 
 
 def _joined(outputs: list[dict]) -> list[dict]:
@@ -213,7 +289,8 @@ def write_slides(numbers: list[int]) -> None:
         shown = []
         for lesson in lessons:
             fill = functools.partial(filled, number=lesson.number, minutes=minutes_of(lesson.number))
-            shown += slides.of_lesson(lesson, language, stored_outputs(lesson), fill)
+            outputs = [in_one_language(cell, language) for cell in stored_outputs(lesson) or ()]
+            shown += slides.of_lesson(lesson, language, outputs, fill)
         path = FOLDER / f"slides{ending}.html"
         path.write_text(slides.page(shown, language), encoding="utf-8")
         print(path)
@@ -313,6 +390,7 @@ def run(numbers: list[int]) -> None:
         lesson = read_lesson(number)
         with tempfile.TemporaryDirectory(prefix="lesson-") as fresh:
             os.environ[LESSONS] = fresh
+            os.environ[BOTH] = "1"
             made, told, seconds = execute_in_kernel(lesson)
         outside = [e for e in told["expected"] if not e["met"]]
         for e in told["expected"]:
@@ -326,8 +404,11 @@ def run(numbers: list[int]) -> None:
         entry = {"seconds": round(seconds, 1), "load": round(os.getloadavg()[0], 1), "code": lesson.code_hash}
         found["lessons"][str(number)] = {**entry, **told}
         write_json(RESULTS, found)
-        done = notebook(lesson, "en", clean_outputs(made), minutes_of(number))
-        lesson.notebook_path("en").write_text(nbformat.writes(done, version=4) + "\n", encoding="utf-8")
+        for language in LANGUAGES:
+            done = notebook(lesson, language, clean_outputs(made), minutes_of(number))
+            lesson.notebook_path(language).write_text(
+                nbformat.writes(done, version=4) + "\n", encoding="utf-8"
+            )
         build([number])
 
 

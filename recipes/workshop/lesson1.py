@@ -16,7 +16,7 @@
 #
 # (bf16, fp16 and 4 bits are number formats: lesson 4. A *token* is a piece of text, here mostly one character.)
 #
-# What the first cell uses: `begin` goes to the project's folder and gives this lesson a folder for its files; `ask` gives a row per answer with `prompt`, `text`, `verdict`, `reference` and `prompt_id`. `expect`, later, prints a number beside its range. A number outside is said to be so, and the lesson goes on.
+# What the first cell uses: `begin` goes to the project's folder and gives this lesson a folder for its files; `ask` gives a row per answer with `prompt`, `text`, `verdict`, `reference` and `prompt_id`. `expect`, later, prints a number beside its range. If the number is outside its range, the lesson says so and goes on.
 
 # %% [markdown] lang="zh"
 # # 第 1 课 教师模型知道什么
@@ -69,12 +69,12 @@ for name, model in (("teacher", teacher), ("base", base)):
     )
 
 # %% [markdown] lang="en"
-# The teacher writes its *working* between `<think>` tags, then the answer. The public problem has only the answer. That working is what the student will learn, just as DeepSeek-R1's reasoning traces taught Qwen and Llama models. It goes digit by digit from the right: in `2-9-1=12` the 1 before the sign is the borrow that comes in, and after it stand the borrow that goes out, 1, and the digit, 2.
+# The teacher writes its *working* between `<think>` tags, then the answer. The public problem has only the answer. That working is what the student will learn, just as DeepSeek-R1's reasoning traces taught Qwen and Llama models. It goes digit by digit from the right. In the teacher's `6*9+2=56` the 2 is the carry that comes in; after the equals sign stand the carry that goes out, 5, and the digit of the result, 6.
 #
 # How often is each right? *Greedy* takes the likeliest token each time. One number is not enough: with 84 problems the 95 % interval of a score near 50 % is about ±11 points.
 
 # %% [markdown] lang="zh"
-# 教师把*推导过程*写在 `<think>` 标签之间，然后给出答案；公开的题目只有答案。学生要学的正是这段推导，就像 DeepSeek-R1 的推理轨迹教会了 Qwen 和 Llama 一样。它从右往左逐位计算：`2-9-1=12` 里，等号前的 1 是进来的借位，等号后先是送出的借位 1，再是这一位的数字 2。
+# 教师把*推导过程*写在 `<think>` 标签之间，然后给出答案；公开的题目只有答案。学生要学的正是这段推导，就像 DeepSeek-R1 的推理轨迹教会了 Qwen 和 Llama 一样。它从右往左逐位计算。教师写的 `6*9+2=56` 里，2 是进来的进位；等号后先是送出的进位 5，再是这一位的数字 6。
 #
 # 两个模型各答对多少？*贪心*（greedy）每次取最可能的词元。只报一个数不够：84 道题时，若正确率在 50% 左右，95% 置信区间大约是 ±11 个百分点。
 

@@ -391,7 +391,7 @@ exercise("2.3", lambda: abs(difference - gap) < 0.1, "cross-entropy = KL + entro
 # - **The directions are swapped.** KL(p || q) reads "q must cover p". Here forward is KL(teacher || student); some papers and some libraries print it the other way round. Test with the toy.
 # - **T² forgotten, or counted twice.** With a temperature in the loss, gradients shrink by about T². Hinton multiplies by T²; this toolkit only does so if `temperature_squared: true` says it.
 # - **A mean of means.** The loss per token must be summed over the whole optimizer step and divided once, or short answers weigh more.
-# - **Two vocabularies.** Divergences need the same tokens by *content*; equal sizes prove nothing. Else: text only, or `uld`.
+# - **Two vocabularies.** Divergences need the same tokens by *content*; equal sizes prove nothing. If the tokens differ, train on text only, or use the objective `uld`.
 # - **On-policy from a cold start.** A student that writes nonsense is scored on nonsense. Begin with the teacher's text.
 
 # %% [markdown] lang="zh"

@@ -164,7 +164,7 @@ expect(
 # %% [markdown] lang="en"
 # ## Full fine-tuning: behind or ahead?
 #
-# It trains five times as many numbers as rank 16. At a learning rate of 0.001 it is behind rank 16, in loss and in right answers; at 0.003 its loss is the lowest of all. So "LoRA is better" and "full is better" can both be printed from this cell. Why does it need a rate that LoRA's 0.01 does not suggest? A step of Adam moves each number by about the learning rate, whatever its gradient. In 50 steps of 0.001 a weight goes 0.05 at most. LoRA's factors move ten times as far, and what reaches the weight is their *product*, times alpha / r = 2.
+# It trains five times as many numbers as rank 16. At a learning rate of 0.001 it is behind rank 16, in loss and in right answers; at 0.003 its loss is the lowest of all. So "LoRA is better" and "full is better" can both be printed from this cell. LoRA's own rate is 0.01, the recipe's default. Why is the best rate here so different? A step of Adam moves each number by about the learning rate, whatever its gradient. In 50 steps of 0.001 a weight goes 0.05 at most. LoRA's factors move ten times as far, and what reaches the weight is their *product*, times alpha / r = 2.
 #
 # Two things follow. Compare the two only with a learning rate tuned for each, and at the length of training that you will use. The order can turn round. `recipes/claims.yaml` was measured twice, on all kinds of problems, 100 steps, five seeds. The first time the learning rates stood at the edge of what was tried, and LoRA of rank 16 was 9.4 points ahead [5.9, 12.9]. The second time each had its own tuned rate, and full fine-tuning was 5.4 points ahead [3.6, 7.1]. And the rank decides how much can be learned at all: rank 1 solves no problem, and neither does the control, which never saw a step of the working.
 #
@@ -252,14 +252,14 @@ found = sum("shared" in n for n in trains)
 expect("tensors of shared experts that PEFT trains", found, 0, 0, short=True, without=len(wanted))
 
 # %% [markdown] lang="en"
-# The toolkit sorts weights into groups by structure, sends such targets through another door of PEFT, compares what trains with what was asked, and stops if they differ. And "all linear layers" leaves the routed experts frozen, 73 % of this teacher: `student.lora.experts=true` adds them.
+# The toolkit sorts weights into groups by structure, adapts such layers by another function of PEFT (`target_parameters`), compares what trains with what was asked, and stops if they differ. And "all linear layers" leaves the routed experts frozen, 73 % of this teacher: `student.lora.experts=true` adds them.
 #
 # ## Exercises
 #
 # **3.1** How many parameters does LoRA of rank `r` add to a linear layer with `n_in` inputs and `n_out` outputs?
 
 # %% [markdown] lang="zh"
-# 本工具包按结构把权重分组，让这类目标走 PEFT 的另一扇门，再核对实际训练的与要求的是否一致，不一致就停下。另外，“所有线性层”并不包括路由专家（占这位教师的 73%），它们仍被冻结；要训练它们，加 `student.lora.experts=true`。
+# 本工具包按结构把权重分组，用 PEFT 的另一个功能（`target_parameters`）来适配这类层，再核对实际训练的与要求的是否一致，不一致就停下。另外，“所有线性层”并不包括路由专家（占这位教师的 73%），它们仍被冻结；要训练它们，加 `student.lora.experts=true`。
 #
 # ## 练习
 #

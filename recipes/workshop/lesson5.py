@@ -79,12 +79,12 @@ expect("active over total parameters", active, 0.44, 0.46, short=True, without=1
 # %% [markdown] lang="en"
 # ## Load
 #
-# Eight experts, two per token, so an even load is 1/8 of the assignments each. **MaxVio** is how far the busiest expert is above the mean: 0 is even, E/k - 1 = 3 is total collapse. A sample of tokens is never quite even, so the noise floor stands beside it: what a perfectly uniform router would show.
+# Eight experts, two per token, so an even load is 1/8 of the assignments each. **MaxVio** is how far the busiest expert is above the mean: 0 is even, E/k - 1 = 3 is total collapse. A sample of tokens is never quite even, so the noise floor stands beside it: what a perfectly uniform router would show. *Effective experts* says the same as a number of experts: 8.0 of 8 is even, 1 is collapse.
 
 # %% [markdown] lang="zh"
 # ## 负载
 #
-# 八个专家，每个词元选两个，均匀负载就是各占分配总数的 1/8。**MaxVio** 表示最忙的专家比平均高出多少：0 是均匀，E/k - 1 = 3 是完全塌缩。有限的词元样本不可能绝对均匀，所以旁边要放上噪声下限：一个完全均匀的路由器会显示出的数值。
+# 八个专家，每个词元选两个，均匀负载就是各占分配总数的 1/8。**MaxVio** 表示最忙的专家比平均高出多少：0 是均匀，E/k - 1 = 3 是完全塌缩。有限的词元样本不可能绝对均匀，所以旁边要放上噪声下限：一个完全均匀的路由器会显示出的数值。“有效专家数”（effective experts）用专家个数说同一件事：8 个中的 8.0 个是均匀，1 个是塌缩。
 
 
 # %%

@@ -138,13 +138,16 @@ expect(
 # %%
 found = read_json(results / "claims-small.json")
 claims, controls = found["claims"], found["controls"]
-group = ""
+group = sentence = ""
 for claim in claims:
     if not claim["headline"] and claim["group"] != "Inherited flaws":
         continue  # all of them: docs/claims.md
     if claim["group"] != group:
         group = claim["group"]
         print(f"\n{group}")
+    if claim["sentence"] != sentence:
+        sentence = claim["sentence"]
+        print(f"  “{sentence}”")
     effect, interval, unit = claim["effect"]["mean"], claim["effect"]["ci95"], claim["unit"]
     times = 100 if unit == "%" else 1
     unit = {"%": "%" if claim["relative"] else "points"}.get(unit, unit)

@@ -135,12 +135,12 @@ expect("what the cut costs on the letter, nats", lost.mean(), 0.8, 9, without=0)
 # %% [markdown] lang="en"
 # Six layers of thirty are a fifth of the layers. Every other layer is bit for bit what it was. But each layer was trained to read what the one below it writes, and at six places it now reads something else.
 #
-# How many layers can go? The next cell takes out more and more, without any training. Move the slider.
+# How many layers can go? The next cell takes out more and more, without any training. Move the slider. Compare 24 and 26: fewer layers stay, and the surprise is lower. Which layers go matters as well as how many; the last point of this lesson names another choice.
 
 # %% [markdown] lang="zh"
 # 30 层少了 6 层，也就是五分之一。其余各层逐位不变；可是每一层学的都是怎样读下面那层写的东西，现在有六处，它读到的是别的东西。
 #
-# 到底能去掉几层？下一个单元格越去越多，不做任何训练。拖动滑块看看。
+# 到底能去掉几层？下一个单元格越去越多，不做任何训练。拖动滑块看看。比较 24 层和 26 层：留下的更少，意外程度反而更低。去掉哪几层，和去掉几层一样重要；本课最后一条给出另一种选法。
 
 # %%
 total = teacher.config.num_hidden_layers
@@ -322,7 +322,7 @@ exercise(
 # - **Two vocabularies.** Nats per token of two tokenizers cannot be compared; nats per byte can.
 # - **Fluent taken for true.** Style comes back before facts do. Ask for something that you can check.
 # - **A cut so deep that nothing is left to mend.** Try 18 layers, with the same 24 steps. `recipes/language.yaml` keeps 10, trains all weights, and takes 120 larger steps.
-# - **Evenly taken for the only way.** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` drops the one run of layers that turns the hidden state least. Compare the two before any training.
+# - **Evenly taken for the only way.** `distill run recipes/language.yaml student.from='{model: checkpoints/smollm2, layers: 24, by: angle}'` removes one run of neighbouring layers: those that change the hidden state least. Compare the two before any training.
 
 # %% [markdown] lang="zh"
 # ## 常见问题

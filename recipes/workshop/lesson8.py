@@ -137,12 +137,12 @@ expect("right answers with half of the experts", cut, 0.4, 0.9, without=whole)
 # %% [markdown] lang="en"
 # Three of four answers stay right, without any training: the experts that stay step in, as in lesson 5. Which ones stay matters; the line “cut by reap minus cut by random” says how sure that is. What is lost is lost in the working: one wrong digit, and the answer is wrong.
 #
-# How many experts can go? The next cell forbids the router more and more of them, those of least worth first, and asks half of the problems again. Move the slider.
+# How many experts can go? The next cell forbids the router more and more of them, those of least worth first, and asks half of the problems again. At 4 experts it does not show the score of the table above: it asks fewer problems, and some of the experts that stay are others. Move the slider.
 
 # %% [markdown] lang="zh"
 # 不经任何训练，四道题里仍有三道答对：留下的专家顶上了，和第 5 课一样。留下哪几个是有差别的；“cut by reap minus cut by random” 一行说明这个差别有多确定。丢掉的分丢在推导里：错一个数字，答案就错。
 #
-# 到底能去掉几个专家？下一个单元格让路由器能用的专家越来越少，价值最低的先去掉，再问一半的题。拖动滑块看看。
+# 到底能去掉几个专家？下一个单元格让路由器能用的专家越来越少，价值最低的先去掉，再问一半的题。4 个专家处的得分与上表不同：题目更少，留下的专家也有几个不同。拖动滑块看看。
 
 # %%
 few = problems[: scaled(42, 14)]
@@ -213,7 +213,7 @@ expect("taught minus cut, lower end of the interval", mended["ci95"][0], 0.01, 0
 expect("taught minus control, lower end of the interval", gain["ci95"][0], 0.1, 1, without=0)
 
 # %% [markdown] lang="en"
-# Before the cut the teacher solves {{right answers of the whole model|%}} %, behind it {{right answers with half of the experts|%}} %, behind 50 steps of its own teaching {{taught, right answers|%}} %. The control had the right results and not the working. It did not only fail to mend the working, it unlearned what was left of it. And the random cut? Taught as long, it is nearly level: the last line has the difference, and its interval. A good choice of experts matters most where nobody trains afterwards.
+# Before the cut the teacher solves {{right answers of the whole model|%}} %, after it {{right answers with half of the experts|%}} %, and after 50 steps of its own teaching {{taught, right answers|%}} %. The control had the right results and not the working. It did not only fail to mend the working, it unlearned what was left of it. And the random cut? Taught as long, it is nearly level: the last line has the difference, and its interval. A good choice of experts matters most where nobody trains afterwards.
 #
 # ## Four bits on top
 #

@@ -7,19 +7,41 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 from dossier_example import example
 from page_reading import VOID, Page
 from report_example import fake_run
 
+from distill.bench.page import build_bench_page
+from distill.cost.break_even import SAID, Costs, break_even, measured_inputs
+from distill.cost.page import write_page
 from distill.errors import UserError
 from distill.report import pages
 from distill.report.dossier import build_dossier
-from distill.report.pages import TEMPLATES, called, page_environment, say, speaking, spoken
+from distill.report.pages import TEMPLATES, called, page_environment, retold, say, speaking, spoken
 from distill.report.report import build_report
 
-PAGES = ("parts", "dossier", "dossier_experts", "dossier_viewer", "report", "other_scores")
-FOLDERS = ("report", "play", "lessons")
+PAGES = (
+    "parts",
+    "dossier",
+    "dossier_experts",
+    "dossier_viewer",
+    "report",
+    "other_scores",
+    "bench",
+    "break_even",
+)
+FILES = (
+    "report/*",
+    "play/*",
+    "lessons/*",
+    "bench/page",
+    "bench/judge",
+    "bench/metrics",
+    "cost/page",
+    "cost/break_even",
+)
 # What a Chinese reader reads in Latin letters too: units, symbols, names of methods, of formats and of products.
 LATIN = frozenset(
     re.findall(
@@ -40,8 +62,8 @@ def sentences() -> dict[str, str]:
         source = (TEMPLATES / f"{name}.html.j2").read_text()
         for line, _, message in environment.extract_translations(source):
             found.setdefault(message if isinstance(message, str) else message[0], f"{name}.html.j2:{line}")
-    for folder in FOLDERS:
-        for path in sorted((ROOT / "distill" / folder).glob("*.py")):
+    for pattern in FILES:
+        for path in sorted((ROOT / "distill").glob(f"{pattern}.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("say", "mark"):
                     for text in _texts(node.args[0]):
@@ -142,6 +164,103 @@ def test_nothing_english_is_left(chinese):
     assert left <= {"fp16", "needs", "CUDA", "this", "is", "CPU"}, (
         left
     )  # why fp16 did not run: the machine's words
+
+
+BENCHES = ("claims", "claims_combination", "claims_language")
+# Of the claims: names of papers, formats, models and methods.
+CLAIMS_LATIN = frozenset(
+    re.findall(
+        r"\w+",
+        """BF16 FP8 MoE LoRA arXiv Student Thinking Machines without regret alpha INCONCLUSIVE SUPPORTED NOT EQUIVALENT
+        COMPARABLE AMD EPYC Adam CPU Open deepseek generate docs data claims md small kN SmolLM2 Instruct Python
+        on cost base policy checkpoints clean flawed shared smollm2 letters python miss""",
+    )
+)
+
+
+def _said_by(bench: dict) -> set[str]:
+    """Every sentence of a bench file that its page shows."""
+    said = {
+        bench["title"],
+        *(about["about"] for about in bench["arms"].values() if about and "about" in about),
+    }
+    for claim in bench["claims"]:
+        said |= {claim.get(key) for key in ("group", "sentence", "hypothesis", "axis", "scope")}
+        said |= {claim["source"]} if "," in claim.get("source", "") else set()
+    for fact in bench.get("facts", ()):
+        said |= {fact[key] for key in ("sentence", "statement", "because")}
+    for row in bench.get("evidence", ()):
+        said |= {row[key] for key in ("sentence", "evidence", "ends")}
+    for curve in bench.get("curves", ()):
+        said |= {curve["title"], *curve["series"]}
+    return said - {None, ""}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_sentence_of_the_claims_has_a_translation(name):
+    read = [yaml.safe_load((ROOT / "recipes" / f / f"{name}.yaml").read_text()) for f in (".", "zh")]
+    assert not _said_by(read[0]) - set(read[1])
+
+
+@pytest.mark.parametrize("results", ["claims-small", "language-small"])
+def test_nothing_english_is_left_on_the_page_of_a_grid(results, tmp_path):
+    found = json.loads((ROOT / "recipes" / "results" / f"{results}.json").read_text())
+    build_bench_page(found, tmp_path / "zh.html", "zh")
+    page = (tmp_path / "zh.html").read_text()
+    names = {
+        *found["arms"],
+        *(claim["id"] for claim in found["claims"]),
+        "layers",
+        "python-docs",
+        "letters.txt",
+    }
+    parts = {part for name in names for part in re.findall(r"\w+", name)} | {found["commit"]["id"]}
+    left = {word for word in latin_words(page) - CLAIMS_LATIN - parts if not re.search(r"\d", word)}
+    assert left == set(), left
+    assert "成立 SUPPORTED" in page and '<html lang="zh-CN">' in page and spoken() == "en"
+    build_bench_page(found, tmp_path / "en.html")
+    assert not re.search("[\u4e00-\u9fff]", (tmp_path / "en.html").read_text().split("</style>")[1])
+
+
+def test_the_break_even_in_chinese(tmp_path):
+    inputs = measured_inputs()
+    found = {**break_even(Costs(**inputs["costs"]), 1e6, 1), "inputs": inputs}
+    page = write_page(found, tmp_path, "zh").read_text()
+    options = {
+        "direct",
+        "student",
+        "multiple",
+        "training",
+        "prompts",
+        "generations",
+        "dataset",
+        "checkpoints",
+    }
+    title = {
+        "Distillation",
+        "Scaling",
+        "Laws",
+        "arXiv",
+        "AMD",
+        "EPYC",
+        "MFLOPs",
+        "GFLOPs",
+        "TFLOPs",
+        "FLOPs",
+        "e",
+    }
+    assert latin_words(page) - options - title == {"teacher"}  # of --teacher-training
+    assert "从 181,387 次查询起，蒸馏" in page and "每词元 3.01e+06 FLOP" in page
+    assert json.loads((tmp_path / "break_even.json").read_text())["inputs"]["notes"] == inputs["notes"]
+
+
+def test_a_sentence_of_a_file_is_told_in_the_language_of_the_page():
+    kept = SAID["left_out"] % {"why": SAID["behind"] % {"points": "69", "task": "hard"}}
+    assert retold(kept, SAID.values()) == kept
+    with speaking("zh"):
+        told = retold(kept, SAID.values())
+        assert "最多落后 69 个百分点，困难" in told and "--direct-student" in told
+        assert retold("a note of somebody's own", SAID.values()) == "a note of somebody's own"
 
 
 def test_a_sentence_left_in_english_would_be_seen(monkeypatch, tmp_path):
