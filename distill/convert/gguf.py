@@ -359,7 +359,7 @@ def check_layout(model: str) -> Layout:
     if pieces and not (folder / "tokenizer.model").is_file() and not named[0].startswith(_READ_FROM_JSON):
         raise UserError(
             f"{folder}: the converter reads a tokenizer of this kind from tokenizer.model, which is not there, and "
-            "would write another one; copy that file from the model it was made from"
+            "would write another one; copy that file from the original model (a GGUF file does not hold it)"
         )
     outtype = next(out for dtype, out in _OUTTYPES.items() if dtype in dtypes)
     return Layout(folder, named[0], len(tensors), outtype, has_own_template(tokenizer))

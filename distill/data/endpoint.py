@@ -85,8 +85,9 @@ def _text(message: Any, key: str | None) -> str:
         raise BadReply(f"the answer is a message of the role {message['role']!r}")
     content = message.get("content")
     reasoning = message.get("reasoning_content") or message.get("reasoning")
-    if content is None and isinstance(reasoning, str):
-        content = f"<think>{reasoning}"  # still thinking when its tokens ran out
+    if not content and isinstance(reasoning, str):
+        # Still thinking when its tokens ran out: no content then, or an empty one (llama.cpp's server).
+        content = f"<think>{reasoning}" if reasoning else content
     elif isinstance(content, str) and isinstance(reasoning, str) and "</think>" not in content:
         content = f"<think>{reasoning}</think>{content}"
     if not isinstance(content, str):

@@ -288,7 +288,7 @@ def _model(side: Side, weights: bool) -> list[Finding]:
             text = f"{side.label}: {folder} has no weights yet"
             found.append(Finding("models", WARN, text, "put *.safetensors there before a run"))
         elif folder.is_dir():
-            check_model(side.name)
+            check_model(side.name, tokenizer=False)
             check_weights(Path(base_of(side.name)))
     _ = side.tokenizer
     facts = side.facts

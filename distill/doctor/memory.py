@@ -5,7 +5,8 @@
 
 What must be held is counted: weights in the dtype they get, 16-bit copies that autocast keeps, a float32 gradient and
 two Adam moments per trained parameter, logits as far as they exist at a time. The cache of keys and values is an upper
-bound (every answer as long as allowed). Activations are what autograd keeps of a Llama block, tensor by tensor
+bound (every answer as long as allowed). On a CPU decoding holds its products' weights twice, where that fits
+(distill/models/packed.py). Activations are what autograd keeps of a Llama block, tensor by tensor
 (`_activations`). On a CPU the program itself counts too: Python with its libraries, and a kilobyte per token of every
 tokenizer. What was forecast and what was measured, on two real models: docs/training.md, "Memory".
 """
@@ -14,6 +15,8 @@ import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from distill.config.data import Evaluate
 from distill.config.recipe import Recipe
@@ -24,8 +27,10 @@ from distill.data.signals import SignalFormat
 from distill.devices import device_memory, free_memory
 from distill.doctor.pair import FAIL, NOTE, OK, WARN, Finding, Pair, Side
 from distill.evaluation.answers import MOST_ON_CPU
+from distill.models.decode import PACKED
 from distill.models.describe import describe_config
 from distill.models.load import load_config
+from distill.models.packed import SHARE
 from distill.models.precision import PLAIN_ATTENTION_LIMIT, resolve_precision
 from distill.models.student import student_config
 from distill.storage import read_json
@@ -42,7 +47,9 @@ _SCORE_BYTES = 6  # of an attention score: as a logit and as a probability, in 1
 _COLUMNS = 64  # by which a cache of keys and values grows (distill/models/decode.py)
 _COMPARED = 8 * CHUNK_LOGITS * 4  # what a pass over text takes besides its logits
 _UNKNOWN_PROMPT = 256  # tokens, where prompts cannot be counted
-HELD = ("program", "weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights")
+HELD = (
+    "program", "weights", "packed weights", "16-bit copies", "gradients", "optimizer", "adapter", "teacher weights",
+)  # fmt: skip
 
 
 def gigabytes(amount: float) -> str:
@@ -167,12 +174,32 @@ def _weights(side: Side, dtype: str, quantize: str = "none") -> float:
         return facts["parameters_total"] * each
     config = side.config.get_text_config(decoder=True)
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    experts = 0
-    if facts["experts"]:
-        share = facts["experts_per_token"] / facts["experts"]
-        experts = (facts["parameters_total"] - facts["parameters_active"]) / (1 - share) if share < 1 else 0
-    whole = min(facts["parameters_total"], tables + experts)
+    whole = min(facts["parameters_total"], tables + _experts(facts))
     return whole * min(each, 2) + (facts["parameters_total"] - whole) * _ROUNDED[quantize]
+
+
+def _experts(facts: dict) -> float:
+    """Parameters of the routed experts, all of them."""
+    if not facts["experts"] or facts["experts_per_token"] >= facts["experts"]:
+        return 0
+    left_out = 1 - facts["experts_per_token"] / facts["experts"]
+    return (facts["parameters_total"] - facts["parameters_active"]) / left_out
+
+
+def _packed(side: Side, dtype: str, new: int, held: float) -> float:
+    """Bytes of the second copy of what multiplies, while a CPU decodes answers of `new` tokens beside `held` bytes.
+
+    As distill/models/packed.py makes it: with the head, whether or not it is the embedding, and without experts.
+    """
+    each = _weight_bytes(side, dtype)
+    if new < PACKED or each < 2:
+        return 0
+    config = side.config.get_text_config(decoder=True)
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    copy = each * (side.facts["parameters_total"] - table - _experts(side.facts))
+    cpu = torch.device("cpu")
+    free = min(device_memory(cpu), free_memory(cpu) or math.inf)
+    return copy if copy <= SHARE * (free - held) else 0
 
 
 def _program(pair: Pair, stage: Side) -> dict[str, float]:
@@ -245,9 +272,14 @@ def _generation(pair: Pair) -> Phase:
         cache += _cache(
             pair.draft, _prompt(pair, teacher) + new, _weight_bytes(pair.draft, recipe.teacher.dtype)
         )
+    packed = 0.0
+    if pair.device.type == "cpu":
+        twice = [side for side in (teacher, pair.draft) if side]
+        packed = sum(_packed(side, recipe.teacher.dtype, new, weights + guesser) for side in twice)
     parts = {
         **_program(pair, teacher),
         "weights": weights + guesser,
+        "packed weights": packed,
         "cache of keys and values": rows * cache,
         "logits": rows * logits,
     }
@@ -259,8 +291,8 @@ def _generation(pair: Pair) -> Phase:
 
 
 def _with_the_rest(phase: Phase, *moments: float) -> Phase:
-    """With what other moments than decoding's take beyond it: bytes besides the program and the weights."""
-    now = sum(size for name, size in phase.parts.items() if name not in HELD)
+    """With what other moments than decoding's take beyond it: bytes besides the program and the weights as loaded."""
+    now = sum(size for name, size in phase.parts.items() if name not in HELD or name == "packed weights")
     more = max(moments) - now
     if more > 0:
         phase.parts["text read at once, or files while they load"] = more
@@ -312,6 +344,9 @@ def _training(pair: Pair) -> Phase:
     if train.on_policy.fraction:
         tokens = _prompt(pair, student) + train.on_policy.max_new_tokens
         parts["cache of keys and values"] = train.on_policy.batch_size * _cache(student, tokens, low)
+        if pair.device.type == "cpu" and recipe.student.quantize == "none":
+            kind, held = "fp32" if low == 4 else "bf16", sum(parts.values())
+            parts["packed weights"] = _packed(student, kind, train.on_policy.max_new_tokens, held)
     return Phase("train", parts, "train.micro_batch_size", rows, per_row)
 
 
@@ -347,7 +382,10 @@ def evaluation_phase(
         if program:  # a CPU takes no more at a time (distill/evaluation/answers.py)
             fits = min(fits, max(1, int(MOST_ON_CPU // (2 * cache + logits))))
         per_row = max(per_row, cache + logits)
-    parts = {**program, "weights": weights, "cache of keys and values": fits * per_row}
+    packed = max(_packed(side, "auto", section.max_new_tokens, weights) for side in sides) if program else 0
+    parts = {
+        **program, "weights": weights, "packed weights": packed, "cache of keys and values": fits * per_row,
+    }  # fmt: skip
     read = min(section.fidelity_rows, 64) * section.max_new_tokens if len(sides) > 1 else 0
     read = max(read, 16 * section.text_window if section.text else 0, 64 * 8 if section.likelihood else 0)
     passes = max(_of_passes(side, read, len(sides)) for side in sides)

@@ -170,14 +170,14 @@ def _openings(pair: Pair) -> list[Finding]:
 def _templates_of_both(pair: Pair) -> list[Finding]:
     if pair.teacher.tokenizer.chat_template == pair.student.tokenizer.chat_template:
         return [Finding("chat template", OK, "the same for both")]
-    live = pair.on_logits
+    live, different = pair.on_logits, "teacher and student have different chat templates"
     if not live or not same_vocabulary(pair.teacher.tokenizer, pair.student.tokenizer):
-        return [Finding("chat template", NOTE, "teacher and student have different ones; each reads its own")]
+        return [Finding("chat template", NOTE, f"{different}; each reads its own")]
     return [
         Finding(
             "chat template",
             WARN,
-            f"teacher and student have different ones: {live[0]} asks the teacher about prompts in the student's",
+            f"{different}: {live[0]} asks the teacher about prompts in the student's",
             "copy the teacher's `chat_template` into the student's tokenizer_config.json",
         )
     ]
@@ -186,7 +186,7 @@ def _templates_of_both(pair: Pair) -> list[Finding]:
 def missing_template(side: Side) -> list[Finding]:
     if side.has_template:
         return []
-    text = f"{side.label} has none: prompts read 'User: ...\\nAssistant:', which only a base model takes well"
+    text = f"{side.label} has no chat template: prompts read 'User: ...\\nAssistant:', which suits a base model only"
     if side.role == "student":
         text += "; saved with the student"
     fix = "if it was trained on a chat format, put that into `chat_template` of its tokenizer_config.json"

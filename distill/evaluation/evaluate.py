@@ -226,7 +226,7 @@ def _run(
         if source["model"] in checkpoints.values():
             verify_source(source, find_file(source["model"]), user)
     for name, path in checkpoints.items():  # all before any weight is loaded: mistakes surface in a second
-        check_model(path)
+        check_model(path, tokenizer=False)
         problem_prompts(plan.tokenizer(name, path), plan.problems, name)
     if plan.section.interventions.any:
         from distill.evaluation.interventions import check_interventions

@@ -66,13 +66,15 @@ class Plan:
     usd_per_hour: float | None = None
     # By checkpoint, where a recipe has some.
     template_arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _tokenizers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _tokenizers: dict[tuple[str, str], Any] = field(default_factory=dict, init=False, repr=False)
 
     def tokenizer(self, name: str, path: str):
-        """The tokenizer of one checkpoint, loaded once: one of 150,000 tokens takes a second."""
-        if name not in self._tokenizers:
-            self._tokenizers[name] = load_tokenizer(path, self.template_arguments.get(name))
-        return self._tokenizers[name]
+        """The tokenizer of one checkpoint, loaded once, and once for two names of one folder."""
+        given = self.template_arguments.get(name)
+        key = path, repr(given)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(path, given)
+        return self._tokenizers[key]
 
 
 class TeacherReference:

@@ -44,7 +44,7 @@ _LEAST = (
     -80.0
 )  # of a score below the best: e^-80 is never drawn, and exp takes 30 times as long where it underflows
 _SHARED = 128  # prompt tokens that reading a common beginning once must save; below, the call costs more
-_PACKED = 8  # tokens of an answer from which packing the weights for it pays (distill/models/packed.py)
+PACKED = 8  # tokens of an answer from which packing the weights for it pays (distill/models/packed.py)
 _BLOCK = 64  # columns by which a cache buffer grows: copies are rare, the spare room is small
 
 
@@ -124,7 +124,7 @@ def decode(
     results: list[Completion | None] = [None] * len(prompts)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    packed = packed_linears(model) if sampling.max_new_tokens >= _PACKED else nullcontext()
+    packed = packed_linears(model) if sampling.max_new_tokens >= PACKED else nullcontext()
     try:
         with packed:
             for row, completion in decoder.completions():

@@ -138,6 +138,8 @@ def _card(answer: PlayedAnswer, playground: Playground, picked: tuple[str, int] 
             say("%(n)s tokens", n=len(answer.tokens)),
             say("%(seconds)s s", seconds=f"{answer.seconds:.1f}"),
         ]
+    if answer.finish_reason == "length" and answer.verdict == NOT_VERIFIED:  # a checked one says so above
+        facts.append(escape(say("cut off")))
     changed = f"<p class='changed'>{escape(changes(answer.change, player))}</p>" if answer.change else ""
     return (
         f"<article class='player' aria-label='{escape(say('answer of %(model)s', model=called(answer.model)))}'>"

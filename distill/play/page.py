@@ -29,6 +29,7 @@ import html
 import importlib.util
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,15 @@ h1 {{ font-size: 1.3rem; }} li.now {{ font-weight: 700; }} li.done {{ opacity: .
 """
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """Quiet where the browser went away before it was answered: it does that whenever it asks again."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 class WaitingPage:
     """Serves `bound`, a listening socket, until the block ends; the socket stays open. Errors of the block go on."""
 
@@ -84,10 +94,9 @@ class WaitingPage:
             def log_message(self, *_):
                 pass
 
-        self._server = ThreadingHTTPServer(bound.getsockname(), Handler, bind_and_activate=False)
+        self._server = _Server(bound.getsockname(), Handler, bind_and_activate=False)
         self._server.socket.close()
         self._server.socket = bound
-        self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
         )

@@ -318,6 +318,8 @@ def test_logprobs_of_the_servers_own_tokens():
         (completion("4", reasoning="2+2=4"), "<think>2+2=4</think>4", "stop"),
         (completion("<think>2+2=4</think>4", reasoning="2+2=4"), "<think>2+2=4</think>4", "stop"),
         (completion(None, "length", reasoning_content="2+"), "<think>2+", "length"),
+        (completion("", "length", reasoning_content="2+"), "<think>2+", "length"),
+        (completion("", reasoning_content=""), "", "stop"),
         (completion("4", reasoning_content=None), "4", "stop"),
         (completion("π 🙂\n\x00"), "π 🙂\n\x00", "stop"),
     ],

@@ -10,7 +10,7 @@ from distill.config.data import Evaluate
 from distill.config.training import Objective
 from distill.data.batches import TokenRows
 from distill.doctor import memory
-from distill.models.decode import Decoder, Sampling
+from distill.models.decode import PACKED, Decoder, Sampling
 from distill.models.describe import describe_config
 from distill.models.precision import training_attention
 from distill.training.memory import saved_for_backward
@@ -58,12 +58,28 @@ def test_a_cache_is_what_was_forecast():
     assert 4 * memory._cache(side(), 100, 4) == pytest.approx(held, rel=0.25)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_packed_for_decoding_are_what_was_forecast(tied):
+    """Every linear layer, the head among them; none on a GPU, for answers of a few tokens, or where memory is short."""
+    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+    model = SimpleNamespace(config=config, facts=describe_config(config), rows=config.vocab_size)
+    linear = [m for m in LlamaForCausalLM(config).modules() if isinstance(m, torch.nn.Linear)]
+    forecast = memory._packed(model, "auto", PACKED, 0)
+    assert forecast == pytest.approx(sum(m.weight.nbytes for m in linear), rel=0.01)
+    assert memory._packed(model, "auto", PACKED - 1, 0) == memory._packed(model, "auto", PACKED, 1e15) == 0
+    asked = [model, model], Evaluate(max_new_tokens=PACKED), 100, 4
+    phase = memory.evaluation_phase(*asked, {"program": 1.0})
+    assert phase.parts["packed weights"] == forecast and phase.held == 1 + phase.parts["weights"] + forecast
+    assert not memory.evaluation_phase(*asked, {}).parts["packed weights"]
+
+
 def test_an_evaluation_counts_what_is_read_at_once():
     """Two models of 300 tokens; 4 answers are nothing beside the logits of a text of 16 windows."""
     two = [side(), side()]
-    plain = memory.evaluation_phase(two[:1], Evaluate(), 100, 4, {"program": 1.0})
+    short = {"max_new_tokens": PACKED - 1}  # no weights are packed for that
+    plain = memory.evaluation_phase(two[:1], Evaluate(**short), 100, 4, {"program": 1.0})
     assert plain.total == 1 + plain.parts["weights"] + 4 * (memory._cache(side(), 100, 4) + 24 * 300)
-    section = Evaluate(text=["a.txt"], text_window=256, fidelity_rows=4)
+    section = Evaluate(text=["a.txt"], text_window=256, fidelity_rows=4, **short)
     texts = memory.evaluation_phase(two, section, 100, 4, {"program": 1.0})
     both = 2 * 4 * 300 * 16 * 256 + memory._COMPARED
     assert texts.total == pytest.approx(1 + 2 * plain.parts["weights"] + both)

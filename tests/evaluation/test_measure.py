@@ -155,3 +155,12 @@ def test_the_first_usable_answers_up_to_the_limit_are_read():
     rows = answer_rows([[1], [2], [3], [4], [5]], answers, 2)
     assert [(p.tolist(), c.tolist()) for p, c in map(rows.row, range(len(rows)))] == [([3], [9]), ([4], [10])]
     assert answer_rows([[1], [2]], answers[:2], 2) is None
+
+
+def test_one_folder_under_two_names_has_one_tokenizer(hub):
+    """And another one where its template is given other arguments."""
+    asked = {"told": {"enable_thinking": False}}
+    plan = Plan([], Evaluate(), torch.device("cpu"), template_arguments=asked)
+    base, teacher, told = (plan.tokenizer(name, hub["llama"]) for name in ("base", "teacher", "told"))
+    assert base is teacher is plan.tokenizer("base", hub["llama"]) and told is not base
+    assert told is plan.tokenizer("told", hub["llama"]) and plan.tokenizer("x", hub["plain"]) is not base

@@ -214,6 +214,7 @@ def test_the_page_shows_what_was_found_and_runs_nothing_of_it(playground, asked)
     cards = play_html.cards(asked, playground, ("student", 0))
     assert cards.count("<button class='token") == sum(len(a.tokens) for a in asked.answers.values())
     assert "Not verified" in cards and cards.count("<article") == 3
+    assert cards.count("cut off") == sum(a.finish_reason == "length" for a in asked.answers.values()) > 0
     token = asked.answers["student"].tokens[2]
     panel = play_html.panel(asked, playground, "student", 2)
     assert "token 3 of 10" in panel and play_html.chance(token.teacher_probability) in panel

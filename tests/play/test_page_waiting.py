@@ -1,5 +1,7 @@
 """The page before the page: it is there at once, says what is loaded, and leaves the socket to whoever comes next."""
 
+import socket
+import struct
 import subprocess
 import time
 import urllib.error
@@ -40,6 +42,31 @@ def test_it_says_how_far_it_is_and_hands_the_socket_over():
 def test_an_error_of_the_block_goes_on():
     with bind(0) as bound, pytest.raises(ZeroDivisionError), WaitingPage(bound, "x"):
         1 / 0  # noqa: B018
+
+
+def test_a_browser_that_goes_away_leaves_no_traceback(capsys, monkeypatch):
+    """Reset before the answer is written, as by a browser that asks again; a mistake of ours is still shown."""
+    gone = False
+
+    def page(_self) -> str:
+        while not gone:
+            time.sleep(0.01)
+        return "x" * 10**6
+
+    monkeypatch.setattr(WaitingPage, "page", page)
+    with bind(0) as bound, WaitingPage(bound, "x"):
+        with socket.create_connection(bound.getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost:80\r\n\r\n")
+            time.sleep(0.3)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gone = True
+        time.sleep(0.5)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(WaitingPage, "page", lambda _self: 1 // 0)
+        with pytest.raises(OSError):
+            get(bound.getsockname()[1])
+        time.sleep(0.3)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_it_needs_nothing_heavy():

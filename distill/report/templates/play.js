@@ -1,4 +1,4 @@
-// One listener for everything on the page that is drawn by distill/play_html.py: a token is looked at, an expert
+// One listener for everything on the page that is drawn by distill/play/html.py: a token is looked at, an expert
 // is dropped. `element` and `trigger` come from Gradio's HTML component.
 const choose = (token) => {
   for (const other of element.querySelectorAll(".token.on")) other.classList.remove("on");
