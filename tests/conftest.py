@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
-import contextlib
+import gc
 import shutil
 import sys
 from pathlib import Path
@@ -20,9 +20,13 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+from drafting import draft_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Tests end processes and not machines: no file has to survive a loss of power.
+os.fsync = lambda _file: None
 
 # A busy machine is no fault of a test: nothing here is timed.
 hypothesis.settings.register_profile(
@@ -38,6 +42,17 @@ CHATML = (
 )
 
 
+def pytest_configure():
+    """Looking for garbage among all that torch and transformers make is a fifth of the time of importing them."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """What stands now is not looked at again."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Neighbouring tests go to one worker, so that what a module makes for all its tests is made once; who is done
@@ -46,6 +61,21 @@ def pytest_xdist_make_scheduler(config, log):
         from xdist.scheduler import WorkStealingScheduling
 
         return WorkStealingScheduling(config, log)
+
+
+# Files of half a minute each: the last test of a run is none of theirs, for which the other workers would wait.
+LONG = (
+    "launches/test_accelerator.py", "recipes/test_workshop.py", "launches/test_launch.py", "bench/test_run.py",
+    "launches/test_failing.py", "faults/test_kills.py", "launches/test_evaluate_ranks.py", "recipes/test_recompute.py",
+    "launches/test_wheel.py", "launches/test_sharded.py", "data/test_endpoint.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """In a worker: long files first. The order is the same in every worker, and within a file it stays."""
+    if hasattr(config, "workerinput"):
+        assert all((ROOT / "tests" / name).is_file() for name in LONG), "a file of LONG has another name now"
+        items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 def byte_tokenizer(template: str | None, extra: tuple[str, ...] = ()) -> "PreTrainedTokenizerFast":
@@ -113,24 +143,6 @@ def fresh_accelerator():
 DRAWN = {"report", "bench", "cost", "docs", "play"}
 
 
-@contextlib.contextmanager
-def draft_pages():
-    """Figures are empty, speeds are measured on a few tokens; pages and metrics are whole but for that."""
-    from distill.evaluation import usage
-    from distill.report import drawing
-
-    def empty(figure) -> str:
-        width, height = 72 * figure.get_size_inches()
-        return f'<svg viewBox="0 0 {width} {height}"><g></g></svg>'
-
-    empty.real = drawing.written_svg
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "written_svg", empty)
-        patch.setattr(usage, "DECODE_TOKENS", 4)
-        patch.setattr(usage, "_REPEATS", 1)
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def drafts(request):
     """`draft_pages`, unless the folder or the module (`DRAWN = True`) is about pages or speeds."""
@@ -150,7 +162,8 @@ def drawn(drafts, monkeypatch):
     """Real figures for one test where others have drafts."""
     from distill.report import drawing
 
-    monkeypatch.setattr(drawing, "written_svg", getattr(drawing.written_svg, "real", drawing.written_svg))
+    for module, name in ((drawing, "written_svg"), (heat, "_drawn")):
+        monkeypatch.setattr(module, name, getattr(getattr(module, name), "real", getattr(module, name)))
 
 
 @pytest.fixture(scope="session")

@@ -15,15 +15,15 @@ subclass of Tensor cannot live in: hence a process of its own (tests/fakegpu_wor
 """
 
 import contextlib
+import functools
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 # Now, before anything is imported that is decorated with it.
@@ -135,12 +135,42 @@ def _is_device(device) -> bool:
     return device is not None and torch.device(device).type == "gpu"
 
 
+@functools.cache
+def _known(function) -> tuple[str, bool]:
+    """(name without its overload, whether the result is a view of what was given) of an operator."""
+    aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
+    return function.name().split(".")[0], bool(aliases) and not any(a.is_write for a in aliases)
+
+
+def _leaves(given, found: list) -> list[torch.Tensor]:
+    """All tensors of an operator's arguments: they lie in lists and tuples, never deeper than that."""
+    for value in given:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _leaves(value, found)
+    return found
+
+
+def _changed(change: Callable[[torch.Tensor], object], value):
+    """The same arguments or results with every tensor changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_changed(change, item) for item in value])
+    return value
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.raw if isinstance(tensor, OnDevice) else tensor
+
+
 def _count(name: str, args, target, here: list, away: list, named: dict) -> None:
     """Note what of this call makes a host wait. Raises RuntimeError where two devices meet."""
     if here and name not in _MAY_MIX and any(t.dim() for t in away):
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} mixes gpu:0 with cpu")
     if here and name in _INDEXING:
-        for index in (i for i in tree_leaves(args[1]) if isinstance(i, torch.Tensor)):
+        for index in _leaves(args[1], []):
             if index.dtype in (torch.bool, torch.uint8):
                 WAITS.add("index with a mask")
             elif index.dim() and not isinstance(index, OnDevice):
@@ -159,35 +189,29 @@ def _count(name: str, args, target, here: list, away: list, named: dict) -> None
 
 
 def _run(function, args, named):
-    name = function.name().split(".")[0]
-    tensors = [t for t in tree_leaves((args, named)) if isinstance(t, torch.Tensor)]
+    name, view = _known(function)
+    tensors = _leaves(named.values(), _leaves(args, []))
     here = [t for t in tensors if isinstance(t, OnDevice)]
     target = named.get("device")
+    if not here and not _is_device(target):
+        return function(*args, **named)
     _count(name, args, target, here, [t for t in tensors if not isinstance(t, OnDevice)], named)
     on_device = bool(here) if target is None else _is_device(target)
     if name == "aten::copy_":
         on_device = isinstance(args[0], OnDevice)
-    raw = lambda t: t.raw if isinstance(t, OnDevice) else t  # noqa: E731
-    plain = tree_map(raw, named)
+    plain = {key: _changed(_raw, value) for key, value in named.items()}
     if _is_device(target):
         plain["device"] = torch.device("cpu")
-    given = tree_map(raw, args)
-    if (
-        name == "aten::histc" and not given[0].is_floating_point()
-    ):  # CUDA counts whole numbers, the CPU does not
+    given = _changed(_raw, args)
+    # CUDA counts whole numbers, the CPU does not.
+    if name == "aten::histc" and not given[0].is_floating_point():
         given = (given[0].float(), *given[1:])
     out = function(*given, **plain)
+    if not on_device:
+        return out
     known = {id(t.raw): t for t in here}  # written in place: hand back the tensor that was given
-
-    def wrap(t):
-        if not isinstance(t, torch.Tensor) or not on_device:
-            return t
-        return known.get(id(t)) if id(t) in known else OnDevice(t)
-
-    result = tree_map(wrap, out)
-    aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
-    view = aliases and not any(a.is_write for a in aliases)
-    if here and on_device and isinstance(result, torch.Tensor) and view and name != "aten::_to_copy":
+    result = _changed(lambda t: known.get(id(t)) if id(t) in known else OnDevice(t), out)
+    if here and isinstance(result, torch.Tensor) and view and name != "aten::_to_copy":
         with contextlib.suppress(Exception):
             return return_and_correct_aliasing(function, args, named, result)
     return result

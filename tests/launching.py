@@ -20,10 +20,23 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def forked(words: list, processes: int = 1, script: Path | None = None) -> None:
-    """The same without the launcher and its imports: ranks forked from a warm process."""
-    done = ran(words, processes, script)
+def forked(words: list, processes: int = 1, script: Path | None = None, file: str = "") -> None:
+    """The same without the launcher and its imports: ranks forked from a warm process.
+
+    `file`: a launch file; the ranks have what the launcher would read from it.
+    """
+    done = ran(words, processes, script, **(told_by_launcher(file) if file else {}))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def told_by_launcher(file: str) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file FILE` gives to the processes of several GPUs or CPUs."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = ["--config_file", file, "script.py"]
+    found = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
 
 def processes_of(stage: Path) -> int:

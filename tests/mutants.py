@@ -16,6 +16,8 @@ torch and transformers are imported once.
 import argparse
 import ast
 import contextlib
+import functools
+import itertools
 import json
 import os
 import random
@@ -26,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +92,26 @@ def read_table(text: str) -> list[Mutant]:
     return found
 
 
+@functools.lru_cache(maxsize=8)
+def _statements(source: str) -> list[tuple[int, int]]:
+    """(from, to) of each statement of a module, as places in its text."""
+    at = [0, *itertools.accumulate(len(line) for line in source.splitlines(keepends=True))]
+    found = []
+    for node in ast.parse(source).body:
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        found.append((at[first - 1], at[node.end_lineno]))
+    return found
+
+
+def _piece(mutant: Mutant, source: str) -> str:
+    """Of the file with the change what has to be read again: one statement where the change lies within it."""
+    place = source.index(mutant.before)
+    for start, end in _statements(source):
+        if start <= place and place + len(mutant.before) <= end:
+            return source[start:end].replace(mutant.before, mutant.after)
+    return source.replace(mutant.before, mutant.after)
+
+
 def changed(mutant: Mutant, package: Path) -> str:
     """The text of its file with the change made. Raises TableError where it does not apply."""
     source = (package / mutant.file).read_text(encoding="utf-8")
@@ -97,17 +120,16 @@ def changed(mutant: Mutant, package: Path) -> str:
         raise TableError(f"{mutant.name}: the text before is found {times} times, and must be once")
     if mutant.before.split() == mutant.after.split():
         raise TableError(f"{mutant.name}: the change changes nothing")
-    text = source.replace(mutant.before, mutant.after)
     try:
-        ast.parse(text)
+        ast.parse(_piece(mutant, source))
     except SyntaxError as error:
         raise TableError(f"{mutant.name}: the change is no Python ({error})") from None
-    return text
+    return source.replace(mutant.before, mutant.after)
 
 
 def problems(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
     """Why entries do not apply to the code as it is; [] if all do."""
-    found = [f"{m.name}: written twice" for m in set(mutants) if mutants.count(m) > 1]
+    found = [f"{m.name}: written twice" for m, times in Counter(mutants).items() if times > 1]
     for mutant in mutants:
         missing = [t for t in mutant.tests if not (root / "tests" / t.partition("::")[0]).is_file()]
         if missing or not mutant.tests:

@@ -1,6 +1,7 @@
 """The house rules, from one table: folders in the order of the pipeline, sizes, faces, tests beside their modules."""
 
 import ast
+import functools
 import subprocess
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-GRAPH = {name: imports(path) for name, path in KNOWN.items()}
+@functools.cache  # not while tests are collected, which every worker does for itself
+def graph() -> dict[str, set[str]]:
+    return {name: imports(path) for name, path in KNOWN.items()}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
@@ -73,12 +76,12 @@ def test_a_limit_is_not_met_by_cutting_off_a_corner():
     for name, path in KNOWN.items():
         if path.read_text().count("\n") >= FEWEST_LINES or str(path.relative_to(ROOT)) in SHORT:
             continue
-        importers = {other for other, found in GRAPH.items() if name in found}
+        importers = {other for other, found in graph().items() if name in found}
         assert len(importers) != 1 or place(importers.pop()) != place(name), f"merge {path} into its importer"
 
 
 def test_folders_import_in_one_direction():
-    for name, found in GRAPH.items():
+    for name, found in graph().items():
         for other in found:
             assert ORDER.index(place(other)) <= ORDER.index(place(name)), (
                 f"{name} imports {other}, against ORDER"
@@ -89,12 +92,12 @@ def test_no_cycle_of_modules():
     def visit(name: str, trail: tuple[str, ...]):
         assert name not in trail, f"cycle: {' -> '.join([*trail, name])}"
         if name not in seen:
-            for other in GRAPH.get(name, ()):
+            for other in graph().get(name, ()):
                 visit(other, (*trail, name))
             seen.add(name)
 
     seen: set[str] = set()
-    for name in GRAPH:
+    for name in graph():
         visit(name, ())
 
 

@@ -29,6 +29,7 @@ i18n to `distill.report.pages`: `{% trans %}sentence{% endtrans %}`, `_("word")`
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -378,7 +379,17 @@ FILTERS = [
 
 
 def page_environment() -> jinja2.Environment:
-    """The environment of `templates/`, with the number formats of `distill.report.pages` as filters."""
+    """The environment of `templates/`, with the number formats of `distill.report.pages` as filters.
+
+    One for each language: compiling the templates takes longer than filling them in.
+    """
+    return _environment(spoken())
+
+
+@functools.cache
+def _environment(language: str) -> jinja2.Environment:
+    """In the language that is spoken now: what does not change is worked out when a template is compiled."""
+    assert language == spoken()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

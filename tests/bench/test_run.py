@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
-from grid_example import TINY, Inline, written
+from drafting import draft_pages
+from grid_example import TINY, Inline, in_this_process, written
 
 from distill.bench.grid import load_bench, pick_budget
 from distill.bench.page import build_bench_page, claims_text
@@ -296,7 +297,8 @@ def test_a_grid_on_plain_text_with_a_student_made_from_a_model(tmp_path):
     }  # fmt: skip
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(bench))
-    results = run_bench(str(path), "small", jobs=1, say=lambda line: None)
+    with in_this_process(), draft_pages():  # workers of their own, and figures: the fixture `small`
+        results = run_bench(str(path), "small", jobs=1, say=lambda line: None)
     grid = tmp_path / "grid"
     assert len(list((grid / "shared").glob("base-*"))) == 1 and not list(grid.glob("*/generations"))
     arms = {name: arm["metrics"] for name, arm in results["arms"].items()}
