@@ -162,7 +162,7 @@ def drawn(drafts, monkeypatch):
     """Real figures for one test where others have drafts."""
     from distill.report import drawing
 
-    for module, name in ((drawing, "written_svg"), (heat, "_drawn")):
+    for module, name in ((drawing, "written_svg"), (drawing, "_drawn")):
         monkeypatch.setattr(module, name, getattr(getattr(module, name), "real", getattr(module, name)))
 
 

@@ -173,7 +173,7 @@ def interventions(rng, experts: int, layers: int, k: int) -> list[dict]:
 
 
 def precisions(layers: int) -> list[dict]:
-    """As `distill.evaluation.precision` returns them."""
+    """As `distill.evaluation.usage` returns them."""
     tasks = {t: score(p, N) for t, p in zip(LEVELS, SKILL["teacher"])}
 
     def entry(name: str, nll: float, flips: float) -> dict:

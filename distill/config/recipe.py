@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from distill import console
-from distill.config.data import Evaluate, Filter, Generate, Prices, Prompts, TeacherSection
+from distill.config.data import Filter, Generate, Prices, Prompts, TeacherSection
+from distill.config.evaluation import Evaluate
 from distill.config.section import Section, Seed
 from distill.config.training import Control, StudentSection, Train
 from distill.errors import UserError, nearest

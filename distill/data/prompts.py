@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from distill import console
-from distill.config.data import Evaluate, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
 from distill.errors import UserError
 from distill.files import like_it

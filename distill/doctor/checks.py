@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from distill import console
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe
 from distill.data.endpoint import check_endpoint
 from distill.data.provenance import require_permission

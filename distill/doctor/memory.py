@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe
 from distill.data.ledger import forecast
 from distill.data.provenance import decide

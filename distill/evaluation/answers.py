@@ -45,7 +45,7 @@ from accelerate import PartialState
 from transformers import StopStringCriteria
 
 from distill import console
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.devices import dealt, even_size, free_memory
 from distill.evaluation.stats import (
     bootstrap_interval,

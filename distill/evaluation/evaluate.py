@@ -21,7 +21,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from distill.config.data import Evaluate, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, resolved
 from distill.console import first_process
 from distill.data.cards import refresh_cards

@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.console import first_process
 from distill.devices import dealt, even_size, from_all, main_alone, summed
 from distill.errors import DistillError, RunError, UserError

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.devices import pick_device
 from distill.errors import UserError
 from distill.evaluation.answers import answer_problems

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from distill import console
-from distill.config.data import Evaluate, Interventions
+from distill.config.evaluation import Evaluate, Interventions
 from distill.errors import UserError
 from distill.evaluation.answers import answer_problems, summarise
 from distill.evaluation.stats import holm, paired_comparison

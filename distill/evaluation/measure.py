@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from distill import console
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.devices import main_alone
 from distill.evaluation.answers import answer_problems, names, problem_prompts, stop_strings, summarise
@@ -344,7 +344,7 @@ def _precision(
 ):
     """`precision` of metrics.json: the teacher's answers where this model reads them, else its own, read in each
     precision, and the problems answered greedily in each."""
-    from distill.evaluation.precision import precision_sweep
+    from distill.evaluation.usage import precision_sweep
 
     section = plan.section.model_copy(update={"samples": 1, "temperature": 0.0})
     taught = reference and not is_teacher and same_vocabulary(reference.tokenizer, tokenizer)

@@ -65,7 +65,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.config.data import SEEN, Evaluate
+from distill.config.evaluation import SEEN, Evaluate
 from distill.console import first_process
 from distill.devices import from_all, share_of, summed
 from distill.errors import RunError, UserError

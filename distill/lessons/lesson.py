@@ -1,7 +1,5 @@
 """One lesson while it runs: its folder, ranges, exercises, the quiz, and the account of what was done.
 
-One lesson while it runs: its folder, ranges for its numbers, exercises that check themselves, answers and runs.
-
     from distill.lessons import begin, expect, exercise
     folder = begin(1)                                    # seed, quiet libraries, figures; where this lesson may write
     expect("teacher, hard problems", accuracy, 0.9, 1.0, without=0.02)  # the value, its range, and what breaks it
@@ -24,8 +22,8 @@ What a learner has done: the account of a lesson, the quiz at its end, and the c
     quiz(1, {1: "b", 2: "a", 3: "c"})      # prints what is right and why, and keeps lesson 1's account
     certificate("Ada")                      # a page of all lessons done so far; returns its path
 
-Questions lie in recipes/workshop/quiz.yaml, in both languages; the builder prints them into the notebooks. Accounts
-lie beside the runs of their lesson (`account.json`), so a workshop may be interrupted, or spread over days.
+Questions lie in recipes/workshop/quiz.yaml. Accounts lie beside the runs of their lesson (`account.json`), so that a
+workshop may be interrupted.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.config.data import SEEN
+from distill.config.evaluation import SEEN
 from distill.errors import RunError
 from distill.models.routers import Router, bare
 from distill.moe import metrics

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill import console
-from distill.config.data import Evaluate, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import Recipe, load_recipe
 from distill.data.prompts import held_out, named_problems
 from distill.errors import UserError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from distill.config.data import SEEN
+from distill.config.evaluation import SEEN
 from distill.report import drawing
 from distill.report import figures as draw
 from distill.report.drawing import expert_load, heat_map, layer_label, layer_labels, loss_map

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from distill.config.data import Evaluate, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
 from distill.config.recipe import load_prompts, load_recipe
 from distill.data.prompts import file_prompts, held_out, make_prompts, named_problems, task_prompts
 from distill.errors import UserError

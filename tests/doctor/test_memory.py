@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.config.training import Objective
 from distill.data.batches import TokenRows
 from distill.doctor import memory

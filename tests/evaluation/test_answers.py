@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.evaluation import answers
 from distill.evaluation.answers import fitting_batch, options_of, problem_prompts, stop_strings
 from distill.models.load import load_model, load_tokenizer

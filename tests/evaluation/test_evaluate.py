@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from distill.config.data import Evaluate, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.data.prompts import held_out
 from distill.evaluation.answers import answer_problems, compare, summarise

@@ -8,7 +8,7 @@ from launching import forked, processes_of
 
 lm_eval = pytest.importorskip("lm_eval")
 
-from distill.config.data import Evaluate  # noqa: E402
+from distill.config.evaluation import Evaluate  # noqa: E402
 from distill.errors import RunError, UserError  # noqa: E402
 from distill.evaluation import harness  # noqa: E402
 from distill.evaluation.harness import check_harness, run_harness  # noqa: E402

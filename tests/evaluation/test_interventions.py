@@ -8,7 +8,8 @@ import routing_reference as reference
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.config.data import Evaluate, Interventions, Prompts
+from distill.config.data import Prompts
+from distill.config.evaluation import Evaluate, Interventions
 from distill.data.prompts import held_out
 from distill.errors import UserError
 from distill.evaluation import measure

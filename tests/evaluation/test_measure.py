@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.evaluation.fidelity import Reader, TokenCalibration, answer_rows, fidelity
 from distill.evaluation.likelihood import answers_nll, text_nll
 from distill.evaluation.measure import Plan, TeacherReference, _text

@@ -9,7 +9,7 @@ import torch
 from conftest import CHATML, byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.errors import RunError, UserError
 from distill.evaluation import routing as module
 from distill.evaluation.answers import thinking_tokens

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from distill.config.data import Evaluate
+from distill.config.evaluation import Evaluate
 from distill.config.section import BlockPrecision
 from distill.errors import RunError
 from distill.evaluation.schema import METRICS_VERSION, SCHEMA_FILE, check, json_schema
@@ -97,7 +97,7 @@ def test_a_missing_key_is_named():
 
 
 def test_the_recipe_s_precisions_are_those_that_can_be_swept():
-    sweep = pytest.importorskip("distill.evaluation.precision")
+    sweep = pytest.importorskip("distill.evaluation.usage")
     (element,) = get_args(Evaluate.model_fields["precisions"].annotation)
     listed, by_blocks = set(get_args(element)), set(get_args(BlockPrecision))
     assert listed == set(sweep.PRECISIONS) | by_blocks and not by_blocks & set(sweep.PRECISIONS)

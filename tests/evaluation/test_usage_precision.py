@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.data.batches import TokenRows
 from distill.errors import UserError
-from distill.evaluation.precision import PRECISIONS, Routed, precision_sweep, routing_flips, selection_margin
+from distill.evaluation.usage import PRECISIONS, Routed, precision_sweep, routing_flips, selection_margin
 from distill.models.decode import Sampling, decode
 from distill.models.fp8 import fp8_emulated
 from distill.models.load import load_model
