@@ -11,6 +11,7 @@ A bar redraws itself on a terminal. Where standard error is a file or a pipe it 
 was asked for, warnings and errors remain; `--verbose` adds what the libraries say, notes and tracebacks.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -153,8 +154,15 @@ def quiet_libraries() -> None:
     line on standard error says what is waited for, unless they are there already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if first_process() and not quiet() and not {"torch", "transformers"} <= sys.modules.keys():
-        print("loading torch and transformers ...", file=sys.stderr, flush=True)
+    if not {"torch", "transformers"} <= sys.modules.keys():
+        if first_process() and not quiet():
+            print("loading torch and transformers ...", file=sys.stderr, flush=True)
+        gc.disable()  # a fifth of the imports was a search for garbage among what stays
+        try:
+            import transformers.modeling_utils  # torch is imported with it
+        finally:
+            gc.freeze()
+            gc.enable()
     if verbose():
         return
     import transformers

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "interventions": ["intervention_sweep"],
         "likelihood": ["text_nll"],
         "routing": ["saturation_between"],
+        "usage": ["precision_sweep"],
         "answers": ["compare", "forgetting"],
         "stats": [
             "binomial_stderr",

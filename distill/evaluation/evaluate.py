@@ -332,4 +332,5 @@ def _measure_all(
         results[name] = read_json(measured)  # now: a damaged one is told before the others are measured
         if name == teacher:
             reference.answers = [row for row in rows_of[name] if row["sample_idx"] == 0]
+    ranks.wait_for_everyone()  # the first process removes these files when it goes on, and another may still read
     return {name: rows_of[name] for name in checkpoints}, {name: results[name] for name in checkpoints}

@@ -11,8 +11,7 @@ taken away (the model before training, one scale for all, no balancing). It must
 A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
 `EXPECTED` and `EXERCISES`, from which the account is made.
 
-A lesson that speaks Chinese draws Chinese labels too: recipes/workshop/labels.zh.yaml has them, and a font of this
-machine the letters. Where there is none, the labels stay English and `begin` says so.
+A lesson that speaks Chinese draws Chinese labels (recipes/workshop/labels.zh.yaml) where this machine has a font.
 
 `scaled` and `short` are for the tests alone: in a source, `scaled(80, 8)` is 80 for the learner, whose notebook shows
 `80`, and 8 with DISTILL_LESSON_BUDGET=short. DISTILL_LESSON_DIR is where runs go instead of checkpoints/workshop.
@@ -45,8 +44,7 @@ from distill.errors import UserError
 from distill.report.pages import page_environment
 from distill.storage import PROJECT_ROOT, parse_yaml, read_json, write_atomic, write_json
 
-# tqdm in a notebook without ipywidgets falls back to text by itself.
-warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm falls back to text
 # PEFT looks for the base's config under a path of its own; the vocabulary is the base's in any case.
 warnings.filterwarnings("ignore", message="Could not find a config file")
 

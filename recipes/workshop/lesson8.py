@@ -228,7 +228,7 @@ expect("taught minus control, lower end of the interval", gain["ci95"][0], 0.1, 
 
 # %%
 from distill.data import TokenRows
-from distill.evaluation.usage import precision_sweep
+from distill.evaluation import precision_sweep
 
 student = load_model(str(runs["reap"] / "student"), "fp32")
 prompts = [prompt_ids(tokenizer, p["messages"]) for p in problems]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from distill.config.data import Prompts
 from distill.config.evaluation import Evaluate
 from distill.data.batches import TokenRows
 from distill.data.prompts import held_out
+from distill.evaluation import evaluate
 from distill.evaluation.answers import answer_problems, compare, summarise
 from distill.evaluation.fidelity import Reader, TokenCalibration, fidelity
 from distill.evaluation.fidelity import read_rows as read_rows_of
@@ -324,3 +326,15 @@ def test_tensorboard_tracker(make_recipe, run_cli):
         assert run_cli(command, path)[0] == 0
     assert run_cli("train", path, "train.trackers=[tensorboard]")[0] == 0
     assert list((run_dir / "student").rglob("events.out.tfevents*"))
+
+
+def test_nobody_goes_on_while_another_reads_what_was_measured(monkeypatch, tmp_path):
+    """The first process removes the parts when it goes on: the last meeting comes after the last of them is read."""
+    happened = []
+    ranks = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: happened.append("meets"))
+    monkeypatch.setattr(evaluate, "main_decides", lambda _ranks, _decide: True)  # all is on disk already
+    monkeypatch.setattr(evaluate, "read_table", lambda _path: SimpleNamespace(to_pylist=list))
+    monkeypatch.setattr(evaluate, "read_json", lambda path: happened.append(path.stem) or {})
+    stage = SimpleNamespace(folder=tmp_path)
+    rows, results = evaluate._measure_all(stage, {"a": "x", "b": "y"}, plan=None, teacher=None, ranks=ranks)
+    assert happened == ["a", "b", "meets"] and list(results) == list(rows) == ["a", "b"]
