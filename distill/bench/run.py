@@ -187,6 +187,7 @@ def run_tasks(
                 ready = [t for t in waiting.values() if done.issuperset(t.needs)]
                 ready.sort(key=lambda t: (-dependants[t.name], t.seed, list(tasks).index(t.name)))
                 for task in ready[: 2 * jobs - len(running)]:
+                    clock.begin(task)
                     running[pool.submit(run_task, task, redo)] = waiting.pop(task.name)
                 if not running:
                     break  # what is left waits for tasks that failed
@@ -255,6 +256,11 @@ class _Clock:
             self.data = read_json(path)
         self._begun = time.perf_counter()
         self._commit = (commit() or {}).get("id")
+
+    def begin(self, task: Task) -> None:
+        """What was measured of a folder that somebody removed says nothing of the one that takes its place."""
+        if not task.folder.exists():
+            self.data["tasks"].pop(task.name, None)
 
     def add(self, task: Task, seconds: float, redone: bool = False) -> None:
         """`commit` is that of the code which began the task: a claim written later does not count as registered."""

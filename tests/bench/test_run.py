@@ -1,6 +1,7 @@
 """A grid end to end on the shipped pair, what it shares, what it refuses, and what it leaves behind."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -222,6 +223,24 @@ def test_what_an_earlier_call_finished_takes_no_time_any_more(small, tmp_path):
     assert clock.estimate(runs) is None
     clock.add(runs[0], 40.0)
     assert clock.estimate(runs) == 40.0 * (len(runs) - 1)
+
+
+def test_a_run_made_again_in_the_place_of_a_removed_one_is_of_the_code_that_made_it(small, tmp_path):
+    """A claim refuses runs of code from before its registration; who removes such a run and makes it anew may judge."""
+    path, *_ = small
+    tasks = plan(load_bench(path)[0], "small", load_bench(path)[1])
+    there, gone = (replace(task, folder=tmp_path / task.name) for task in list(tasks.values())[:2])
+    there.folder.mkdir()
+    old = {"arm": "x", "seconds": 7.0, "commit": "older"}
+    (tmp_path / "clock.json").write_text(
+        json.dumps({"tasks": {t.name: old for t in (there, gone)}, "wall": {}})
+    )
+    clock = _Clock(tmp_path / "clock.json", "small")
+    for task in (there, gone):
+        clock.begin(task)
+        clock.add(task, 1.0)
+    assert clock.data["tasks"][there.name] == {**old, "seconds": 8.0}, "it goes on where older code began"
+    assert clock.data["tasks"][gone.name]["commit"] != "older" and clock.seconds(gone.name) == 1.0
 
 
 def test_a_dry_run_of_the_learning_rates_is_of_their_grid():
