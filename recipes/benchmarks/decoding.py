@@ -17,6 +17,7 @@ what the products alone would take at the speed of this model's largest layer at
 """
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -102,7 +103,7 @@ def ours(model: nn.Module, prompts: list[list[int]], lengths: list[int], size: i
         raise RuntimeError("decode did not produce the forced lengths")
 
 
-VLLM = "vLLM"
+VLLM = "vLLM, not compiled" if "TORCHDYNAMO_DISABLE" in os.environ else "vLLM"
 METHODS: dict[str, tuple[Callable, int]] = {
     "model.generate, batches of 32": (static_batches, 32),
     "model.generate, batches of 256": (static_batches, 256),

@@ -6,7 +6,7 @@ A line `{"prompts": [[ids]], "lengths": [n], "temperature": t, "top_p": p, "toge
 `{"cpu_seconds": s, "tokens": n}`: CPU seconds of this process and all its children from the moment the requests are
 handed over until the last answer is there. Loading, compiling and warming up come before the first answer. Prefix
 caching is off, since prompts of several rounds are the same; an answer has the length that it is told, whatever the
-model thinks of it.
+model thinks of it. Compiling takes vLLM an hour on some CPUs: with TORCHDYNAMO_DISABLE=1 it runs layers as they are.
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import sys
 from typing import Any
 
+EAGER = "TORCHDYNAMO_DISABLE"
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -59,8 +60,9 @@ def main(folder: str, dtype: str = "bfloat16") -> None:
     from vllm import LLM
 
     engine = LLM(
-        folder, dtype=dtype, max_model_len=512, max_num_seqs=256, enable_prefix_caching=False, seed=0
-    )
+        folder, dtype=dtype, max_model_len=512, max_num_seqs=256, enable_prefix_caching=False, seed=0,
+        enforce_eager=EAGER in os.environ,
+    )  # fmt: skip
     for line in sys.stdin:
         print(json.dumps(answer(engine, json.loads(line))), file=answers, flush=True)
 
