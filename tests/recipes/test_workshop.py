@@ -76,7 +76,8 @@ def test_the_measured_run_was_of_this_code_and_within_its_ranges(number):
     assert measured["code"] == workshop.read_lesson(number).code_hash
     assert measured["expected"] and all(e["met"] and e["checked"] for e in measured["expected"])
     assert not any(measured["exercises"].values())
-    assert measured["cpu_seconds"] < 5 * 60  # of the ten minutes that a lesson may take
+    assert measured["seconds"] < 10 * 60, "a lesson may take ten minutes, with other work beside it"
+    assert measured["cpu_seconds"] < 6 * 60
 
 
 def test_a_lesson_whose_model_is_not_here_ends_in_one_sentence(monkeypatch, tmp_path):
