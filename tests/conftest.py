@@ -162,8 +162,9 @@ def drawn(drafts, monkeypatch):
     """Real figures for one test where others have drafts."""
     from distill.report import drawing
 
-    for module, name in ((drawing, "written_svg"), (drawing, "_drawn")):
-        monkeypatch.setattr(module, name, getattr(getattr(module, name), "real", getattr(module, name)))
+    for name in ("written_svg", "_drawn"):
+        now = getattr(drawing, name)
+        monkeypatch.setattr(drawing, name, getattr(now, "real", now))
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,7 @@ What a learner has done: the account of a lesson, the quiz at its end, and the c
     quiz(1, {1: "b", 2: "a", 3: "c"})      # prints what is right and why, and keeps lesson 1's account
     certificate("Ada")                      # a page of all lessons done so far; returns its path
 
-Questions lie in recipes/workshop/quiz.yaml. Accounts lie beside the runs of their lesson (`account.json`), so that a
-workshop may be interrupted.
+Questions lie in recipes/workshop/quiz.yaml, accounts beside the runs of their lesson (`account.json`).
 """
 
 import contextlib

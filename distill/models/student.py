@@ -15,9 +15,9 @@ compared with what was asked, and one backward pass shows that a gradient arrive
 What `target_parameters` costs: W + BA is formed for the whole weight (all experts) in each forward pass, and DoRA
 and dropout are not defined there. The rank is that of each expert; a fused gate_up_proj shares one of that rank.
 
-student = build_student(recipe.student, recipe.train.precision, torch.device("cpu"), seed=0)
-student.model, student.tokenizer, student.trainable
-print(format_trainable(student.model))          # what trains, and what stays frozen
+    student = build_student(recipe.student, recipe.train.precision, torch.device("cpu"), seed=0)
+    student.model, student.tokenizer, student.trainable
+    print(format_trainable(student.model))          # what trains, and what stays frozen
 """
 
 from collections import Counter

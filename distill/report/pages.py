@@ -15,10 +15,10 @@ The language belongs to the process, not to a thread: a command builds its pages
 
 Numbers as people read them: rounded, with unit and interval, and a dash where there is none.
 
-percent({"accuracy": 0.82, "ci95": [0.78, 0.86]})      # 82.0 % [78.0, 86.0]
-si(2.1e9), duration(125)
+    percent({"accuracy": 0.82, "ci95": [0.78, 0.86]})      # 82.0 % [78.0, 86.0]
+    si(2.1e9), duration(125)
 
-What the two pages share: the template environment, its filters, and how text of models becomes harmless.
+The template environment, its filters, and how text of models becomes harmless.
 
     page_environment().get_template("report.html.j2").render(...)
 
@@ -325,7 +325,7 @@ def hundredfold(value: float, digits: int) -> str:
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
-# ==== What the two pages share ====
+# ==== What all pages share ====
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -1,4 +1,4 @@
-"""Text as people store it: conversations as chat messages, rows of public benchmarks, and plain documents.
+r"""Text as people store it: conversations as chat messages, rows of public benchmarks, and plain documents.
 
 Prompts as people store them: text, or a conversation in one of the common forms, as plain chat messages.
 

@@ -1,4 +1,4 @@
-"""Verifiers: is this completion right? Rules only, no model, and never an exception on garbage.
+r"""Verifiers: is this completion right? Rules only, no model, and never an exception on garbage.
 
 How large a regular expression becomes when it is compiled, before anything compiles it.
 

@@ -13,7 +13,7 @@ Shapes: N kept tokens, V vocabulary.
 
 From the recipe to its live teacher: which kind, loaded where and in what.
 
-teacher = live_teachers(recipe, student.model, tokenizer, ends, device)       # a LiveTeacher, called by every step
+    teacher = live_teachers(recipe, student.model, tokenizer, ends, device)       # a LiveTeacher, called by every step
 """
 
 import math
