@@ -1,6 +1,7 @@
-"""Single answers of a grid: what was right in which run, so that arms are compared problem by problem.
+"""What is kept of a grid's runs: single answers, so that arms are compared problem by problem, and records of tasks.
 
-    table = read_items(tasks_by_arm)                       # {arm: {seed: {kind: Items}}}
+    records = Records(Path("checkpoints/claims"))         # of what has been finished, here or on another machine
+    table = read_items(runs_by_arm, records)               # {arm: {seed: {kind: Items}}}
     write_items(table, Path("checkpoints/claims/items.parquet"))
 
 A kind is a level of problems (`hard`) or a flaw that is probed (`flaw.bias`). Arms of a seed answer the same problems,
@@ -8,12 +9,18 @@ so the difference between two of them has an item for each; what the items alone
 beside what the seeds do. The table is kept whole: every number of the claims can be worked out from it again
 (recipes/recompute.py does, without this package).
 
+A record is all that results are made of: the recipe's fingerprint, metrics, what training used, every answer, seconds,
+the code's commit. Each finished task leaves one in `records.parquet`, which is written anew each time. So a grid can be
+shared out: what any `records*.parquet` in the grid's folder knows of today's recipe is not run again, unless a run
+that is left needs its weights.
+
 Shapes: P problems of a kind.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +28,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.bench.metrics import MODEL
+from distill.bench.metrics import MODEL, read_metrics
 from distill.bench.plan import Task
+from distill.errors import UserError
 from distill.files import replacing
-from distill.storage import read_json, read_rows
+from distill.storage import MANIFEST, fingerprint, read_json, read_rows
 
 ITEMS = "items.parquet"
 SCHEMA = pa.schema(
@@ -59,19 +67,15 @@ class Items:
 Table = dict[str, dict[int, dict[str, Items]]]
 
 
-def read_items(runs: Mapping[str, Mapping[int, Task]]) -> Table:
+def read_items(runs: Mapping[str, Mapping[int, Task]], records: "Records") -> Table:
     """{arm: {seed: {kind: Items}}} of finished runs; `runs` is {arm: {seed: task}}. Several samples count as one."""
-    known: dict[Path, dict[str, Items]] = {}
-    found: Table = {}
-    for arm, by_seed in runs.items():
-        for seed, task in by_seed.items():
-            if task.folder not in known:
-                known[task.folder] = _of_run(task.folder)
-            found.setdefault(arm, {})[seed] = known[task.folder]
-    return found
+    return {
+        arm: {seed: records[task].items for seed, task in by_seed.items()} for arm, by_seed in runs.items()
+    }
 
 
-def _of_run(folder: Path) -> dict[str, Items]:
+def items_of(folder: Path) -> dict[str, Items]:
+    """A run folder's answers by kind: of its student alone, whose teacher may have answered beside it."""
     values = ("prompt_id", "tokens", "solution_nats", "solution_tokens")
     kinds: dict[str, list[tuple]] = {}
     for row in read_rows(folder / "eval" / "answers", ["model", "sample_idx", "level", "verdict", *values]):
@@ -146,26 +150,147 @@ def write_items(table: Table, path: Path) -> None:
     for arm, by_seed in table.items():
         for seed, kinds in by_seed.items():
             for kind, items in kinds.items():
-                n = len(items.item)
-                columns = [
-                    pa.array([arm] * n).dictionary_encode().cast(SCHEMA.field("arm").type),
-                    pa.array(np.full(n, seed, np.int32)),
-                    pa.array([kind] * n).dictionary_encode().cast(SCHEMA.field("kind").type),
-                    pa.array(items.item.tolist(), pa.string()),
-                    pa.array(items.right),
-                    *(
-                        pa.array(column, field.type, from_pandas=True)
-                        for column, field in zip(
-                            (_whole(items.tokens), items.nats.astype(np.float32), _whole(items.nats_tokens)),
-                            list(SCHEMA)[5:],
-                        )
-                    ),
-                ]
-                parts.append(pa.Table.from_arrays(columns, schema=SCHEMA))
+                parts.append(_columns(arm, seed, kind, items))
     whole = pa.concat_tables(parts).unify_dictionaries() if parts else SCHEMA.empty_table()
     with replacing(path, whole.nbytes) as temporary:
         pq.write_table(whole, temporary, compression="zstd", compression_level=12)
 
 
+def _columns(arm: str, seed: int, kind: str, items: Items) -> pa.Table:
+    n = len(items.item)
+    columns = [
+        pa.array([arm] * n).dictionary_encode().cast(SCHEMA.field("arm").type),
+        pa.array(np.full(n, seed, np.int32)),
+        pa.array([kind] * n).dictionary_encode().cast(SCHEMA.field("kind").type),
+        pa.array(items.item.tolist(), pa.string()),
+        pa.array(items.right),
+        *(
+            pa.array(column, there.type, from_pandas=True)
+            for column, there in zip(
+                (_whole(items.tokens), items.nats.astype(np.float32), _whole(items.nats_tokens)),
+                list(SCHEMA)[5:],
+            )
+        ),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
 def _whole(column: np.ndarray) -> list[int | None]:
     return [None if math.isnan(value) else int(value) for value in column.tolist()]
+
+
+# ==== Records of finished tasks ====
+
+RECORDS = "records.parquet"
+_ABOUT = b"records"  # in the file's metadata: everything but the answers, which are rows as in items.parquet
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished task, wherever it was made. What is not a run has no device, metrics and answers."""
+
+    identity: str  # of its recipe, as planned
+    commit: str | None  # of the code that made it
+    seconds: float
+    device: str | None = None
+    values: dict[str, float] = field(default_factory=dict)  # distill/bench/metrics.py has the names
+    used: dict[str, float] | None = (
+        None  # of a trained run: its manifest's steps, rows, tokens, tokens_read, flops
+    )
+    items: dict[str, Items] = field(default_factory=dict)
+
+    def about(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "items"}
+
+
+def identity(task: Task) -> str:
+    """A fingerprint of what the task is to do; folders of the grid are named in it, machines are not."""
+    if task.kind in ("answers", "rows"):
+        return task.name  # a fingerprint of all that they depend on; the recipe is that of whoever asked first
+    asked = [task.kind, task.checkpoint, task.probes, str(task.rows), sorted(task.needs)]
+    return fingerprint([task.recipe.identity(), *asked])
+
+
+def record_of(task: Task, kept: Mapping[str, Any]) -> Record:
+    """Of a task that has finished in its folder; `kept`: its `seconds` and `commit` on the grid's clock."""
+    about = identity(task), kept.get("commit"), kept["seconds"]
+    if task.kind != "run":
+        return Record(*about)
+    used = None
+    if not task.checkpoint:
+        manifest = read_json(task.folder / "student" / MANIFEST)
+        counts = manifest["counts"]
+        used = {name: counts[name] for name in ("steps", "rows", "tokens", "tokens_read")}
+        used["flops"] = manifest["flops"]
+    device = read_json(task.folder / "eval" / MANIFEST)["device"]
+    return Record(*about, device, read_metrics(task.folder), used, items_of(task.folder))
+
+
+class Records:
+    """Records of a grid's tasks by name. Files beside this machine's own are read and left as they are."""
+
+    def __init__(self, root: Path):
+        self.path, self._known = root / RECORDS, {}
+        for path in sorted(root.glob("records*.parquet"), key=lambda p: p.name == RECORDS):  # its own wins
+            self._known |= _read_records(path)
+        self._rows: dict[str, list[pa.Table]] = {}
+
+    def __getitem__(self, task: Task) -> Record:
+        return self._known[task.name]
+
+    def knows(self, task: Task) -> bool:
+        """Whether the task is finished as today's recipe asks for it."""
+        known = self._known.get(task.name)
+        return known is not None and known.identity == identity(task)
+
+    def add(self, task: Task, kept: Mapping[str, Any], write: bool = True) -> None:
+        self._known[task.name] = record_of(task, kept)
+        self._rows.pop(task.name, None)
+        if write:
+            self.write()
+
+    def write(self) -> None:
+        """All of them in one file, so that it can be carried to another machine by itself."""
+        for name, record in self._known.items():
+            if name not in self._rows:
+                rows = record.items.items()
+                self._rows[name] = [_columns(name, 0, kind, items) for kind, items in rows]
+        parts = [part for name in self._known for part in self._rows[name]]
+        whole = pa.concat_tables(parts).unify_dictionaries() if parts else SCHEMA.empty_table()
+        about = {name: record.about() for name, record in self._known.items()}
+        whole = whole.replace_schema_metadata({_ABOUT: json.dumps(about)})
+        with replacing(self.path, whole.nbytes) as temporary:
+            pq.write_table(whole, temporary, compression="zstd")
+
+
+def _read_records(path: Path) -> dict[str, Record]:
+    """Raises UserError for a file that is none, or is damaged."""
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[_ABOUT])
+        items: dict[str, dict[str, Items]] = {}
+        if table.num_rows:
+            names = np.array(table["arm"].cast(pa.string()).to_pylist())
+            starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
+            for start, end in zip(starts, [*starts[1:], len(names)]):
+                items[str(names[start])] = _kinds(table.slice(start, end - start))
+        return {name: Record(**of, items=items.get(name, {})) for name, of in about.items()}
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path} holds no records of a grid's runs ({type(error).__name__}); copy it again from the machine that "
+            "made it, or remove it: its runs are then made here"
+        ) from None
+
+
+def _kinds(rows: pa.Table) -> dict[str, Items]:
+    """The answers of one run: its kinds follow one another."""
+    names = np.array(rows["kind"].cast(pa.string()).to_pylist())
+    columns = [
+        np.array(rows[name].cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+        for name in ("tokens", "nats", "nats_tokens")
+    ]
+    item, right = np.array(rows["item"].to_pylist()), np.array(rows["right"].to_pylist(), bool)
+    return {
+        kind: Items(item[names == kind], right[names == kind], *(column[names == kind] for column in columns))
+        for kind in dict.fromkeys(names.tolist())
+    }

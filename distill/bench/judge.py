@@ -54,7 +54,6 @@ from distill.bench.verdicts import (
 )
 from distill.evaluation.stats import holm, wilson_interval
 from distill.report.pages import say
-from distill.storage import MANIFEST, read_json
 
 BY_SEEDS = 6  # seeds, from which on halves have the three seeds that a verdict needs
 
@@ -281,11 +280,11 @@ def _unmatched(claim: Claim, arms: list[str], seeds: list[int], values: dict) ->
 
 def _cost(bench: Bench, arms: list[str], budget: str, seeds: list[int], measured: Measured) -> dict[str, Any]:
     known = arms_within(bench, budget)
-    runs = {runs_of(bench, arm, seed, known) for arm in arms for seed in seeds}
+    runs = {runs_of(bench, arm, seed, known): (arm, seed) for arm in arms for seed in seeds}
     flops = sum(
-        read_json(measured.tasks[r].folder / "student" / MANIFEST)["flops"]
-        for r in runs
-        if not measured.tasks[r].checkpoint
+        measured.values[f"{arm}@train.flops"][seed]
+        for run, (arm, seed) in runs.items()
+        if not measured.tasks[run].checkpoint
     )
     seconds = math.fsum(measured.seconds.get(r, 0.0) for r in runs)
     return {"runs": len(runs), "seconds": round(seconds, 1), "flops": flops}

@@ -15,30 +15,38 @@ import math
 import os
 import statistics
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from distill.bench.claims import Controls, Fact, History, unregistered
 from distill.bench.grid import Bench, Curve, arms_within
-from distill.bench.items import ITEMS, Table, counts, read_items, write_items
+from distill.bench.items import ITEMS, Records, Table, counts, read_items, write_items
 from distill.bench.judge import EQUAL_AFTER, Measured, decide, judge_claim, judge_controls
-from distill.bench.metrics import metric, read_metrics
+from distill.bench.metrics import metric
 from distill.bench.plan import Task, apply_rates, known_budget, runs_of
 from distill.bench.verdicts import fit_curve, pareto_front
 from distill.errors import UserError
 from distill.files import replacing
 from distill.stages import versions
-from distill.storage import MANIFEST, PROJECT_ROOT, find_file, hash_yaml, read_json, write_json
+from distill.storage import PROJECT_ROOT, find_file, hash_yaml, read_json, write_json, write_sealed
 
 RESULTS_VERSION = 2
+CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
 
 
 def collect_results(
-    bench: Bench, budget: str, file: Path, tasks: dict[str, Task], clock: dict[str, Any], jobs: int
+    bench: Bench,
+    budget: str,
+    file: Path,
+    tasks: dict[str, Task],
+    clock: dict[str, Any],
+    records: Records,
+    jobs: int,
 ) -> tuple[dict[str, Any], Table]:
-    """(results, single answers) of finished runs. Raises UserError where one is missing, or a claim came too late."""
-    measured = measure_arms(bench, budget, tasks, clock)
+    """(results, single answers) of finished tasks. Raises UserError where a claim came too late."""
+    measured = measure_arms(bench, budget, tasks, clock, records)
     claims = [claim for claim in bench.claims if bench.within(budget, claim)]
     code = {claim.id: code_of(bench, claim.terms(bench.factorial), budget, tasks, clock) for claim in claims}
     registration = check_registration(bench, file, code)
@@ -47,7 +55,7 @@ def collect_results(
     decide(rows)
     recipe = find_file(bench.recipe) if isinstance(bench.recipe, str) else None
     arms = arms_within(bench, budget)
-    device = next(_manifests(t, "eval")["device"] for t in tasks.values() if t.kind == "run")
+    device = next(records[task].device for task in tasks.values() if task.kind == "run")
     controls = _controls_within(bench.controls, arms)
     seeds = {name: bench.seeds_of(name, budget) for name in arms}
     known = clock["tasks"]
@@ -123,15 +131,17 @@ def code_of(
     return sorted(found)
 
 
-def measure_arms(bench: Bench, budget: str, tasks: dict[str, Task], clock: dict[str, Any]) -> Measured:
+def measure_arms(
+    bench: Bench, budget: str, tasks: dict[str, Task], clock: dict[str, Any], records: Records
+) -> Measured:
     """What the finished runs of a budget have."""
-    values, budgets = read_values(bench, budget, tasks)
+    values, budgets = read_values(bench, budget, tasks, records)
     arms = arms_within(bench, budget)
     runs = {
         name: {seed: tasks[runs_of(bench, name, seed, arms)] for seed in bench.seeds_of(name, budget)}
         for name in arms
     }
-    table = read_items(runs)
+    table = read_items(runs, records)
     seconds = {name: kept["seconds"] for name, kept in clock["tasks"].items()}
     return Measured(tasks, values, counts(table), table, budgets, seconds)
 
@@ -178,7 +188,7 @@ def _wall(bench: Bench, budget: str, clock: dict[str, Any]) -> float:
 
 
 def read_values(
-    bench: Bench, budget: str, tasks: dict[str, Task]
+    bench: Bench, budget: str, tasks: dict[str, Task], records: Records
 ) -> tuple[dict[str, dict[int, float]], dict[str, dict[str, Any]]]:
     """({"arm@metric": {seed: value}}, {arm: what its runs used, means over seeds}) of finished runs."""
     arms = arms_within(bench, budget)
@@ -188,33 +198,20 @@ def read_values(
         seeds = bench.seeds_of(name, budget)
         runs = [tasks[runs_of(bench, name, seed, arms)] for seed in seeds]
         for seed, task in zip(seeds, runs):
-            for key, value in read_metrics(task.folder).items():
+            for key, value in records[task].values.items():
                 values.setdefault(f"{name}@{key}", {})[seed] = value
-        used = [_used(task) for task in runs]
+        used = [_used(task, records) for task in runs]
         budgets[name] = {
             key: [u[key] for u in used] for key in used[0]
         }  # one entry a seed; prompts are fingerprints
     return values, budgets
 
 
-def _used(task: Task) -> dict[str, Any]:
-    if task.checkpoint:
+def _used(task: Task, records: Records) -> dict[str, Any]:
+    used = records[task].used
+    if used is None:
         return dict.fromkeys(("prompts", "steps", "rows", *EQUAL_AFTER))
-    manifest = _manifests(task, "student")
-    counts = manifest["counts"]
-    known = known_budget(task)
-    return {
-        **known,
-        "steps": counts["steps"],
-        "rows": counts["rows"],
-        "tokens": counts["tokens"],
-        "tokens_read": counts["tokens_read"],
-        "flops": manifest["flops"],
-    }
-
-
-def _manifests(task: Task, stage: str) -> dict[str, Any]:
-    return read_json(task.folder / stage / MANIFEST)
+    return {**known_budget(task), **used}
 
 
 def _arm(about: str, name: str, values: dict, budgets: dict) -> dict[str, Any]:
@@ -260,6 +257,67 @@ def _curve(curve: Curve, values: dict) -> dict[str, Any]:
         points = {arm: (x, y) for s in series.values() for arm, x, y in zip(s["arms"], s["x"], s["y"])}
         found["front"] = pareto_front(points)
     return found
+
+
+class Clock:
+    """Seconds of every task over all invocations, and of each budget on the wall; kept in the bench's folder."""
+
+    def __init__(self, root: Path, budget: str, records: Records):
+        self.path, self.budget, self.records = root / CLOCK, budget, records
+        self.data: dict[str, Any] = {"tasks": {}, "wall": {}}
+        if self.path.is_file():
+            self.data = read_json(self.path)
+        self._begun = time.perf_counter()
+        self._commit = (commit() or {}).get("id")
+
+    def begin(self, task: Task) -> None:
+        """What was measured of a folder that somebody removed says nothing of the one that takes its place."""
+        if not task.folder.exists():
+            self.data["tasks"].pop(task.name, None)
+
+    def add(self, task: Task, seconds: float, redone: bool = False) -> None:
+        """`commit` is that of the code which began the task: a claim written later does not count as registered."""
+        known = self.data["tasks"]
+        made = {"arm": task.arm or task.kind, "seconds": 0.0, "commit": self._commit}
+        kept = known.setdefault(task.name, made)
+        if redone:
+            kept |= {"commit": self._commit}
+        kept["seconds"] = round(kept["seconds"] + seconds, 2)
+        now = time.perf_counter()
+        wall = self.data["wall"]
+        wall[self.budget] = round(wall.get(self.budget, 0.0) + now - self._begun, 1)
+        self._begun = now
+        write_sealed(self.path, self.data)
+
+    def take_over(self, task: Task) -> None:
+        """What a record says of a task that was made elsewhere."""
+        of = self.records[task]
+        made = {"arm": task.arm or task.kind, "seconds": of.seconds, "commit": of.commit}
+        self.data["tasks"][task.name] = made
+
+    def seconds(self, name: str) -> float:
+        return self.data["tasks"][name]["seconds"]
+
+    def known(self, tasks: dict[str, Task]) -> list[str]:
+        return [name for name in tasks if name in self.data["tasks"]]
+
+    def estimate(self, left: list[Task]) -> float | None:
+        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first.
+
+        Tasks that an earlier call of the command finished take none.
+        """
+        by_arm: dict[str, list[float]] = {}
+        for kept in self.data["tasks"].values():
+            by_arm.setdefault(kept["arm"], []).append(kept["seconds"])
+        runs = [s for arm, of in by_arm.items() if arm not in ("answers", "rows") for s in of]
+        if not runs:
+            return None
+        mean = statistics.fmean(runs)
+        return sum(
+            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0]))
+            for t in left
+            if t.name not in self.data["tasks"]
+        )
 
 
 # -------------------------------------------------------------------------------------------- what it rests on

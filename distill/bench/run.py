@@ -4,11 +4,14 @@
     distill bench recipes/claims.yaml --budget full --jobs 8      how long it took)
     distill bench recipes/claims.yaml --dry-run                  the runs, what they share, and how long they take
     distill bench recipes/claims.yaml --tune                     learning rates, chosen on seeds of their own
+    distill bench recipes/claims.yaml --budget full --part 2/3   every third seed, from the second on
 
 Runs go to worker processes, `--jobs` at a time (as many as cores by default, one thread each; with a GPU one). A
 failed run does not stop the others, and the same command does what is left. It leaves in the bench's `run_dir`
 `results.json` (distill/bench/results.py describes it), `results.parquet` (arm, seed, metric, value),
-`items.parquet` (every answer) and `bench.html`.
+`items.parquet` (every answer) and `bench.html`; and, from the first finished task on, `records.parquet`, all that
+results are made of. Several machines share a grid so: each does a `--part`, the others' files are copied into one
+`run_dir` as records-2.parquet, records-3.parquet, and there the command without `--part` does what is left and judges.
 
 One task of a grid runs in a worker process: ordinary stages in ordinary run folders, nothing printed.
 
@@ -23,7 +26,6 @@ import contextlib
 import multiprocessing
 import os
 import shutil
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -34,14 +36,20 @@ from typing import Any
 
 from distill import console
 from distill.bench.grid import Bench, Prepared, load_bench, pick_budget
-from distill.bench.metrics import MODEL, TEACHER, read_metrics
+from distill.bench.items import Records
+from distill.bench.metrics import MODEL, TEACHER
 from distill.bench.plan import BUDGET, Task, apply_rates, describe, plan, tuning_bench, tuning_results
-from distill.bench.results import check_registration, collect_results, commit, read_values, write_results
+from distill.bench.results import (
+    Clock,
+    check_registration,
+    collect_results,
+    commit,
+    read_values,
+    write_results,
+)
 from distill.errors import DistillError, RunError, UserError
 from distill.files import replacing, sync_all, writing
-from distill.storage import MANIFEST, entries, find_file, read_json, record_entries, write_sealed
-
-CLOCK = "clock.json"  # seconds of every task and of every budget's invocations
+from distill.storage import MANIFEST, entries, find_file, record_entries, write_sealed
 
 
 def run_bench(
@@ -51,10 +59,12 @@ def run_bench(
     redo: bool = False,
     say: Callable[[str], None] = console.say,
     language: str = "en",
+    part: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """Run what is left of a budget's grid; returns the results. UserError before, RunError if runs failed.
 
-    language: of the page.
+    language: of the page. part: (2, 3) runs every third seed alone, from the second on. All are judged together: while
+    other parts' runs are missing, what is returned has `part`, `finished`, `tasks` and `records` instead of results.
     """
     recipe, file = load_bench(path)
     budget = pick_budget(recipe, budget)
@@ -66,8 +76,16 @@ def run_bench(
     check_registration(recipe, file)
     jobs = jobs or _jobs()
     root = Path(recipe.run_dir)
-    clock = _finish(recipe, budget, tasks, jobs, redo, say)
-    results, table = collect_results(recipe, budget, file, tasks, clock.data, jobs)
+    clock, records = _finish(recipe, budget, tasks, jobs, redo, say, part)
+    known = sum(records.knows(task) for task in tasks.values())
+    if known < len(tasks):
+        return {
+            "part": f"{part[0]}/{part[1]}",
+            "finished": known,
+            "tasks": len(tasks),
+            "records": str(records.path),
+        }
+    results, table = collect_results(recipe, budget, file, tasks, clock.data, records, jobs)
     write_results(results, table, root, language)
     return results
 
@@ -80,12 +98,10 @@ def run_tuning(
     recipe = tuning_bench(whole)
     tasks = plan(recipe, BUDGET, file)
     jobs = jobs or _jobs()
-    clock = _finish(recipe, BUDGET, tasks, jobs, redo, say)
-    device = next(
-        read_json(t.folder / "eval" / MANIFEST)["device"] for t in tasks.values() if t.kind == "run"
-    )
+    clock, records = _finish(recipe, BUDGET, tasks, jobs, redo, say)
+    device = next(records[task].device for task in tasks.values() if task.kind == "run")
     about = {"commit": commit(), "device": device, "seconds": clock.data["wall"].get(BUDGET, 0.0)}
-    found = tuning_results(whole, file, read_values(recipe, BUDGET, tasks)[0], about)
+    found = tuning_results(whole, file, read_values(recipe, BUDGET, tasks, records)[0], about)
     write_sealed(find_file(whole.tuning.results), found)
     return found
 
@@ -97,24 +113,53 @@ def _finish(
     jobs: int,
     redo: bool,
     say: Callable[[str], None],
-) -> "_Clock":
+    part: tuple[int, int] = (1, 1),
+) -> tuple["Clock", Records]:
     """Do what is left of the tasks. UserError before anything has begun, RunError where some failed."""
     prepare(recipe.prepare)  # first: recipes name these files
-    _check({n: t for n, t in tasks.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
     root = Path(recipe.run_dir)
     root.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(root / CLOCK, budget)
-    say(f"{recipe.title}: {len(tasks)} tasks in budget '{budget}', {jobs} at a time")
-    failed = run_tasks(tasks, jobs, redo, clock, say)
+    records = Records(root)
+    clock = Clock(root, budget, records)
+    left = _left(recipe, tasks, records, redo, part)
+    _check({n: t for n, t in left.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
+    elsewhere = {name: task for name, task in tasks.items() if name not in left and records.knows(task)}
+    for task in elsewhere.values():
+        clock.take_over(task)
+    told = f", {len(elsewhere)} of them known from records" if elsewhere else ""
+    shown = f" (part {part[0]} of {part[1]}: {len(left)})" if part[1] > 1 else ""
+    say(f"{recipe.title}: {len(tasks)} tasks in budget '{budget}'{told}{shown}, {jobs} at a time")
+    failed = run_tasks(left, jobs, redo, clock, say)
     if failed:
         lines = [f"{name}: {line}" for name, lines in failed.items() for line in lines]
-        more = len(tasks) - len(clock.known(tasks)) - len(failed)
+        more = len(left) - len(clock.known(left)) - len(failed)
         raise RunError(
             f"{len(failed)} of {len(tasks)} tasks failed{f' and {more} wait for them' if more > 0 else ''}; what is "
             "finished is kept, and the same command does the rest:",
             *lines,
         )
-    return clock
+    return clock, records
+
+
+def _left(
+    recipe: Bench, tasks: dict[str, Task], records: Records, redo: bool, part: tuple[int, int]
+) -> dict[str, Task]:
+    """The tasks of a part that no record stands for, or whose folder is here; and all that they need, in order."""
+    mine, of = part
+    wanted = [
+        name
+        for name, task in tasks.items()
+        if (task.kind == "run" or of == 1)
+        and (task.seed - recipe.first_seed) % of == mine - 1
+        and (redo or task.folder.exists() or not records.knows(task))
+    ]
+    found = set()
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found.add(name)
+            wanted += tasks[name].needs
+    return {name: task for name, task in tasks.items() if name in found}
 
 
 def _jobs() -> int:
@@ -171,7 +216,7 @@ def _named(arms: list[str], most: int = 3) -> str:
 
 
 def run_tasks(
-    tasks: dict[str, Task], jobs: int, redo: bool, clock: "_Clock", say: Callable[[str], None]
+    tasks: dict[str, Task], jobs: int, redo: bool, clock: "Clock", say: Callable[[str], None]
 ) -> dict[str, list[str]]:
     """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
     from distill.devices import asked_threads, cores
@@ -203,9 +248,10 @@ def run_tasks(
     return failed
 
 
-def _take(task: Task, future: Future, done: set, failed: dict, clock: "_Clock", redo: bool) -> None:
+def _take(task: Task, future: Future, done: set, failed: dict, clock: "Clock", redo: bool) -> None:
     try:
         clock.add(task, future.result(), redo)
+        clock.records.add(task, clock.data["tasks"][task.name])
         done.add(task.name)
     except DistillError as error:
         failed[task.name] = error.problems
@@ -233,72 +279,17 @@ def _dependants(tasks: dict[str, Task]) -> dict[str, int]:
 
 
 def _line(
-    task: Task, done: int, total: int, failed: dict, clock: "_Clock", left: list[Task], jobs: int
+    task: Task, done: int, total: int, failed: dict, clock: "Clock", left: list[Task], jobs: int
 ) -> str:
     """One finished task for a person: what it found, how long it took, and how long the rest may take."""
     counted = f"[{done + len(failed)}/{total}]"
     if task.name in failed:
         return f"{counted} {task.name}: FAILED, {failed[task.name][0]}"
-    found = read_metrics(task.folder) if task.kind == "run" else {}
+    found = clock.records[task].values
     shown = f", hard {100 * found['accuracy.hard']:.1f} %" if "accuracy.hard" in found else ""
     remaining = clock.estimate(left)
     wait_for = f"; about {remaining / jobs / 60:.0f} min left" if remaining else ""
     return f"{counted} {task.name}: {clock.seconds(task.name):.0f} s{shown}{wait_for}"
-
-
-class _Clock:
-    """Seconds of every task over all invocations, and of each budget on the wall; kept in the bench's folder."""
-
-    def __init__(self, path: Path, budget: str):
-        self.path, self.budget = path, budget
-        self.data: dict[str, Any] = {"tasks": {}, "wall": {}}
-        if path.is_file():
-            self.data = read_json(path)
-        self._begun = time.perf_counter()
-        self._commit = (commit() or {}).get("id")
-
-    def begin(self, task: Task) -> None:
-        """What was measured of a folder that somebody removed says nothing of the one that takes its place."""
-        if not task.folder.exists():
-            self.data["tasks"].pop(task.name, None)
-
-    def add(self, task: Task, seconds: float, redone: bool = False) -> None:
-        """`commit` is that of the code which began the task: a claim written later does not count as registered."""
-        known = self.data["tasks"]
-        made = {"arm": task.arm or task.kind, "seconds": 0.0, "commit": self._commit}
-        kept = known.setdefault(task.name, made)
-        if redone:
-            kept |= {"commit": self._commit}
-        kept["seconds"] = round(kept["seconds"] + seconds, 2)
-        now = time.perf_counter()
-        wall = self.data["wall"]
-        wall[self.budget] = round(wall.get(self.budget, 0.0) + now - self._begun, 1)
-        self._begun = now
-        write_sealed(self.path, self.data)
-
-    def seconds(self, name: str) -> float:
-        return self.data["tasks"][name]["seconds"]
-
-    def known(self, tasks: dict[str, Task]) -> list[str]:
-        return [name for name in tasks if name in self.data["tasks"]]
-
-    def estimate(self, left: list[Task]) -> float | None:
-        """Seconds of work in `left`: each as its own arm's finished runs, else as the mean of all; None at first.
-
-        Tasks that an earlier call of the command finished take none.
-        """
-        by_arm: dict[str, list[float]] = {}
-        for kept in self.data["tasks"].values():
-            by_arm.setdefault(kept["arm"], []).append(kept["seconds"])
-        runs = [s for arm, of in by_arm.items() if arm not in ("answers", "rows") for s in of]
-        if not runs:
-            return None
-        mean = statistics.fmean(runs)
-        return sum(
-            statistics.fmean(by_arm.get(t.arm or t.kind, [mean if t.kind == "run" else 5.0]))
-            for t in left
-            if t.name not in self.data["tasks"]
-        )
 
 
 # ------------------------------------------------------------------------------------------------ dry run

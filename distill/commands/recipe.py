@@ -301,12 +301,21 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def part(text: str) -> tuple[int, int]:
+    """ "2/3" as (2, 3)."""
+    mine, slash, of = text.partition("/")
+    if not (slash and mine.isdecimal() and of.isdecimal() and 1 <= int(mine) <= int(of)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no part; 2/3 is the second of three")
+    return int(mine), int(of)
+
+
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a grid, as recipes/claims.yaml")
     add("--budget", metavar="NAME", help="which of its budgets, as small or full; the first if not given")
     add("--jobs", type=whole, default=0, metavar="N", help="runs at a time; one per core if not given")
     add("--redo", action="store_true", help="rebuild what was made from other inputs")
+    add("--part", type=part, metavar="K/N", help="every N-th seed from the K-th on, for one of N machines")
     add("--tune", action="store_true", help="choose learning rates first, on seeds of their own")
     add("--dry-run", action="store_true", help="print the runs it would make, and how long they will take")
     add("--out", metavar="FILE", help="write the JSON there too")
@@ -344,7 +353,14 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
         return found, tuning_text(found)
     from distill.bench.page import claims_text
 
-    found = run_bench(arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say, arguments.lang)
+    asked = (arguments.recipe, arguments.budget, arguments.jobs, arguments.redo, say, arguments.lang)
+    found = run_bench(*asked, arguments.part or (1, 1))
+    if "records" in found:
+        return found, (
+            f"part {found['part']} is done: {found['finished']} of {found['tasks']} tasks. Copy {found['records']} into "
+            "the grid's folder on one of the machines, as records-2.parquet, records-3.parquet and so on; the same command "
+            "without --part then does what is left and judges the claims"
+        )
     return found, claims_text(found)
 
 

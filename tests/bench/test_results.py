@@ -7,9 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill.bench.claims import Fact
-from distill.bench.items import read_items
+from distill.bench.items import items_of
 from distill.bench.judge import _differ, decide
-from distill.bench.plan import Task
 from distill.bench.results import _fact, _wall
 from distill.bench.verdicts import effect, verdict_p
 
@@ -97,7 +96,7 @@ def test_the_first_sample_of_a_problem_is_its_item(tmp_path):
     folder = tmp_path / "eval" / "answers"
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "part-00000.parquet")
-    (items,) = read_items({"arm": {0: Task("run", "x", tmp_path, None)}})["arm"][0].values()
+    (items,) = items_of(tmp_path).values()
     assert (
         items.item.tolist() == ["a", "b"] and items.right.tolist() == [False, True] and items.count == (1, 2)
     )

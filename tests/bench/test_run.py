@@ -1,8 +1,11 @@
 """A grid end to end on the shipped pair, what it shares, what it refuses, and what it leaves behind."""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -11,9 +14,11 @@ from drafting import draft_pages
 from grid_example import TINY, Inline, in_this_process, written
 
 from distill.bench.grid import load_bench, pick_budget
+from distill.bench.items import Records
 from distill.bench.page import build_bench_page, claims_text
 from distill.bench.plan import BUDGET, plan, tuning_bench
-from distill.bench.run import _Clock, describe_plan, run_bench, run_tasks
+from distill.bench.results import Clock
+from distill.bench.run import _left, describe_plan, run_bench, run_tasks
 from distill.commands.cli import main
 from distill.data.prompts import held_out
 from distill.errors import RunError, UserError
@@ -218,7 +223,7 @@ def test_what_an_earlier_call_finished_takes_no_time_any_more(small, tmp_path):
     path, *_ = small
     tasks = plan(load_bench(path)[0], "small", load_bench(path)[1])
     (tmp_path / "clock.json").write_text(json.dumps({"tasks": {}, "wall": {}}))
-    clock = _Clock(tmp_path / "clock.json", "small")
+    clock = Clock(tmp_path, "small", Records(tmp_path))
     runs = [t for t in tasks.values() if t.kind == "run"]
     assert clock.estimate(runs) is None
     clock.add(runs[0], 40.0)
@@ -235,7 +240,7 @@ def test_a_run_made_again_in_the_place_of_a_removed_one_is_of_the_code_that_made
     (tmp_path / "clock.json").write_text(
         json.dumps({"tasks": {t.name: old for t in (there, gone)}, "wall": {}})
     )
-    clock = _Clock(tmp_path / "clock.json", "small")
+    clock = Clock(tmp_path, "small", Records(tmp_path))
     for task in (there, gone):
         clock.begin(task)
         clock.add(task, 1.0)
@@ -336,3 +341,97 @@ def test_a_grid_on_plain_text_with_a_student_made_from_a_model(tmp_path):
         bench["claims"][0]["metric"] = "text.letters.txt.kll"
         path.write_text(yaml.safe_dump(bench))
         load_bench(str(path))
+
+
+# ---- a grid shared out over machines ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(small):
+    """The grid's folder put aside, with an empty one in its place: another machine, where only records may come."""
+    _, grid, *_ = small
+    aside = grid.with_name("aside")
+    grid.rename(aside)
+    grid.mkdir()
+    yield aside
+    shutil.rmtree(grid)
+    aside.rename(grid)
+
+
+def test_records_alone_give_the_same_results_and_nothing_runs_again(small, moved):
+    path, grid, results, _ = small
+    shutil.copy(moved / "records.parquet", grid / "records-2.parquet")
+    lines = []
+    again = run_bench(path, "small", jobs=1, say=lines.append)
+    assert lines == ["Tiny: 7 tasks in budget 'small', 7 of them known from records, 1 at a time"]
+    assert not list(grid.glob("*-0")) and not (grid / "shared").exists()
+    of_today = ("seconds", "commit")
+    assert {k: v for k, v in again.items() if k not in of_today} == {
+        k: v for k, v in results.items() if k not in of_today
+    }
+    assert again["seconds"]["work"] == results["seconds"]["work"]
+    answers = [pq.read_table(folder / "items.parquet") for folder in (grid, moved)]
+    assert answers[0].equals(answers[1]) and answers[0].num_rows > 20
+
+
+def test_another_recipe_is_not_what_a_record_knows(small, moved, tmp_path):
+    path, grid, *_ = small
+    shutil.copy(moved / "records.parquet", grid / "records.parquet")
+    records = Records(grid)
+    known, other = (
+        plan(load_bench(file)[0], "small", load_bench(file)[1])
+        for file in (path, written(tmp_path, run_dir=str(grid), set={**TINY["set"], "train.steps": 3}))
+    )
+    assert all(records.knows(task) for task in known.values())
+    asked = {name: records.knows(other[name]) for name in ("base-0", "sequence-0", "control-0")}
+    assert asked == {"base-0": False, "sequence-0": False, "control-0": False}
+    shared = [task for task in other.values() if task.kind != "run"]
+    assert shared and all(records.knows(task) for task in shared if task.name in known)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", "a table"])
+def test_a_file_of_records_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "records-3.parquet"
+    if content == "a table":
+        pq.write_table(pa.table({"arm": ["x"]}), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"records-3.parquet holds no records .* copy it again"):
+        Records(tmp_path)
+
+
+def test_parts_are_the_whole_and_each_has_what_its_runs_need(tmp_path):
+    bench, file = load_bench(written(tmp_path))
+    tasks = plan(bench, "full", file)
+    nothing = SimpleNamespace(knows=lambda task: False)
+    parts = [_left(bench, tasks, nothing, False, (k, 2)) for k in (1, 2)]
+    seeds = [{task.seed for task in part.values() if task.kind == "run"} for part in parts]
+    assert seeds == [{0, 2}, {1}]
+    assert {n for part in parts for n in part} == set(tasks)
+    assert all(set(task.needs) <= set(part) for part in parts for task in part.values())
+
+
+def test_what_a_record_stands_for_is_made_again_only_where_its_weights_are_needed(tmp_path):
+    bench, file = load_bench(written(tmp_path))
+    tasks = plan(bench, "full", file)
+    records = SimpleNamespace(knows=lambda task: task.name != "more-1")
+    left = _left(bench, tasks, records, False, (1, 1))
+    assert [name for name in left if tasks[name].kind == "run"] == ["sequence-1", "more-1"]
+    assert {tasks[name].kind for name in left} == {"answers", "rows", "run"}
+    assert set(_left(bench, tasks, records, True, (1, 1))) == set(tasks), "--redo makes everything"
+
+
+def test_a_part_is_judged_by_whoever_has_all(small, moved, capsys):
+    """A part whose records are there already, as seed 0 of one: 1/2 has nothing to do, and says what comes next."""
+    path, grid, *_ = small
+    shutil.copy(moved / "records.parquet", grid / "records.parquet")
+    records = Records(grid)
+    gone = next(iter(records._known))
+    del records._known[gone]
+    records.write()
+    assert main(["bench", path, "--part", "2/2"]) == 0
+    told = capsys.readouterr().out
+    assert "part 2/2 is done: 6 of 7 tasks" in told and str(grid / "records.parquet") in told
+    with pytest.raises(SystemExit):
+        main(["bench", path, "--part", "3/2"])
+    assert "2/3 is the second of three" in capsys.readouterr().err
