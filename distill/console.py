@@ -108,9 +108,14 @@ def paint(text: str, colour: str, stream: TextIO) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if coloured(stream) else text
 
 
+def shows_bars() -> bool:
+    """Whether a bar of another library can be redrawn in its place, and is wanted."""
+    return not quiet() and sys.stderr.isatty()
+
+
 def hush_foreign_bars() -> None:
     """No bars of other libraries where nothing can redraw them. Before tqdm is imported, which reads this once."""
-    if quiet() or not sys.stderr.isatty():
+    if not shows_bars():
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 

@@ -27,8 +27,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
+from distill import console
 from distill.config.evaluation import Evaluate
-from distill.console import first_process
 from distill.devices import dealt, even_size, from_all, main_alone, summed
 from distill.errors import DistillError, RunError, UserError
 from distill.models.routers import find_routers
@@ -76,14 +78,16 @@ def _index(include: str | None, tasks: tuple[str, ...]):
 
 def run_harness(model, tokenizer, section: Evaluate) -> dict[str, Any]:
     """`Harness` of metrics.json. Raises RunError with the harness's own reason where it fails."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     routed = bool(find_routers(model))
     batch = 1 if routed else min(section.batch_size, BATCH_SIZE)
 
     def evaluate() -> dict:
         manager = _manager(section)  # first: it quietens the loggers
-        return simple_evaluate(
+        # It asks git for a commit that nobody reads, and git complains aloud outside of a checkout.
+        evaluator.get_git_commit_hash = lambda: None
+        return evaluator.simple_evaluate(
             model=_sharing(model, tokenizer, batch),
             tasks=section.harness,
             limit=section.harness_limit,
@@ -130,8 +134,17 @@ def _sharing(model, tokenizer, batch: int):
         def _share(self, answer: Callable[..., list], requests: list, quiet: bool) -> list:
             size = even_size(len(requests), _MOST if batch > 1 else _MOST_ALONE)
             pieces = [requests[i : i + size] for i in range(0, len(requests), size)]
-            quiet = quiet or not first_process()
-            return list(chain.from_iterable(dealt(pieces, lambda piece: answer(piece, disable_tqdm=quiet))))
+            theirs = console.shows_bars() and not quiet and console.first_process()
+            ours = not theirs and not quiet and console.first_process()
+            with console.bar(total=len(requests), desc="harness", unit="request", main=ours) as shown:
+
+                def work(piece: list) -> list:
+                    found = answer(piece, disable_tqdm=not theirs)
+                    # The other processes are taken to be as fast as this one.
+                    shown.update(min(PartialState().num_processes * len(piece), shown.total - shown.n))
+                    return found
+
+                return list(chain.from_iterable(dealt(pieces, work)))
 
         def loglikelihood(self, requests, disable_tqdm=False):
             return self._share(super().loglikelihood, requests, disable_tqdm)

@@ -145,7 +145,7 @@ def version_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def summary_table(metrics: dict) -> str:
-    """Plain text for a terminal: models x tasks, accuracy in percent with its 95 % interval; then the texts."""
+    """Plain text for a terminal: models x tasks, accuracy in percent with its 95 % interval; texts; the harness's."""
     head, columns = ["accuracy [95 %]"], {}
     models = ordered(metrics["models"], MODEL_ORDER)
     for task in tasks_in_order(metrics):
@@ -154,9 +154,21 @@ def summary_table(metrics: dict) -> str:
         head.append(f"{task} (n={'-'.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))})")
     cells = [[percent(score).replace(NB, " ") for score in column] for column in columns.values()]
     rows = [head, *([model, *row] for model, *row in zip(models, *cells))]
-    texts = _text_tables(metrics, models)
-    tables = [rows] if columns or not texts else []
-    return "\n\n".join(map(_aligned, [*tables, *texts]))
+    others = [*_text_tables(metrics, models), *_harness_table(metrics, models)]
+    tables = [rows] if columns or not others else []
+    return "\n\n".join(map(_aligned, [*tables, *others]))
+
+
+def _harness_table(metrics: dict, models: list[str]) -> list[list[list[str]]]:
+    """Published tasks as the harness itself reports them: each metric with its standard error."""
+    rows = []
+    for model in models:
+        for task, found in metrics["models"][model].get("harness", {}).get("tasks", {}).items():
+            for key, value in found["metrics"].items():
+                error = found["stderr"].get(key)
+                shown = number(value) + (f" ± {number(error)}" if error is not None else "")
+                rows.append([model, f"{task} (n={found['n']})", key.removesuffix(",none"), shown])
+    return [[["lm-evaluation-harness", "task", "metric", "value"], *rows]] if rows else []
 
 
 def _text_tables(metrics: dict, models: list[str]) -> list[list[list[str]]]:

@@ -144,6 +144,7 @@ def test_the_command_puts_it_into_metrics(run_cli, hub, tasks, tmp_path, monkeyp
     asked = ("--harness", "tiny_choice", "--harness-include", tasks, "--harness-limit", "2")
     code, _, err = run_cli("evaluate", hub["llama"], *arguments, *asked)
     assert code == 0, err
+    assert "loglikelihood" not in err, "its bars are not for a file"
     found = read_json(tmp_path / "out" / "metrics.json")["models"]["llama"]["harness"]
     assert found["tasks"]["tiny_choice"]["n"] == found["limit"] == 2
 

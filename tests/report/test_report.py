@@ -427,6 +427,19 @@ def test_the_summary_of_a_text_has_the_columns_that_somebody_fills():
     ]
 
 
+def test_the_summary_of_the_harness_has_each_metric_with_its_error():
+    """`evaluate --harness TASK` alone says nothing else: neither an empty table of accuracies nor silence."""
+    metrics = {"exact_match,strict-match": 0.25, "exact_match,flexible-extract": 0.5}
+    errors = {"exact_match,strict-match": 0.125, "exact_match,flexible-extract": None}
+    found = {"tasks": {"gsm8k": {"n": 12, "metrics": metrics, "stderr": errors}}}
+    lines = summary_table({"models": {"m": {"harness": found}}}).splitlines()
+    assert [re.split(r"  +", line) for line in lines] == [
+        ["lm-evaluation-harness", "task", "metric", "value"],
+        ["m", "gsm8k (n=12)", "exact_match,strict-match", "0.250 ± 0.125"],
+        ["m", "gsm8k (n=12)", "exact_match,flexible-extract", "0.500"],
+    ]
+
+
 def test_summary_table(whole):
     metrics = json.loads((whole / "eval" / "metrics.json").read_text())
     lines = summary_table(metrics).splitlines()
