@@ -206,7 +206,9 @@ class Record:
 def identity(task: Task) -> str:
     """A fingerprint of what the task is to do; folders of the grid are named in it, machines are not."""
     if task.kind in ("answers", "rows"):
-        return task.name  # a fingerprint of all that they depend on; the recipe is that of whoever asked first
+        return (
+            task.name
+        )  # a fingerprint of all that they depend on; the recipe is that of whoever asked first
     asked = [task.kind, task.checkpoint, task.probes, str(task.rows), sorted(task.needs)]
     return fingerprint([task.recipe.identity(), *asked])
 

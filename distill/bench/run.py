@@ -215,6 +215,9 @@ def _named(arms: list[str], most: int = 3) -> str:
 # ------------------------------------------------------------------------------------------- the schedule
 
 
+SILENT = 60.0  # seconds without a finished task after which the bench says what it is at
+
+
 def run_tasks(
     tasks: dict[str, Task], jobs: int, redo: bool, clock: "Clock", say: Callable[[str], None]
 ) -> dict[str, list[str]]:
@@ -236,7 +239,10 @@ def run_tasks(
                     running[pool.submit(run_task, task, redo)] = waiting.pop(task.name)
                 if not running:
                     break  # what is left waits for tasks that failed
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                finished, _ = wait(running, timeout=SILENT, return_when=FIRST_COMPLETED)
+                if not finished:
+                    begun = [task.name for future, task in running.items() if future.running()]
+                    say(f"[{len(done) + len(failed)}/{len(tasks)}] still at {', '.join(begun[:jobs])}")
                 for future in finished:
                     task = running.pop(future)
                     _take(task, future, done, failed, clock, redo)

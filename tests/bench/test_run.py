@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from grid_example import TINY, Inline, in_this_process, written
 from distill.bench.grid import load_bench, pick_budget
 from distill.bench.items import Records
 from distill.bench.page import build_bench_page, claims_text
-from distill.bench.plan import BUDGET, plan, tuning_bench
+from distill.bench.plan import BUDGET, Task, plan, tuning_bench
 from distill.bench.results import Clock
 from distill.bench.run import _left, describe_plan, run_bench, run_tasks
 from distill.commands.cli import main
@@ -122,6 +124,34 @@ def test_workers_share_the_threads_that_were_asked_for(monkeypatch, asked, threa
         monkeypatch.delenv(name, raising=False)
     run_tasks({}, 2, False, None, print)
     assert seen == [(2, threads)]
+
+
+def test_a_bench_says_what_it_is_at_while_nothing_finishes(monkeypatch):
+    """One run of a real model takes ten minutes: silence looks like a hang."""
+    said, lines = threading.Event(), []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, jobs, context, *, initializer, initargs):
+            super().__init__(jobs)
+
+    class Kept:
+        data = {"tasks": {"a-0": {}, "b-0": {}}}
+        begin = add = estimate = lambda *_: None
+        seconds = lambda *_: 1.0  # noqa: E731
+        records = property(lambda self: self)
+        values = {}
+        __getitem__ = lambda self, task: self  # noqa: E731
+
+    def say(line: str) -> None:
+        lines.append(line)
+        said.set()
+
+    monkeypatch.setattr("distill.bench.run.ProcessPoolExecutor", Threads)
+    monkeypatch.setattr("distill.bench.run.SILENT", 0.05)
+    monkeypatch.setattr("distill.bench.run.run_task", lambda task, redo: said.wait(60))
+    tasks = {name: Task("run", name, ROOT, None, arm=name[0]) for name in ("a-0", "b-0")}
+    run_tasks(tasks, 1, False, Kept(), say)
+    assert lines[0] == "[0/2] still at a-0" and lines[-1].startswith("[2/2] ")
 
 
 def test_every_problem_of_a_bench_file_is_told_at_once(tmp_path):
