@@ -357,9 +357,9 @@ def _grid(arguments: argparse.Namespace) -> tuple[dict, str]:
     found = run_bench(*asked, arguments.part or (1, 1))
     if "records" in found:
         return found, (
-            f"part {found['part']} is done: {found['finished']} of {found['tasks']} tasks. Copy {found['records']} into "
-            "the grid's folder on one of the machines, as records-2.parquet, records-3.parquet and so on; the same command "
-            "without --part then does what is left and judges the claims"
+            f"part {found['part']} is done: {found['finished']} of {found['tasks']} tasks. Copy {found['records']} "
+            "into the grid's folder on one of the machines, as records-2.parquet, records-3.parquet and so on; the "
+            "same command without --part then does what is left and judges the claims"
         )
     return found, claims_text(found)
 
