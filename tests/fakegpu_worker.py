@@ -402,6 +402,7 @@ def refuses_to_mix(waits) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported: every collection would look at all of it
+    gc.enable()
     with pretend() as waits:
         for check in (refuses_to_mix, objectives, decoding, scoring, routing, balancer):
             check(waits)
