@@ -11,6 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tests run side by side, so each process computes on one thread, those that tests start too.
 os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Compiling the package is a second of every process, and rewriting all asserts of the tests six of each worker.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
 import shutil
@@ -24,6 +26,8 @@ from drafting import draft_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+sys.dont_write_bytecode = False
 
 # Tests end processes and not machines: no file has to survive a loss of power.
 os.fsync = lambda _file: None

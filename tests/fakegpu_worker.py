@@ -6,6 +6,7 @@ Writes found.json: for every check the largest difference from the CPU and how o
 import gc
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,7 @@ def note(name: str, waits, difference: float, **more) -> None:
 
 def there(model):
     """On the device, as `load_model` leaves it there."""
-    attend_by_row(to_device(model))
-    return model
+    return attending(to_device(model))
 
 
 def build(family: str, seed: int = 0, vocabulary: int = V):
@@ -57,6 +57,18 @@ def build(family: str, seed: int = 0, vocabulary: int = V):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     if family != "gemma2":
         model.set_attn_implementation("sdpa")
+    return model
+
+
+@cache
+def kept(family: str, seed: int, vocabulary: int, where: torch.device):
+    """A model for many checks, none of which changes its weights: trying how it attends takes longer than a step."""
+    model = build(family, seed, vocabulary)
+    return there(model) if where == GPU else attending(model)
+
+
+def attending(model):
+    attend_by_row(model)
     return model
 
 
@@ -91,10 +103,7 @@ def one_step(
     vocabulary=V,
 ):
     """(loss, gradients, waits of one forward and backward pass) of a batch of ragged rows on a device."""
-    model, other = build(student, vocabulary=vocabulary), build(teacher, seed=1, vocabulary=vocabulary)
-    if where == GPU:
-        there(model), there(other)
-    attend_by_row(model), attend_by_row(other)
+    model, other = kept(student, 0, vocabulary, where), kept(teacher, 1, vocabulary, where)
     said = make(other)
     states = state_objectives(objectives, model, said, seed=0)
     if where == GPU:
@@ -393,6 +402,7 @@ def refuses_to_mix(waits) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported: every collection would look at all of it
+    gc.enable()
     with pretend() as waits:
         for check in (refuses_to_mix, objectives, decoding, scoring, routing, balancer):
             check(waits)

@@ -338,11 +338,12 @@ _LINKED = ("prompts", "generations", "dataset")
 
 
 def start_worker(threads: int) -> None:
-    """What a process does before its first task: its share of the cores, and silence."""
+    """What a process does before its first task: its share of the cores, silence, and what takes long to import."""
     os.environ["DISTILL_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console.set_verbosity(-1)
     console.hush_foreign_bars()
+    console.quiet_libraries()
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -6,7 +6,9 @@ weight is loaded. The resolved recipe (defaults filled in) is what manifests, re
 """
 
 import datetime
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -265,6 +267,12 @@ def load_yaml(text: str) -> Any:
 
     Also for aliases that repeat themselves: nine lines of nine aliases each are 400 million values.
     """
+    return deepcopy(_said_by(text))
+
+
+@lru_cache(4096)
+def _said_by(text: str) -> Any:
+    # A grid reads its recipe anew for every arm and seed, and the same overrides with it.
     loader = SAFE_LOADER(text)
     try:
         node = loader.get_single_node()

@@ -93,7 +93,7 @@ def _unstorable(value: Any) -> str | None:
     if isinstance(value, str):
         if "\0" in value:
             return "has a NUL character, which no path and no text holds; take it out"
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
             return "has half of a surrogate pair, which no file holds; write the character itself"
     elif isinstance(value, bool) or value is None:
         return None

@@ -360,8 +360,8 @@ def ask(model, tokenizer, problems: list[dict], **how) -> list[dict]:
     from distill.config.recipe import load_evaluate
     from distill.evaluation.answers import answer_problems
 
-    # A worked solution has 42 tokens at most; a student of a few steps never ends its answer.
-    section = load_evaluate({"max_new_tokens": scaled(80, 48), **how})
+    # A worked solution has 42 tokens at most, and its end is one; a student of a few steps never ends its answer.
+    section = load_evaluate({"max_new_tokens": scaled(80, 44), **how})
     return answer_problems(model, tokenizer, problems, "", section, bar=False)[0]
 
 

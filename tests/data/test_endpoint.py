@@ -542,9 +542,9 @@ def test_transformers_serve_gives_what_the_local_teacher_gives(make_recipe, run_
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    serve = "import gc; gc.disable(); from transformers.cli.transformers import main; main()"
     server = subprocess.Popen(
-        [PYTHON, "-c", "from transformers.cli.transformers import main; main()", "serve", teacher,
-         "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        [PYTHON, "-c", serve, "serve", teacher, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -53,6 +53,7 @@ def asked(*words: str) -> list[dict]:
 @pytest.mark.parametrize("worst", WORST)
 def test_time_memory_and_length_are_limited(worst, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(chat, "MEMORY", 2**26)  # a string of a gigabyte is seconds of work
     tokenizer = byte_tokenizer(template(worst))
     good, bad = asked("six", "seven")
     begun = time.process_time()

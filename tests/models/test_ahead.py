@@ -32,7 +32,7 @@ def spoiled(ahead: TokenAhead, how: float) -> TokenAhead:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "sampling", [Sampling(max_new_tokens=17), Sampling(0.9, 0.95, max_new_tokens=17)], ids=str
+    "sampling", [Sampling(max_new_tokens=12), Sampling(0.9, 0.95, max_new_tokens=12)], ids=str
 )
 def test_answers_are_those_of_plain_decoding(family, sampling):
     """Prompts of all lengths in one batch and, with end tokens that do come up, one at a time; in float64."""
@@ -70,7 +70,7 @@ def spoiled_model(model, how: float):
     ("family", "guesses"), [("llama", 1), ("llama", 4), ("qwen3_moe", 3), ("deepseek_v3", 3)]
 )
 @pytest.mark.parametrize(
-    "sampling", [Sampling(max_new_tokens=17), Sampling(0.9, 0.95, max_new_tokens=17)], ids=str
+    "sampling", [Sampling(max_new_tokens=12), Sampling(0.9, 0.95, max_new_tokens=12)], ids=str
 )
 def test_answers_with_another_models_guesses_are_those_of_plain_decoding(family, guesses, sampling):
     """Together, two at a time and alone; some guesses are taken and some are not; another family guesses as well."""
