@@ -205,12 +205,13 @@ class Record:
 
 def identity(task: Task) -> str:
     """A fingerprint of what the task is to do; folders of the grid are named in it, machines are not."""
+    from distill.training.arms import NOT_IDENTITY
+
     if task.kind in ("answers", "rows"):
-        return (
-            task.name
-        )  # a fingerprint of all that they depend on; the recipe is that of whoever asked first
-    asked = [task.kind, task.checkpoint, task.probes, str(task.rows), sorted(task.needs)]
-    return fingerprint([task.recipe.identity(), *asked])
+        # The name is a fingerprint of all that they depend on, and the recipe that of whoever asked first.
+        return task.name
+    recipe = task.recipe.identity(exclude={"train": NOT_IDENTITY})
+    return fingerprint([recipe, task.kind, task.checkpoint, task.probes, str(task.rows), sorted(task.needs)])
 
 
 def record_of(task: Task, kept: Mapping[str, Any]) -> Record:

@@ -118,11 +118,11 @@ def _finish(
     """Do what is left of the tasks. UserError before anything has begun, RunError where some failed."""
     prepare(recipe.prepare)  # first: recipes name these files
     root = Path(recipe.run_dir)
-    root.mkdir(parents=True, exist_ok=True)
     records = Records(root)
     clock = Clock(root, budget, records)
     left = _left(recipe, tasks, records, redo, part)
     _check({n: t for n, t in left.items() if redo or not (t.folder / "eval" / MANIFEST).is_file()})
+    root.mkdir(parents=True, exist_ok=True)
     elsewhere = {name: task for name, task in tasks.items() if name not in left and records.knows(task)}
     for task in elsewhere.values():
         clock.take_over(task)

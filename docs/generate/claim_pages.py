@@ -26,6 +26,7 @@ from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
 from distill.report.pages import si
 from distill.storage import PROJECT_ROOT, hash_yaml, parse_yaml, read_json
+from distill.training.arms import NOT_IDENTITY
 
 RESULTS_FOLDER = PROJECT_ROOT / "recipes" / "results"
 CLAIMS_PAGE = PROJECT_ROOT / "docs" / "claims.md"
@@ -146,7 +147,10 @@ def stale(results: dict[str, Any]) -> list[str]:
 
 
 def _as_then(name: str, results: dict[str, Any]) -> bool:
-    """Whether a base recipe says today what it said in the commit of the results, but for keys that the grid sets."""
+    """Whether a base recipe says today what it said in the commit of the results.
+
+    But for keys that the grid sets, and those of `train` that change how a run proceeds and not what it computes.
+    """
     then = History(PROJECT_ROOT).text(results["commit"]["id"], name)
     if then is None:  # no checkout
         return False
@@ -160,6 +164,13 @@ def _as_then(name: str, results: dict[str, Any]) -> bool:
             for parent in parents:
                 inside = inside.setdefault(parent, {})
             inside[last] = value
+        for key, within in NOT_IDENTITY.items():
+            if within is True:
+                data.get("train", {}).pop(key, None)
+            elif of := data.get("train", {}).get(key):
+                data["train"][key] = {k: v for k, v in of.items() if k not in within}
+                if not data["train"][key]:
+                    del data["train"][key]
         return data
 
     return seen(then) == seen((PROJECT_ROOT / name).read_text(encoding="utf-8"))
