@@ -234,6 +234,7 @@ RESULTS = PROJECT_ROOT / "recipes" / "results"
 LOAD = 1.5  # seconds of a run that are neither training nor answering
 GENERATED = 24.0  # seconds in which the embedded teacher answers 2,000 questions on one thread
 PROBES = 5.0  # seconds of the probes of flaws
+MADE_OF = 10.0  # seconds in which a student is made of a model
 CROWDED = 1.05  # work shared by as many processes as cores takes a little longer than its part
 # Of a task in version 1, in tokens: an answer where nobody measured one, prompt and worked solution together.
 ANSWER, SOLUTION = 30.0, 75.0
@@ -243,9 +244,10 @@ SPEED = 5000.0  # tokens a second, decoded
 def known_results(bench_name: str) -> tuple[dict[str, Any], str] | None:
     """(results, file) of the largest committed grid of a bench file; None if there is none."""
     found = []
-    for path in sorted(RESULTS.glob("claims-*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
         results = read_json(path)
-        if results.get("bench") == bench_name and "arms" in results and "claims" in results:
+        known = isinstance(results, dict) and results.get("bench") == bench_name
+        if known and "arms" in results and "claims" in results:
             found.append((results["tasks"], path.name, results))
     if not found:
         return None
@@ -278,6 +280,8 @@ def task_seconds(bench: Bench, task: Task, measured: dict[str, Any], guessed: di
     key = task.arm or task.kind
     if task.kind == "rows":
         return exact.get(key, 2.0)
+    if task.kind == "base":
+        return MADE_OF
     if task.kind == "answers":
         asked = sum(task.recipe.prompts.levels.values()) * task.recipe.generate.samples
         return exact.get(key, LOAD + (GENERATED * asked / 2000 if task.recipe.teacher else 0.0))
@@ -322,7 +326,11 @@ def _nearest(bench: Bench, name: str, known: dict[str, Any]) -> str:
     # A cell of a factorial by the cells it was part of, as teacher+moe+lora of teacher+moe+bf16+lora.
     parts = set(name.split("+"))
     wider = [other for other in known if "+" in other and parts <= set(other.split("+"))]
-    return wider[0] if wider else "sequence" if "sequence" in known else next(iter(known))
+    if wider or "sequence" in known:
+        return wider[0] if wider else "sequence"
+    # Nothing says what it is like: a trained arm in the middle of those that were measured.
+    trained = [other for other in known if "train.steps" in known[other]["metrics"]] or list(known)
+    return sorted(trained, key=lambda other: _mean(known[other], "train.seconds"))[len(trained) // 2]
 
 
 def _value(summary: Any) -> float:

@@ -10,6 +10,7 @@ from conftest import ROOT
 from distill.bench.claims import History
 from distill.bench.grid import Bench, load_bench
 from distill.bench.plan import forecast, known_results, plan
+from distill.bench.run import describe_plan
 
 
 @pytest.mark.parametrize("budget", ["small", "full"])
@@ -48,6 +49,21 @@ def test_seconds_of_arms_that_were_measured_are_taken_as_they_are():
     alone = forecast(bench, tasks, {"arm_seconds": exact, "arms": arms}, jobs=1)
     assert alone["wall_minutes"] > 1.9 * found["wall_minutes"]
     assert forecast(bench, tasks, results)["guessed"], "arms that nobody has measured are named"
+
+
+@pytest.mark.parametrize("name", ["claims_language", "claims_combination"])
+def test_every_shipped_grid_that_was_measured_has_a_forecast(name):
+    """Of its own results: arms that nobody measured take what trained ones take, and not 60 times that."""
+    found = describe_plan(str(ROOT / "recipes" / f"{name}.yaml"), "small")["forecast"]
+    results, file = known_results(f"recipes/{name}.yaml")
+    assert found["from"] == f"recipes/results/{file}" and found["guessed"] == []
+    assert found["work_minutes"] == pytest.approx(results["seconds"]["work"] / 60, rel=0.1)
+    whole = describe_plan(str(ROOT / "recipes" / f"{name}.yaml"), "full")
+    share = whole["runs"] / len(
+        [run for arm in results["arms"].values() for run in arm["metrics"]["parameters.total"]["values"]]
+    )
+    assert found["work_minutes"] < whole["forecast"]["work_minutes"] < 1.5 * share * found["work_minutes"]
+    assert whole["forecast"]["guessed"]
 
 
 def bench_steps(tasks: dict, arm: str) -> float:
