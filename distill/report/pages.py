@@ -32,9 +32,10 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import jinja2
 from markupsafe import Markup
@@ -110,6 +111,29 @@ def retold(sentence: str, forms: Collection[str], translate: Callable[[str], str
             values = {name: retold(value, forms, translate) for name, value in found.groupdict().items()}
             return translate(form) % values
     return called(sentence)
+
+
+_PLACE = re.compile(r"%\((\w+)\)(-?\d*)[swg]")
+_KINDS = {"s": ".+?", "w": r"\S+?", "g": r"(?:[-+]?(?:\d|nan|inf)\S*?|-)"}  # a text, a word, a number
+
+
+def form_pattern(form: str) -> re.Pattern:
+    """The lines that `form` stands for: a space is one or more, %(x)s a text, %(x)w a word, %(x)g a number."""
+    parts = re.split(r"%\((\w+)\)([swg])", form)
+    fixed = [re.sub(r"(\\ )+", " +", re.escape(part.replace("%%", "%"))) for part in parts[::3]]
+    places = [f"(?P<{name}>{_KINDS[kind]})" for name, kind in zip(parts[1::3], parts[2::3])]
+    return re.compile("".join(a + b for a, b in zip(fixed, [*places, ""])))
+
+
+def filled(form: str, values: Mapping[str, str]) -> str:
+    """A line of a table: %(x)-9s takes nine columns, %(x)9s the same at their right end; a Chinese letter takes two."""
+
+    def padded(place: re.Match) -> str:
+        text, columns = values[place[1]], place[2]
+        room = " " * (abs(int(columns or 0)) - sum(2 if east_asian_width(c) in "WF" else 1 for c in text))
+        return text + room if columns.startswith("-") else room + text
+
+    return _PLACE.sub(padded, form.replace("%%", "%"))
 
 
 def mark(text: str) -> str:
