@@ -349,6 +349,14 @@ def hundredfold(value: float, digits: int) -> str:
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
+_MACHINES = (mark("cpu (%(name)s, %(n)s threads)"), mark("%(times)s x cpu (%(name)s, %(n)s threads)"))
+
+
+def machine(device: str | None) -> str:
+    """A device as `distill.devices.describe_device` names it, in the language of the page; "" without one."""
+    return retold(device, _MACHINES) if device else ""
+
+
 # ==== What all pages share ====
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -399,6 +407,7 @@ FILTERS = [
     points_alone,
     p_value,
     clip,
+    machine,
 ]
 
 
