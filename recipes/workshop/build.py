@@ -74,7 +74,10 @@ def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = N
     def add_code(source: str, tags: list[str], printed: list | None = None) -> None:
         nonlocal ran
         shown = outputs[ran] if printed is None else printed
-        cell = v4.new_code_cell(source, outputs=shown, metadata={"tags": tags} if tags else {})
+        about = {"tags": tags} if tags else {}
+        if tags == ["install"]:  # fifty lines before the lesson begins: JupyterLab folds them
+            about["jupyter"] = {"source_hidden": True}
+        cell = v4.new_code_cell(source, outputs=shown, metadata=about)
         ran += 1
         cell["execution_count"] = ran if any(outputs) else None
         made.append(cell)
