@@ -357,6 +357,26 @@ def machine(device: str | None) -> str:
     return retold(device, _MACHINES) if device else ""
 
 
+# What an evaluation warns of (distill/evaluation/measure.py), as `%`-formats.
+WARNINGS = (
+    mark("it has no chat template, so its answers were ended before %(text)s; --stop (evaluate.stop) sets others"),
+    mark("non-finite logits (NaN or infinity) in %(n)s of %(all)s answers: they count as errors, not as wrong; the "
+         "weights may be damaged, or the dtype too narrow (try fp32)"),
+    mark("%(n)s of %(all)s answers failed: %(why)s"),
+    mark("routing was not measured: %(why)s"),
+    mark("%(n)s of %(all)s answers to %(task)s state nothing that the verifier can read, and count as not solved "
+         "(verdict no_answer in answers/)"),
+    mark("every answer of task %(task)s was cut at %(n)s tokens, so its accuracy says nothing; raise --max-new-tokens "
+         "(evaluate.max_new_tokens)"),
+    mark("fidelity leaves out %(n)s tokens whose logits are not finite"),
+)  # fmt: skip
+
+
+def warning(text: str) -> str:
+    """A warning of metrics.json in the language of the page."""
+    return retold(text, WARNINGS)
+
+
 # ==== What all pages share ====
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -408,6 +428,7 @@ FILTERS = [
     p_value,
     clip,
     machine,
+    warning,
 ]
 
 

@@ -263,6 +263,29 @@ def test_a_sentence_of_a_file_is_told_in_the_language_of_the_page():
         assert retold("a note of somebody's own", SAID.values()) == "a note of somebody's own"
 
 
+def test_what_an_evaluation_warns_of_has_its_form():
+    """Every sentence of `warnings`, made by it."""
+    from types import SimpleNamespace
+
+    from distill.evaluation.measure import warnings
+    from distill.models.chat import PLAIN_TEMPLATE
+
+    score = {"truncated": 2, "n": 2, "samples": 1}
+    result = {"tasks": {"hard": score}, "fidelity": {"not_finite": 3}}
+    row = {"level": "hard", "verdict": "no_answer"}
+    rows = [row | {"error": why} for why in ("non-finite logits", "no room", None)]
+    section = SimpleNamespace(stop=[], max_new_tokens=64)
+    tokenizer = SimpleNamespace(chat_template=PLAIN_TEMPLATE)
+    found = warnings(rows, result, section, "no router was found", tokenizer)
+    assert len(found) == len(pages.WARNINGS)
+    with speaking("zh"):
+        told = [pages.warning(text) for text in found]
+    assert all(re.search("[\u4e00-\u9fff]", text) for text in told) and "困难：3 个回答中有 3 个" in "".join(
+        told
+    )
+    assert [pages.warning(text) for text in found] == found
+
+
 def test_a_sentence_left_in_english_would_be_seen(monkeypatch, tmp_path):
     known = dict(pages.catalogue())
     del known["What it cost"], known["optimizer step"]
