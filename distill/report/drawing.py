@@ -338,7 +338,7 @@ def _drawn(
             colours, ax=axes, orientation="horizontal", fraction=fraction, aspect=45, pad=0.03
         )
         _bar(bar, uniform, reach)
-        return to_svg(figure, said, 620 if wide else 440 if alone else 300, hover)
+        return to_svg(figure, said, 620 if wide else 300, hover)  # 300: the whole width of a phone
 
 
 def _cells(axes, rows, cells, shades, colours, hover, uniform) -> None:
