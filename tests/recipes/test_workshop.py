@@ -541,6 +541,22 @@ def test_slides_hold_every_section_exercise_and_question_and_the_figures(tmp_pat
         assert page.count("class='exercise") == len(re.findall(r"(?m)^\*\*\d\.\d\*\* ", text))
 
 
+def test_both_languages_have_the_same_slides_and_no_sentence_is_cut():
+    for number in NUMBERS:
+        made = {}
+        for language in workshop.LANGUAGES:
+            lesson = workshop.read_lesson(number)
+            outputs = [
+                workshop.in_one_language(cell, language, number) for cell in workshop.stored_outputs(lesson)
+            ]
+            made[language] = workshop.slides.of_lesson(lesson, language, outputs, lambda text: text)
+        english, chinese = ([(s.kind, bool(s.picture)) for s in made[one]] for one in ("en", "zh"))
+        assert english == chinese
+        for slide in made["en"]:
+            assert not (slide.picture and slide.full)
+            assert not any(point.endswith(" al.") for point in slide.points)
+
+
 def pages() -> dict[str, str]:
     texts = {p.name: p.read_text() for p in workshop.FOLDER.glob("*.md")}
     for number in NUMBERS:

@@ -280,9 +280,9 @@ def test_what_an_evaluation_warns_of_has_its_form():
     assert len(found) == len(pages.WARNINGS)
     with speaking("zh"):
         told = [pages.warning(text) for text in found]
-    assert all(re.search("[\u4e00-\u9fff]", text) for text in told) and "困难题的 3 个回答里，有 3 个" in "".join(
-        told
-    )
+    assert all(
+        re.search("[\u4e00-\u9fff]", text) for text in told
+    ) and "困难题的 3 个回答里，有 3 个" in "".join(told)
     assert [pages.warning(text) for text in found] == found
 
 
