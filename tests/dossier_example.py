@@ -17,6 +17,10 @@ LEVELS = ["easy", "medium", "hard"]
 SKILL = {"base": (0.88, 0.3, 0.04), "student": (0.93, 0.88, 0.8), "teacher": (0.99, 0.97, 0.94)}
 ATTACK = "</pre></script><script>alert('model')</script><img src=x onerror=alert(1)>\x07 & {{ 7*7 }}"
 N = 48
+WARNED = [
+    "3 of 48 answers to hard state nothing that the verifier can read, and count as not solved (verdict no_answer in "
+    "answers/)"
+]
 
 
 def wilson(p: float, n: int) -> list[float]:
@@ -278,7 +282,7 @@ def example_model(name: str, rng, experts: int, layers: int, k: int) -> dict:
             },
         },
         "cost": cost,
-        "warnings": ["3 answers reached the length limit"] if name == "base" else [],
+        "warnings": WARNED if name == "base" else [],
     }
     if moe:
         measured = {layer_name(i): moe_layer(rng, experts, k) for i in range(layers)}

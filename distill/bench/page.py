@@ -179,12 +179,12 @@ def _page(results: dict[str, Any]) -> str:
     groups: dict[str, list] = {}
     for claim in results["claims"]:
         groups.setdefault(claim["group"], []).append(_shown_claim(claim, own))
-    figures = {group: Markup(forest(own(group), claims)) for group, claims in groups.items()}
+    figures = {group: Markup(forest(own(group), claims, own)) for group, claims in groups.items()}
     curves = [
         (c, Markup(curve(c, own))) for c in results["curves"] if any(s["x"] for s in c["series"].values())
     ]
     environment = page_environment()
-    environment.filters |= {"own": own, "verdict_words": verdict_words}
+    environment.filters |= {"own": own, "verdict_words": verdict_words, "budget_words": _budget_words}
     return environment.get_template("bench.html.j2").render(
         results=results,
         colours=COLOURS,
@@ -200,10 +200,17 @@ def _page(results: dict[str, Any]) -> str:
 
 
 def _own_words(results: dict[str, Any]) -> Callable[[str], str]:
-    """The sentences of a bench file in the language of the page, or as they are: `zh/NAME.yaml` beside NAME.yaml."""
+    """The sentences and names of a bench file in the language of the page: `zh/NAME.yaml` beside NAME.yaml."""
     file = find_file(results.get("bench", ""))
-    table = _sentences(file.parent / spoken() / file.name) if spoken() != "en" else {}
-    return lambda text: table.get(text, text)
+    if spoken() == "en":
+        return str
+    table = _sentences(file.parent / spoken() / file.name)
+
+    def own(text: str) -> str:
+        name, at, setting = text.partition("@")  # an arm with another number of experts: teacher@k4
+        return table[text] if text in table else called(name) + at + setting
+
+    return own
 
 
 @cache
@@ -219,7 +226,12 @@ def verdict_words(verdict: str, language: str | None = None) -> str:
         return f"{called(verdict)} {verdict}"
 
 
+_BUDGETS = (mark("small"), mark("full"))
 _SAME = (mark("prompts"), mark("steps"), mark("rows"), mark("tokens"), mark("flops"))
+
+
+def _budget_words(name: str) -> str:
+    return lookup(name) if name in _BUDGETS else name
 
 
 def _shown_claim(claim: dict[str, Any], own: Callable[[str], str]) -> dict[str, Any]:
@@ -235,7 +247,7 @@ def _shown_claim(claim: dict[str, Any], own: Callable[[str], str]) -> dict[str, 
         "shown": shown_effect(claim),
         "mark": MARKS[claim["verdict"]],
         "means": [
-            (term.partition("@")[0], amount(mean, metric(term.partition("@")[2]).unit))
+            (own(term.partition("@")[0]), amount(mean, metric(term.partition("@")[2]).unit))
             for term, mean in claim["means"].items()
         ],
         "basis": say("(%(basis)s)", basis=basis),
@@ -248,13 +260,13 @@ def _shown_claim(claim: dict[str, Any], own: Callable[[str], str]) -> dict[str, 
     return shown | {
         "family_words": say("exploratory: %(group)s", group=own(rest)) if rest else say("headline"),
         "falsified_by": falsified_by(**{key: claim[key] for key in kept}),
-        "fixed": [_fixed(name) for name in claim.get("fixed") or ()],
+        "fixed": [_fixed(name, own) for name in claim.get("fixed") or ()],
     }
 
 
-def _fixed(name: str) -> str:
+def _fixed(name: str, own: Callable[[str], str]) -> str:
     arm = name.removeprefix("the one run of ")
-    return name if arm == name else say("the one run of %(arm)s", arm=arm)
+    return name if arm == name else say("the one run of %(arm)s", arm=own(arm))
 
 
 def _arms(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -289,7 +301,7 @@ _SHAPES = {
 }
 
 
-def forest(title: str, claims: list[dict[str, Any]]) -> str:
+def forest(title: str, claims: list[dict[str, Any]], own: Callable[[str], str] = str) -> str:
     """One line per claim: the effect over its interval's half width, so that different units share an axis.
 
     Where 1 is the half width of the 95 % interval, an interval that leaves out 0 is one beyond -1 and 1. Claims of
@@ -319,8 +331,9 @@ def forest(title: str, claims: list[dict[str, Any]]) -> str:
             if claim["margin"]:
                 for side in {"within": (-1, 1), "greater": (1,), "less": (-1,)}[claim["expect"]]:
                     axes.plot(side * claim["margin"] * unit, row, "|", color=drawing.INK, markersize=14)
-        axes.set_yticks(range(len(claims)), [drawing.shorten(c["id"], 26) for c in claims])
+        axes.set_yticks(range(len(claims)), [drawing.shorten(own(c["id"]), 26) for c in claims])
         axes.set_ylim(len(claims) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))  # more labels of small numbers run into each other
         axes.set_xlabel(_effect_label(units))
     label = say("%(title)s: effects with 95 %% intervals", title=title)
     return drawing.to_svg(figure, label, MIN_WIDTH)

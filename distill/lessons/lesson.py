@@ -11,7 +11,7 @@ taken away (the model before training, one scale for all, no balancing). It must
 A learner's kernel never stops at a number outside its range or at an exercise not done: both are printed and kept in
 `EXPECTED` and `EXERCISES`, from which the account is made.
 
-A lesson that speaks Chinese draws Chinese labels (recipes/workshop/labels.zh.yaml) where this machine has a font.
+A Chinese lesson prints and draws in Chinese, by lines.zh.yaml and labels.zh.yaml in recipes/workshop.
 
 `scaled` and `short` are for the tests alone: in a source, `scaled(80, 8)` is 80 for the learner, whose notebook shows
 `80`, and 8 with DISTILL_LESSON_BUDGET=short. DISTILL_LESSON_DIR is where runs go instead of checkpoints/workshop.
@@ -24,6 +24,7 @@ What a learner has done: the account of a lesson, the quiz at its end, and the c
 Questions lie in recipes/workshop/quiz.yaml, accounts beside the runs of their lesson (`account.json`).
 """
 
+import builtins
 import contextlib
 import io
 import json
@@ -40,12 +41,13 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 from distill.errors import UserError
-from distill.report.pages import page_environment
-from distill.storage import PROJECT_ROOT, parse_yaml, read_json, write_atomic, write_json
+from distill.report.pages import filled, form_pattern, page_environment, retold, speaking
+from distill.storage import PROJECT_ROOT, find_file, parse_yaml, read_json, write_atomic, write_json
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm falls back to text
-# PEFT looks for the base's config under a path of its own; the vocabulary is the base's in any case.
-warnings.filterwarnings("ignore", message="Could not find a config file")
+warnings.filterwarnings(
+    "ignore", message="Could not find a config file"
+)  # PEFT: the vocabulary is the base's
 
 BUDGET = "DISTILL_LESSON_BUDGET"
 FOLDER = "DISTILL_LESSON_DIR"
@@ -76,40 +78,26 @@ EXPECTED: list[Expectation] = []  # of the lesson in progress
 EXERCISES: dict[str, bool] = {}  # exercise -> solved
 NOW: dict[str, Any] = {"lesson": None, "language": "en", "labels": "en"}
 
-WORDS = {
-    "en": {
-        "expected": "{name}: {value:.4g}   (expected {low:g} to {high:g}: {verdict}{without})",
-        "without": "; if it did not work: {without:.4g}",
-        "short": "short budget",
-        "ok": "ok",
-        "outside": "OUTSIDE: see 'What commonly goes wrong'",
-        "solved": "exercise {number}: solved",
-        "wrong": "exercise {number}: not yet right. Hint: {hint}",
-        "empty": "exercise {number}: to do. Put your code in place of the three dots in the cell above. Hint: {hint}",
-        "raised": "exercise {number}: your code stopped with {error}. Hint: {hint}",
-        "font": "",
-        "needs": "This lesson needs {model}, which is not here. Type this in a terminal in the project's folder, "
-        "then run this cell again:\n{command}",
-    },
-    "zh": {
-        "expected": "{name}：{value:.4g}   （预期 {low:g} 到 {high:g}：{verdict}{without}）",
-        "without": "；若不起作用：{without:.4g}",
-        "short": "短预算",
-        "ok": "符合",
-        "outside": "超出区间，请看“常见问题”",
-        "solved": "练习 {number}：完成",
-        "wrong": "练习 {number}：还不对。提示：{hint}",
-        "empty": "练习 {number}：待完成。把上面单元格里的三个点换成你的代码。提示：{hint}",
-        "raised": "练习 {number}：你的代码报错了：{error}。提示：{hint}",
-        "font": "没有找到中文字体，图中的文字保持英文（可安装 Noto Sans CJK）。",
-        "needs": "本课需要 {model}，这里还没有。请在项目文件夹的终端里输入下面的命令，再运行这个单元格：\n{command}",
-    },
+WORDS = {  # their Chinese, as that of all that a cell prints, is in lines.zh.yaml
+    "expected": "{name}: {value:.4g}   (expected {low:g} to {high:g}: {verdict}{without})",
+    "without": "; if it did not work: {without:.4g}",
+    "short": "short budget",
+    "ok": "ok",
+    "outside": "OUTSIDE: see 'What commonly goes wrong'",
+    "solved": "exercise {number}: solved",
+    "wrong": "exercise {number}: not yet right. Hint: {hint}",
+    "empty": "exercise {number}: to do. Put your code in place of the three dots in the cell above. Hint: {hint}",
+    "raised": "exercise {number}: your code stopped with {error}. Hint: {hint}",
+    "font": "No font with Chinese letters was found: the words in figures stay English (Noto Sans CJK has them).",
+    "needs": "This lesson needs {model}, which is not here. Type this in a terminal in the project's folder, "
+    "then run this cell again:\n{command}",
 }
 
 
 def word(key: str, **values: Any) -> str:
     """A line in the language of the lesson."""
-    return WORDS[NOW["language"]][key].format(**values)
+    line = WORDS[key].format(**values)
+    return said_in_chinese(line, NOW["lesson"]) if NOW["language"] == "zh" else line
 
 
 def short_budget() -> bool:
@@ -127,8 +115,6 @@ def scaled(full: T, short: T) -> T:
 
 def lessons_folder() -> Path:
     """Where the lessons' runs and records lie."""
-    from distill.storage import PROJECT_ROOT
-
     return Path(os.environ.get(FOLDER) or PROJECT_ROOT / "checkpoints" / "workshop")
 
 
@@ -139,8 +125,8 @@ def begin(lesson: int, language: str = "en") -> Path:
 
     from distill.devices import pick_device
 
-    if language not in WORDS:
-        raise UserError(f"begin({lesson}, {language!r}): one of {', '.join(WORDS)}")
+    if language not in RECORD_WORDS:
+        raise UserError(f"begin({lesson}, {language!r}): one of {', '.join(RECORD_WORDS)}")
     EXPECTED.clear()
     EXERCISES.clear()
     NOW.update(lesson=lesson, language=language)
@@ -153,32 +139,30 @@ def begin(lesson: int, language: str = "en") -> Path:
     plt.rcParams["figure.constrained_layout.use"] = True  # labels of one figure stay out of its neighbour
     plt.rcParams.update({"grid.alpha": 0.3, "font.size": 10, "legend.frameon": False})
     _label_in(language)
+    _print_in_the_language()
     folder = lessons_folder() / f"lesson{lesson}{scaled('', '-short')}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-# ---- the language of figures
+# ---- the language of figures and of what is printed
 
-LABELS = "recipes/workshop/labels.zh.yaml"
-CHINESE_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "Microsoft YaHei", "PingFang SC",
-    "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Noto Sans CJK JP",
-)  # fmt: skip
+WORKSHOP = PROJECT_ROOT / "recipes" / "workshop"
+SENTENCES = (WORKSHOP / "code.zh.yaml", PROJECT_ROOT / "recipes" / "zh" / "claims.yaml")  # hints; the claims
 
 
 def _label_in(language: str) -> None:
     """Figures with labels in `language`, from here on; with BOTH, each is shown in Chinese as well."""
     import matplotlib.pyplot as plt
 
+    from distill.report.drawing import chinese_font
+
     NOW["labels"] = "en"
     both = bool(os.environ.get(BOTH))
     if language == "en" and not both:
         return
-    font = _chinese_font()
-    if font is None:
-        print(word("font")) if language == "zh" else None
-        return
+    if (font := chinese_font()) is None:
+        return print(word("font")) if language == "zh" else None
     plt.rcParams["font.family"] = ["DejaVu Sans", font]  # the second for letters that the first has not
     _translate_text()
     NOW["labels"] = language
@@ -186,28 +170,11 @@ def _label_in(language: str) -> None:
         plt.show = _shown_in_both(plt.show)
 
 
-def _chinese_font() -> str | None:
-    """A font of this machine that has Chinese letters."""
-    from matplotlib import font_manager
-
-    def known() -> str | None:
-        names = {font.name for font in font_manager.fontManager.ttflist}
-        return next((name for name in CHINESE_FONTS if name in names), None)
-
-    if known() is None:  # matplotlib's list may be older than the font
-        for path in font_manager.findSystemFonts():
-            if re.search(r"CJK|SansSC|HanSans|Hei|PingFang|DroidSansFallback", Path(path).name):
-                with contextlib.suppress(RuntimeError, OSError):  # of a kind that matplotlib does not read
-                    font_manager.fontManager.addfont(path)
-    return known()
-
-
 def _translate_text() -> None:
     """Whatever matplotlib is given to write, it writes in the language of the labels."""
     from matplotlib.text import Text
 
-    original = Text.set_text
-    if hasattr(original, "original"):
+    if hasattr(original := Text.set_text, "original"):
         return
 
     def set_text(self, text):
@@ -220,18 +187,59 @@ def _translate_text() -> None:
 @cache
 def in_chinese(label: str) -> str:
     """A label in Chinese; one that labels.zh.yaml does not have stays as it is."""
-    from distill.report.pages import retold, speaking
-
+    labels = _chinese_of(WORKSHOP / "labels.zh.yaml")
     with speaking("zh"):
-        return retold(label, _labels(), _labels().__getitem__)
+        return retold(label, labels, labels.__getitem__)
 
 
 @cache
-def _labels() -> dict[str, str]:
-    from distill.storage import PROJECT_ROOT, parse_yaml
-
-    file = PROJECT_ROOT / LABELS
+def _chinese_of(file: Path) -> dict[Any, Any]:
     return parse_yaml(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def said_in_chinese(text: str, lesson: int | None) -> str:
+    """What a lesson prints, in Chinese, line by line; a line that lines.zh.yaml does not have stays as it is."""
+    return "\n".join(_by_its_form(line, lesson) or _known(line) for line in text.split("\n"))
+
+
+def _by_its_form(line: str, lesson: int | None) -> str:
+    """A line by the first form that it has; "" for one without. Its parts are names, sentences or lines again."""
+    for pattern, chinese in _forms(lesson):
+        if found := pattern.fullmatch(line.strip()):
+            parts = found.groupdict()
+            for name, text in parts.items():
+                parts[name] = known if (known := _known(text)) != text else _by_its_form(text, lesson) or text
+            told = filled(chinese, parts)
+            return told if told[0] == " " else line[: len(line) - len(line.lstrip())] + told
+    return ""
+
+
+def _known(text: str) -> str:
+    """A sentence, a label or a name."""
+    return next((table[text] for table in map(_chinese_of, SENTENCES) if text in table), in_chinese(text))
+
+
+@cache
+def _forms(lesson: int | None) -> list[tuple[re.Pattern, str]]:
+    """The lines that a lesson prints, its own last, as (pattern, Chinese)."""
+    lines = _chinese_of(WORKSHOP / "lines.zh.yaml")
+    forms = [form for part in ("all", lesson) for form in lines.get(part, {}).items()]
+    return [(form_pattern(english), chinese) for english, chinese in forms]
+
+
+def _print_in_the_language() -> None:
+    """`print` says its lines in the language of the lesson in progress, from here on."""
+    if NOW["language"] == "en" or hasattr(builtins.print, "original"):
+        return
+    original = builtins.print
+
+    def told(*values: Any, sep: str | None = None, file: Any = None, **options: Any) -> None:
+        if NOW["language"] == "zh" and file is None:
+            values = (said_in_chinese((" " if sep is None else sep).join(map(str, values)), NOW["lesson"]),)
+        original(*values, sep=sep, file=file, **options)
+
+    told.original = original
+    builtins.print = told
 
 
 def _shown_in_both(show: Callable[..., None]) -> Callable[..., None]:
@@ -275,8 +283,6 @@ class NotInstalled(UserError):
 
 def needs(model: str, command: str) -> str:
     """`model`, a checkpoint that is not shipped. Raises NotInstalled, naming the `command` that brings it."""
-    from distill.storage import find_file
-
     if not (find_file(model) / "config.json").is_file():
         raise NotInstalled(word("needs", model=model, command=command))
     return model
@@ -289,19 +295,14 @@ def expect(name: str, value: float, low: float, high: float, short: tuple[float,
     without: the same measurement where what the lesson teaches is taken away; the range must refuse it.
     The range is of the full budget. `short`: the range in the short one, True for the same, False if none holds.
     """
-    value, checked = float(value), True
-    if short_budget():
-        checked = short is not False
-        low, high = short if isinstance(short, tuple) else (low, high)
+    value, checked = float(value), not short_budget() or short is not False
+    low, high = short if short_budget() and isinstance(short, tuple) else (low, high)
     broken = None if without is None else float(without)
     found = Expectation(name, value, float(low), float(high), checked, broken)
     EXPECTED.append(found)
-    verdict = word("short" if not checked else "ok" if found.met else "outside")
-    broken_words = "" if broken is None else word("without", without=broken)
-    shown = in_chinese(name) if NOW["language"] == "zh" else name
-    print(
-        word("expected", name=shown, value=value, low=low, high=high, verdict=verdict, without=broken_words)
-    )
+    verdict = WORDS["short" if not checked else "ok" if found.met else "outside"]
+    broken_words = "" if broken is None else WORDS["without"].format(without=broken)
+    print(word("expected", name=name, value=value, low=low, high=high, verdict=verdict, without=broken_words))
 
 
 def exercise(number: str, test: Callable[[], Any], hint: str) -> None:
@@ -320,7 +321,7 @@ def _left_alone(test: Callable[[], Any]) -> bool:
     """Whether something that `test` uses is still three dots: a name, or a function without another line."""
     if not isinstance(test, FunctionType):
         return False
-    used = [test.__globals__.get(name) for name in _names(test.__code__)]
+    used = (test.__globals__.get(name) for name in _names(test.__code__))
     return any(one is ... or (isinstance(one, FunctionType) and _only_dots(one)) for one in used)
 
 
@@ -338,7 +339,7 @@ def _only_dots(function: FunctionType) -> bool:
 def _dots(): ...
 
 
-# ---- problems, answers, runs ---------------------------------------------------------------------------
+# ---- problems, answers, runs
 
 
 def held_out_problems(

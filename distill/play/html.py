@@ -98,7 +98,8 @@ def cards(asked: Asked, playground: Playground, picked: tuple[str, int] | None =
     )
     if playground.teacher:
         other = escape(say("the teacher would have said something else"))
-        legend += f"; <span class='token parts' style='--d:.3'>{escape(say('dashed'))}</span>: {other}"
+        dashed = f"<span class='token parts' style='--d:.3'>{escape(say('dashed'))}</span>"
+        legend += f"{say('; ')}{dashed}{say(': ')}{other}"
     hint = escape(say("Click a token: you see what else could have stood there."))
     legend += f"{escape(say('.'))}{say(' ')}{hint}"
     return f"{_reference(asked, playground)}<div class='players'>{shown}</div>{legend}</p>"
@@ -108,10 +109,10 @@ def _reference(asked: Asked, playground: Playground) -> str:
     found = asked.reference
     if found is None and playground.narrow:
         why = say("These models were never trained on a question like this. What they write is noise.")
-        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>: {escape(why)}</p>"
+        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>{say(': ')}{escape(why)}</p>"
     if found is None:
         why = say("this is none of the known problems, and no rule knows its answer.")
-        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>: {escape(why)}</p>"
+        return f"<p class='right-answer'><b>{escape(say('Not verified'))}</b>{say(': ')}{escape(why)}</p>"
     how = say("known by a rule") if found.source == "rule" else say("the problem's own answer")
     kind = called(found.family) if found.family != "all" else ""
     size = called(found.level) if found.level else say("of a size they were not trained on")
@@ -122,7 +123,8 @@ def _reference(asked: Asked, playground: Playground) -> str:
     )
     answer = found.answer or say("whatever matches %(rule)s", rule=found.verifier)
     about = say("; ").join((how, say(", ").join(filter(None, (kind, size))), split))
-    return f"<p class='right-answer'>{escape(say('Right answer:'))} <b>{escape(answer)}</b> ({escape(about)})</p>"
+    told = f"{escape(say('Right answer:'))}{say(' ')}<b>{escape(answer)}</b>"
+    return f"<p class='right-answer'>{told}{escape(say(' (%(about)s)', about=about))}</p>"
 
 
 def _card(answer: PlayedAnswer, playground: Playground, picked: tuple[str, int] | None) -> str:
@@ -270,7 +272,7 @@ def _teacher_column(answer: PlayedAnswer, token: Token, playground: Playground) 
         )
     if answer.change:
         notes.append(escape(say("It was asked unchanged, with its own routing.")))
-    return _column(title, _options(token.teacher, token.id if shared else None), " ".join(notes))
+    return _column(title, _options(token.teacher, token.id if shared else None), say(" ").join(notes))
 
 
 def _experts_column(answer: PlayedAnswer, token: Token, playground: Playground) -> str:

@@ -27,6 +27,7 @@ import hashlib
 import html
 import io
 import re
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -80,6 +81,26 @@ NAME_WIDTH = 20  # characters of a model's name on one line of a bar chart
 SMALL_CELLS = 8  # up to this many experts a cell has room for one decimal
 CELLS_WITH_TEXT = 16
 CELLS_AS_VECTORS = 2000
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "Microsoft YaHei", "PingFang SC",
+    "SimHei", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Noto Sans CJK JP",
+)  # fmt: skip
+
+
+def chinese_font() -> str | None:
+    """A font of this machine that has Chinese letters."""
+    from matplotlib import font_manager
+
+    def known() -> str | None:
+        names = {font.name for font in font_manager.fontManager.ttflist}
+        return next((name for name in CHINESE_FONTS if name in names), None)
+
+    if known() is None:  # matplotlib's list may be older than the font
+        for path in font_manager.findSystemFonts():
+            if re.search(r"CJK|SansSC|HanSans|Hei|PingFang|DroidSansFallback", Path(path).name):
+                with contextlib.suppress(RuntimeError, OSError):  # of a kind that matplotlib does not read
+                    font_manager.fontManager.addfont(path)
+    return known()
 
 
 def model_style(name: str, order: list[str]):
@@ -317,7 +338,7 @@ def _drawn(
             colours, ax=axes, orientation="horizontal", fraction=fraction, aspect=45, pad=0.03
         )
         _bar(bar, uniform, reach)
-        return to_svg(figure, said, 620 if wide else 440 if alone else 300, hover)
+        return to_svg(figure, said, 620 if wide else 300, hover)  # 300: the whole width of a phone
 
 
 def _cells(axes, rows, cells, shades, colours, hover, uniform) -> None:

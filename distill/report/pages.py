@@ -32,9 +32,10 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import jinja2
 from markupsafe import Markup
@@ -110,6 +111,29 @@ def retold(sentence: str, forms: Collection[str], translate: Callable[[str], str
             values = {name: retold(value, forms, translate) for name, value in found.groupdict().items()}
             return translate(form) % values
     return called(sentence)
+
+
+_PLACE = re.compile(r"%\((\w+)\)(-?\d*)[swg]")
+_KINDS = {"s": ".+?", "w": r"\S+?", "g": r"(?:[-+]?(?:\d|nan|inf)\S*?|-)"}  # a text, a word, a number
+
+
+def form_pattern(form: str) -> re.Pattern:
+    """The lines that `form` stands for: a space is one or more, %(x)s a text, %(x)w a word, %(x)g a number."""
+    parts = re.split(r"%\((\w+)\)([swg])", form)
+    fixed = [re.sub(r"(\\ )+", " +", re.escape(part.replace("%%", "%"))) for part in parts[::3]]
+    places = [f"(?P<{name}>{_KINDS[kind]})" for name, kind in zip(parts[1::3], parts[2::3])]
+    return re.compile("".join(a + b for a, b in zip(fixed, [*places, ""])))
+
+
+def filled(form: str, values: Mapping[str, str]) -> str:
+    """A line of a table: %(x)-9s takes nine columns, %(x)9s the same at their right end; a Chinese letter takes two."""
+
+    def padded(place: re.Match) -> str:
+        text, columns = values[place[1]], place[2]
+        room = " " * (abs(int(columns or 0)) - sum(2 if east_asian_width(c) in "WF" else 1 for c in text))
+        return text + room if columns.startswith("-") else room + text
+
+    return _PLACE.sub(padded, form.replace("%%", "%"))
 
 
 def mark(text: str) -> str:
@@ -325,6 +349,34 @@ def hundredfold(value: float, digits: int) -> str:
     return f"{round(100 * value, digits) + 0.0:.{digits}f}"  # adding 0.0 turns -0.0 into 0.0
 
 
+_MACHINES = (mark("cpu (%(name)s, %(n)s threads)"), mark("%(times)s x cpu (%(name)s, %(n)s threads)"))
+
+
+def machine(device: str | None) -> str:
+    """A device as `distill.devices.describe_device` names it, in the language of the page; "" without one."""
+    return retold(device, _MACHINES) if device else ""
+
+
+# What an evaluation warns of (distill/evaluation/measure.py), as `%`-formats.
+WARNINGS = (
+    mark("it has no chat template, so its answers were ended before %(text)s; --stop (evaluate.stop) sets others"),
+    mark("non-finite logits (NaN or infinity) in %(n)s of %(all)s answers: they count as errors, not as wrong; the "
+         "weights may be damaged, or the dtype too narrow (try fp32)"),
+    mark("%(n)s of %(all)s answers failed: %(why)s"),
+    mark("routing was not measured: %(why)s"),
+    mark("%(n)s of %(all)s answers to %(task)s state nothing that the verifier can read, and count as not solved "
+         "(verdict no_answer in answers/)"),
+    mark("every answer of task %(task)s was cut at %(n)s tokens, so its accuracy says nothing; raise --max-new-tokens "
+         "(evaluate.max_new_tokens)"),
+    mark("fidelity leaves out %(n)s tokens whose logits are not finite"),
+)  # fmt: skip
+
+
+def warning(text: str) -> str:
+    """A warning of metrics.json in the language of the page."""
+    return retold(text, WARNINGS)
+
+
 # ==== What all pages share ====
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -375,6 +427,8 @@ FILTERS = [
     points_alone,
     p_value,
     clip,
+    machine,
+    warning,
 ]
 
 

@@ -13,8 +13,8 @@ measured time and `{{NAME|FORMAT}}` the measured value of the number NAME, so no
 lesson prints. `build` also writes the page of sliders.
 
 Lessons are executed once, without solutions, as a learner meets them. Numbers are the same in both languages. In the
-Chinese notebooks comments are Chinese (code.zh.yaml), and so are figures (labels.zh.yaml; each is drawn twice), ranges
-and exercises. What a cell prints by itself stays English.
+Chinese notebooks comments are Chinese (code.zh.yaml), and so are figures (labels.zh.yaml; each is drawn twice) and
+what a cell prints (lines.zh.yaml). What models, problems and files say stays as it is.
 
 Needs the extra `workshop` (jupytext, nbformat; to execute, nbclient and ipykernel).
 """
@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import slides
-from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson, translations
+from source import FOLDER, LANGUAGES, Lesson, in_language, lesson_numbers, need, read_lesson
 
 from distill.errors import DistillError, RunError
 from distill.lessons import shown
-from distill.lessons.lesson import BOTH, NOW, WORDS, in_chinese, quiz
+from distill.lessons.lesson import BOTH, NOW, quiz, said_in_chinese
 from distill.lessons.lesson import FOLDER as LESSONS
 from distill.storage import PROJECT_ROOT, read_json, write_json
 
@@ -68,13 +68,16 @@ def notebook(lesson: Lesson, language: str, outputs: list[list[dict]] | None = N
     first = install_cell() if language == "en" else in_language(install_cell())
     code = [first, *(c.code_in(language) for c in lesson.cells if c.kind in ("code", "exercise"))]
     outputs = outputs if outputs and len(outputs) == len(code) else [[] for _ in code]
-    outputs = [in_one_language(shown, language) for shown in outputs]
+    outputs = [in_one_language(shown, language, lesson.number) for shown in outputs]
     made, ran = [], 0
 
     def add_code(source: str, tags: list[str], printed: list | None = None) -> None:
         nonlocal ran
         shown = outputs[ran] if printed is None else printed
-        cell = v4.new_code_cell(source, outputs=shown, metadata={"tags": tags} if tags else {})
+        about = {"tags": tags} if tags else {}
+        if tags == ["install"]:  # fifty lines before the lesson begins: JupyterLab folds them
+            about["jupyter"] = {"source_hidden": True}
+        cell = v4.new_code_cell(source, outputs=shown, metadata=about)
         ran += 1
         cell["execution_count"] = ran if any(outputs) else None
         made.append(cell)
@@ -166,8 +169,8 @@ def _together(english: list[dict], chinese: list[dict]) -> list[dict]:
     return both
 
 
-def in_one_language(outputs: list[dict], language: str) -> list[dict]:
-    """What one notebook shows: no output of the other language, and in Chinese what the lesson itself prints."""
+def in_one_language(outputs: list[dict], language: str, number: int) -> list[dict]:
+    """What one notebook of lesson `number` shows: no output of the other language, and in Chinese what is printed."""
     if language == "en":
         return [output for output in outputs if not _is_chinese(output)]
     kept, waiting = [], None  # a Chinese output stands in the place of the next English one
@@ -178,43 +181,19 @@ def in_one_language(outputs: list[dict], language: str) -> list[dict]:
             kept.append(waiting)
             waiting = None
         else:
-            kept.append(_said_in_chinese(output))
+            kept.append(_said_in_chinese(output, number))
     return kept
 
 
-def _said_in_chinese(output: dict) -> dict:
-    """A stream with its ranges and exercises in Chinese, a slider with its words: both know two languages."""
+def _said_in_chinese(output: dict, number: int) -> dict:
+    """A stream with its lines in Chinese, a slider with its words: both know two languages."""
     if output.get("name") == "stdout":
-        lines = (_line_in_chinese(line) for line in output["text"].split("\n"))
-        return type(output)({**output, "text": "\n".join(lines)})
+        return type(output)({**output, "text": said_in_chinese(output["text"], number)})
     page = output.get("data", {}).get("text/html", "")
     if "class='explore'" in page:
         page = page.replace('"lang": "en"', '"lang": "zh"').replace(shown.NOTES["en"], shown.NOTES["zh"])
         return type(output)({**output, "data": {**output["data"], "text/html": page}})
     return output
-
-
-_EXPECTED = re.compile(
-    r"(?P<name>.*): (?P<value>\S+)   \(expected (?P<low>\S+) to (?P<high>\S+): ok"
-    r"(; if it did not work: (?P<without>\S+))?\)"
-)
-_TO_DO = re.compile(r"exercise (?P<number>\d\.\d): to do\. .* Hint: (?P<hint>.*)")
-
-
-def _line_in_chinese(line: str) -> str:
-    """A line that `expect` or `exercise` printed; any other as it is."""
-    words = WORDS["zh"]
-    if found := _EXPECTED.fullmatch(line):
-        said = {name: float(found[name]) for name in ("value", "low", "high")}
-        without = words["without"].format(without=float(found["without"])) if found["without"] else ""
-        return words["expected"].format(
-            name=in_chinese(found["name"]), verdict=words["ok"], without=without, **said
-        )
-    if found := _TO_DO.fullmatch(line):
-        return words["empty"].format(
-            number=found["number"], hint=translations().get(found["hint"], found["hint"])
-        )
-    return line
 
 
 def _joined(outputs: list[dict]) -> list[dict]:
@@ -289,7 +268,9 @@ def write_slides(numbers: list[int]) -> None:
         shown = []
         for lesson in lessons:
             fill = functools.partial(filled, number=lesson.number, minutes=minutes_of(lesson.number))
-            outputs = [in_one_language(cell, language) for cell in stored_outputs(lesson) or ()]
+            outputs = [
+                in_one_language(cell, language, lesson.number) for cell in stored_outputs(lesson) or ()
+            ]
             shown += slides.of_lesson(lesson, language, outputs, fill)
         path = FOLDER / f"slides{ending}.html"
         path.write_text(slides.page(shown, language), encoding="utf-8")

@@ -14,7 +14,7 @@
 # | T4 (16 GB, no bf16) | the same |
 # | one card with 24 GB | the same |
 #
-# Run the cells one after the other, with Shift+Enter.
+# Run the cells one after the other, with Shift+Enter. The first one is folded: it installs what is missing, and does nothing if all is there.
 
 # %% [markdown] lang="zh"
 # # 第 0 课 五分钟：学生学会了什么
@@ -32,7 +32,7 @@
 # | T4（16 GB，不支持 bf16） | 一样 |
 # | 一张 24 GB 的卡 | 一样 |
 #
-# 用 Shift+Enter 逐个运行单元格。
+# 用 Shift+Enter 逐个运行单元格。第一个单元格是折叠的：缺什么它就装什么，都有就什么也不做。
 
 # %%
 import matplotlib.pyplot as plt

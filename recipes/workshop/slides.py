@@ -26,6 +26,7 @@ WORDS = {
 }  # fmt: skip
 SENTENCES = 3  # of a section, on its slide
 MOST_LETTERS = 420
+ROOM_BESIDE_A_FIGURE = 170  # letters: two lines or three
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Slide:
     points: list[str] = field(default_factory=list)
     picture: str = ""
     kind: str = "section"
+    full: bool = False  # a figure below these points would be too small for a projector
 
 
 def inline(text: str) -> str:
@@ -48,7 +50,8 @@ def inline(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The first sentences of a paragraph, of English or Chinese."""
-    found = re.findall(r".+?(?:[.!?](?=\s|$)|[。！？])", text.replace("\n", " ")) or [text]
+    ends = r"(?<! al)[.!?](?=\s|$)|[。！？]"  # "et al." ends nothing
+    found = re.findall(rf".+?(?:{ends})", text.replace("\n", " ")) or [text]
     kept, letters = [], 0
     for sentence in found[:SENTENCES]:
         letters += len(sentence)
@@ -75,7 +78,7 @@ def answers_shown(language: str) -> str:
 
 def of_lesson(lesson: Lesson, language: str, outputs: list[list[dict]] | None, fill) -> list[Slide]:
     """Slides of one lesson. `outputs` by code cell, the install cell first; `fill` puts measured numbers into texts."""
-    words, slides, ran = WORDS[language], [], 1
+    slides, ran = [], 1
     for index, cell in enumerate(lesson.cells):
         if cell.kind in ("code", "exercise"):
             image = picture_of(outputs[ran]) if outputs and ran < len(outputs) else ""
@@ -83,7 +86,7 @@ def of_lesson(lesson: Lesson, language: str, outputs: list[list[dict]] | None, f
                 image = answers_shown(language)
             ran += 1
             if image and slides:
-                if slides[-1].picture or slides[-1].kind == "title":
+                if slides[-1].picture or slides[-1].kind == "title" or slides[-1].full:
                     slides.append(Slide(slides[-1].title))
                 slides[-1].picture = image
         if cell.kind != "text":
@@ -91,7 +94,12 @@ def of_lesson(lesson: Lesson, language: str, outputs: list[list[dict]] | None, f
         if index + 1 < len(lesson.cells) and lesson.cells[index + 1].kind == "quiz":
             slides += _quiz(lesson.number, language)
             continue
-        slides += _of_text(fill(cell.text[language]), words, first=index == 0)
+        made, english = (
+            _of_text(fill(cell.text[one]), WORDS[one], first=index == 0) for one in (language, "en")
+        )
+        for slide, twin in zip(made, english):  # both languages have the same slides
+            slide.full = len(re.sub("<[^>]+>", "", "".join(twin.points))) > ROOM_BESIDE_A_FIGURE
+        slides += made
     return slides
 
 

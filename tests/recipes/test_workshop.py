@@ -1,6 +1,7 @@
 """The workshop: every lesson runs, its exercises' solutions hold, its notebooks are what their source makes."""
 
 import ast
+import builtins
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from distill.config.recipe import load_recipe  # noqa: E402
 from distill.errors import UserError  # noqa: E402
 from distill.lessons import lesson as lessons  # noqa: E402
 from distill.lessons.lesson import LETTERS, questions  # noqa: E402
+from distill.report import drawing  # noqa: E402
 
 NUMBERS = workshop.lesson_numbers()
 FULL = workshop.results()["lessons"]
@@ -43,11 +45,15 @@ def short(monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg")
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_lesson_runs_and_its_solutions_hold(number, short, capsys):
-    """And an answer that is half right, in the place of the solution, does not count as solved."""
+def test_a_lesson_runs_and_its_solutions_hold(number, short, capsys, monkeypatch):
+    """And an answer that is half right, in the place of the solution, does not count as solved.
+
+    Whatever its figures say and its cells print has a Chinese form, a word that is a key of a dictionary too.
+    """
     import matplotlib.pyplot as plt
 
-    lesson, tried = workshop.read_lesson(number), set()
+    lesson, tried, drawn = workshop.read_lesson(number), set(), set()
+    monkeypatch.setattr(plt, "show", lambda: drawn.update(_texts_of_figures()))
 
     def half_right(index: int, names: dict) -> None:
         cell = lesson.cells[index]
@@ -62,11 +68,90 @@ def test_a_lesson_runs_and_its_solutions_hold(number, short, capsys):
 
     told = workshop.execute(lesson, solutions=True, after=half_right)
     plt.close("all")
+    printed = capsys.readouterr().out
+    assert {text for text in drawn if _is_english(lessons.in_chinese(text))} == set()
+    assert [line for line in printed.splitlines() if _left_in_english(line, number)] == []
     assert tried == set(told["exercises"])
     unsolved = [name for name, solved in told["exercises"].items() if not solved]
-    assert 2 <= len(told["exercises"]) <= 3 and not unsolved, capsys.readouterr().out
+    assert 2 <= len(told["exercises"]) <= 3 and not unsolved, printed
     outside = [e for e in told["expected"] if e["checked"] and not e["met"]]
     assert sum(e["checked"] for e in told["expected"]) >= 2 and not outside
+
+
+def _texts_of_figures() -> set[str]:
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+
+    for figure in (figures := [plt.figure(n) for n in plt.get_fignums()]):
+        figure.canvas.draw()
+    texts = {text.get_text() for figure in figures for text in figure.findobj(Text)}
+    plt.close("all")
+    return texts
+
+
+# What the field writes in Latin letters, names of models, and words of code: in Chinese sentences as they are.
+LATIN = re.compile(
+    r"(?<![a-zA-Z])(?:auto|logit|reap|nvfp4|experts|fp8-emulated|model\.layers\.\d\.mlp|wrong_rule|hidden_step|wrong_answer|"
+    r"duplicate|truncated|MaxVio|float|bfloat|autocast|Accelerate|LiveCodeBench|Diamond|think|mathdefault|times|attention|beta|nats|gradient|Hopper|"
+    r"distill cost [\w-]+|train\.precision=\w+|student\.lora\.experts: true|提示：.*)(?![a-zA-Z])"
+)
+# What the lessons print of models, problems and files, as patterns of whole lines.
+DATA = (
+    r".*<think>.*",
+    r"(\w+_\w+: )?(What|Which|Name|Add|Put|Explain|Sort|Count|Reverse) .*[.?]",
+    r"\s*(asked for|trains): +\[.*",
+    r"[\w/-]+\s+(yes|no|same_provider|unknown)\s+.*",
+)
+
+
+def _is_english(text: str) -> bool:
+    """Words of four small letters, and none of them Chinese."""
+    return bool(re.search("[a-z]{4}", LATIN.sub("", text))) and not re.search("[\u4e00-\u9fff]", text)
+
+
+def _left_in_english(line: str, number: int) -> bool:
+    told = lessons.said_in_chinese(line, number)
+    if any(re.fullmatch(pattern, line.strip()) for pattern in DATA):
+        return False
+    return bool(re.search("[a-z]{4}", LATIN.sub("", told))) and not (number == 7 and _said_by_a_model(line))
+
+
+def _said_by_a_model(line: str) -> bool:
+    """Lesson 7 prints answers in plain English, below their question or behind the name of the model."""
+    return line.startswith("    ") or line == "**Yes**"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_line_that_a_lesson_printed_is_chinese_in_the_chinese_notebook(number):
+    english, chinese = (
+        [
+            "".join("".join(o["text"]) for o in cell["outputs"] if o.get("name") == "stdout").splitlines()
+            for cell in json.loads(workshop.read_lesson(number).notebook_path(language).read_text())["cells"]
+            if cell["cell_type"] == "code" and "quiz" not in cell["metadata"].get("tags", [])
+        ]
+        for language in ("en", "zh")
+    )
+    pairs = [pair for cells in zip(english, chinese, strict=True) for pair in zip(*cells, strict=True)]
+    assert len(pairs) > 6
+    assert [told for told, _ in pairs if _left_in_english(told, number)] == []
+    for line, told in pairs:
+        assert lessons.said_in_chinese(line, number) == told
+        assert sorted(re.findall(r"\d+", line)) == sorted(re.findall(r"\d+", told)), told
+
+
+def test_a_line_without_its_chinese_would_be_seen(monkeypatch):
+    lines = lessons._chinese_of(lessons.WORKSHOP / "lines.zh.yaml")
+    row = "balanced: MaxVio 0.20 over the last steps"
+    assert not _left_in_english(row, 5) and not _is_english(lessons.in_chinese("balanced, random experts"))
+    assert _left_in_english(row, 4), "a form belongs to its lesson"
+    fewer = {**lines, 5: {k: v for k, v in lines[5].items() if "over the last steps" not in k}}
+    monkeypatch.setattr(lessons, "_chinese_of", lambda file: fewer if file.name == "lines.zh.yaml" else {})
+    lessons._forms.cache_clear()
+    try:
+        assert _left_in_english(row, 5)
+    finally:
+        lessons._forms.cache_clear()
+    assert _is_english("its own text") and not _is_english("学生 its own text")
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -237,7 +322,7 @@ def _written(node: ast.expr) -> set[str]:
 
 
 def test_the_builder_says_in_chinese_what_a_chinese_lesson_prints(monkeypatch, capsys):
-    """Word for word: the notebook's output is the line that the learner's own run will print."""
+    """Word for word: the notebook's output is the line that the learner's own run prints, through `print` too."""
     printed = []
     for language in ("en", "zh"):
         monkeypatch.setitem(lessons.NOW, "language", language)
@@ -249,8 +334,21 @@ def test_the_builder_says_in_chinese_what_a_chinese_lesson_prints(monkeypatch, c
         )
         printed.append(capsys.readouterr().out.splitlines())
     lessons.EXPECTED.clear(), lessons.EXERCISES.clear()
-    assert [workshop._line_in_chinese(line) for line in printed[0]] == printed[1]
-    assert workshop._line_in_chinese("any other line: 3") == "any other line: 3"
+    assert [lessons.said_in_chinese(line, None) for line in printed[0]] == printed[1]
+    assert all(re.search("[\u4e00-\u9fff]", line) for line in printed[1])
+    assert lessons.said_in_chinese("any other line: 3", None) == "any other line: 3"
+    monkeypatch.setattr(builtins, "print", print)
+    monkeypatch.setitem(lessons.NOW, "lesson", 8)
+    lessons._print_in_the_language()
+    print("whole          right 99 % [94, 100] of 84\n", "2 experts:", "45 %", sep="")
+    print("whole", file=sys.stderr)
+    monkeypatch.setitem(lessons.NOW, "language", "en")
+    print("2 experts: 45 %")
+    said, error = capsys.readouterr()
+    assert (
+        said == "完整           答对 99 % [94, 100]，共 84 题\n2 experts:45 %\n2 experts: 45 %\n"
+        and error == "whole\n"
+    )
 
 
 place = ...
@@ -268,7 +366,7 @@ def test_a_notebook_has_the_outputs_of_its_language():
 
     said = {"output_type": "stream", "name": "stdout", "text": "hello\n"}
     both = [picture("zh", lang="zh"), said, picture("en"), picture("second")]
-    english, chinese = (workshop.in_one_language(both, language) for language in ("en", "zh"))
+    english, chinese = (workshop.in_one_language(both, language, 1) for language in ("en", "zh"))
     assert english == both[1:] and chinese == [said, both[0], both[3]]
     assert workshop._together(english, chinese) == [said, both[0], *both[2:]]
     assert workshop._together(english, [said]) == english  # of another run: the English ones alone
@@ -279,13 +377,13 @@ def test_a_figure_is_drawn_in_the_language_of_the_lesson(monkeypatch, capsys):
 
     monkeypatch.setitem(lessons.NOW, "labels", "en")
     with plt.rc_context():
-        monkeypatch.setattr(lessons, "_chinese_font", lambda: None)
+        monkeypatch.setattr(drawing, "chinese_font", lambda: None)
         lessons._label_in("zh")
         assert (
             "没有找到中文字体" not in capsys.readouterr().out
         )  # the words are those of the lesson's language
         assert lessons.NOW["labels"] == "en"
-        monkeypatch.setattr(lessons, "_chinese_font", lambda: "DejaVu Sans")
+        monkeypatch.setattr(drawing, "chinese_font", lambda: "DejaVu Sans")
         lessons._label_in("zh")
         figure, axis = plt.subplots()
         axis.plot([1, 2], label="one scale")
@@ -441,6 +539,22 @@ def test_slides_hold_every_section_exercise_and_question_and_the_figures(tmp_pat
             assert f"<h2>{shown}</h2>" in page or heading in ("Exercises", "练习", "Quiz", "小测"), heading
         assert page.count("class='quiz'") == 6
         assert page.count("class='exercise") == len(re.findall(r"(?m)^\*\*\d\.\d\*\* ", text))
+
+
+def test_both_languages_have_the_same_slides_and_no_sentence_is_cut():
+    for number in NUMBERS:
+        made = {}
+        for language in workshop.LANGUAGES:
+            lesson = workshop.read_lesson(number)
+            outputs = [
+                workshop.in_one_language(cell, language, number) for cell in workshop.stored_outputs(lesson)
+            ]
+            made[language] = workshop.slides.of_lesson(lesson, language, outputs, lambda text: text)
+        english, chinese = ([(s.kind, bool(s.picture)) for s in made[one]] for one in ("en", "zh"))
+        assert english == chinese
+        for slide in made["en"]:
+            assert not (slide.picture and slide.full)
+            assert not any(point.endswith(" al.") for point in slide.points)
 
 
 def pages() -> dict[str, str]:
