@@ -87,11 +87,11 @@ class Recipe(Section):
                 "give either `teacher` (distil from it) or `prompts.solutions: true` (train on worked steps)"
             )
         section = self.train.teachers
-        uneven = section.models or section.own_start or section.remember_gb
+        uneven = section.models or section.own_start
         if self.teacher and self.teacher.device == "sharded" and (uneven or self.teacher.quantize != "none"):
             raise ValueError(
                 "`teacher.device: sharded` is for one teacher that is not quantised, which every process asks "
-                "equally often: leave out `train.teachers` (its models, own_start and remember_gb) and "
+                "equally often: leave out `train.teachers` (its models and own_start) and "
                 "`teacher.quantize`, or set `teacher.device: auto`"
             )
         if self.prompts.documents and (unfit := self._needs_answers()):

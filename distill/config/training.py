@@ -251,7 +251,7 @@ class LiveTeachers(Section):
         0.0,
         description="GB of main memory per process to keep the teacher's last hidden states, so that later "
         "epochs need not compute them again. The result is the same up to rounding; a resumed run"
-        " may differ in the last bit",
+        " may differ in the last bit. A sharded teacher remembers nothing",
     )
 
     @model_validator(mode="after")

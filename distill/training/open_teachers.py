@@ -173,7 +173,9 @@ def live_teachers(
     ]
     if problems:
         raise UserError(*problems)
-    remember, k = 1e9 * section.remember_gb / len(names), section.experts_per_token
+    # Who remembers a row would skip the meeting in which a sharded teacher's weights are gathered.
+    remember = 0.0 if recipe.teacher.device == "sharded" else 1e9 * section.remember_gb / len(names)
+    k = section.experts_per_token
     loaded = {name: FrozenTeacher(_load(recipe, name, device, half), remember, k) for name in names}
     if section.routings:
         loaded = {name: SampledRoutings(teacher, section.routings) for name, teacher in loaded.items()}

@@ -20,7 +20,10 @@ MEMORY = 4 << 30  # bytes of address space
 
 
 def equal(answer: str, reference: str) -> bool:
-    """Whether both parse as mathematics, as a whole, and are equal. Exceptions of the parser mean no."""
+    """Whether both parse as mathematics, as a whole, and are equal. Exceptions of the parser mean no.
+
+    What is infinite or undefined equals the same alone: sympy simplifies 31415926 + 9 oo to 0 once in a hundred times.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
 
     # One reading: the formula as it stands, and not a number found somewhere in it.
@@ -32,9 +35,25 @@ def equal(answer: str, reference: str) -> bool:
     try:
         wanted = parse(reference, **whole)
         found = parse(answer, **whole)
+        if wanted and found and (numbers := _numbers([*wanted, *found])) and any(map(_endless, numbers)):
+            return not set(_numbers(wanted)).isdisjoint(_numbers(found))
         return bool(wanted and found and verify(wanted, found, timeout_seconds=None))
     except Exception:  # a parser over garbage raises anything; whatever it was, the answer is not equal
         return False
+
+
+def _numbers(parsed: list) -> list:
+    """What was parsed, worked out; of an equation its right side. [] where one is no number: a set, an interval."""
+    from sympy import Eq, Expr
+
+    sides = [value.rhs if isinstance(value, Eq) else value for value in parsed]
+    return [side.doit() for side in sides] if all(isinstance(side, Expr) for side in sides) else []
+
+
+def _endless(number) -> bool:
+    from sympy import S
+
+    return number.has(S.Infinity, S.NegativeInfinity, S.ComplexInfinity, S.NaN)
 
 
 def serve() -> None:

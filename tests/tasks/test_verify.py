@@ -28,6 +28,7 @@ from distill.tasks.verify import (
     letter,
     require_package,
 )
+from distill.workers import math_worker
 
 CASES = json.loads((ROOT / "tests" / "verdict_cases.json").read_text(encoding="utf-8"))
 
@@ -321,6 +322,33 @@ def test_mathematics_without_end_is_stopped_and_the_next_answer_is_judged():
     for thread in threads:
         thread.join()
     assert found == ["correct"] * 3, "also from threads, where signals cannot be caught"
+
+
+@pytest.mark.parametrize(
+    "answer, reference, same",
+    [
+        (r"$-9\infty$", "$31415926$", False),
+        (r"$x=9\infty$", "$31415926$", False),
+        (r"$31415926$", r"$x=\infty$", False),
+        (r"$\frac{1}{0}$", "$0$", False),
+        (r"$\infty-\infty$", "$0$", False),
+        (r"$-\infty$", r"$\infty$", False),
+        (r"$2\infty + 1$", r"$\infty$", True),
+        (r"$\infty$", r"$x=\infty$", True),
+        (r"$-\infty$", r"$-\infty$", True),
+    ],
+)
+def test_infinities_are_not_left_to_chance(monkeypatch, answer, reference, same):
+    """sympy simplifies 31415926 + 9 oo to 0 once in a hundred times, and math-verify then takes them for equal."""
+    math_verify = pytest.importorskip("math_verify")
+    monkeypatch.setattr(math_verify, "verify", lambda *_, **__: not same)
+    assert math_worker.equal(answer, reference) is same
+
+
+def test_intervals_up_to_infinity_are_compared_as_mathematics():
+    pytest.importorskip("math_verify")
+    assert judge("math", r"\boxed{[0, \infty)}", r"[0,\infty)") == "correct"
+    assert judge("math", r"\boxed{(0, \infty)}", r"[0,\infty)") == "wrong"
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

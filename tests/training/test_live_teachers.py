@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from distill.config.recipe import load_recipe
 from distill.errors import UserError
 from distill.models.layers import decoder_layers
+from distill.models.load import load_tokenizer
 from distill.moe.interventions import use_top_k
 from distill.training.live_teachers import FrozenTeacher
-from distill.training.open_teachers import shard_layers
+from distill.training.open_teachers import live_teachers, shard_layers
 
 
 def states(teacher: FrozenTeacher, batch) -> torch.Tensor:
@@ -53,12 +54,19 @@ def test_a_sharded_teachers_layer_is_whole_only_while_it_computes(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_sharded_teacher_that_remembers_is_refused(make_recipe):
+def test_a_sharded_teacher_remembers_nothing(make_recipe, monkeypatch):
     """Who remembers a row skips the meeting that the others wait in."""
     path, _ = make_recipe()
-    with pytest.raises(UserError, match=r"every process asks equally often.*remember_gb"):
-        load_recipe(path, ["teacher.device=sharded", "train.teachers={remember_gb: 1}"])
-    load_recipe(path, ["teacher.device=sharded", "train.teachers={experts_per_token: 1}"])
+    monkeypatch.setattr("distill.training.open_teachers._load", lambda *_: build("qwen3"))
+    kept = {}
+    for where in ("auto", "sharded"):
+        recipe = load_recipe(path, [f"teacher.device={where}", "train.teachers={remember_gb: 1}"])
+        tokenizer = load_tokenizer(recipe.teacher.model)
+        teacher = live_teachers(recipe, None, tokenizer, set(), torch.device("cpu"))
+        kept[where] = teacher._memory
+    assert kept["auto"] is not None and kept["sharded"] is None
+    with pytest.raises(UserError, match=r"every process asks equally often"):
+        load_recipe(path, ["teacher.device=sharded", "train.teachers={own_start: true}"])
 
 
 def test_a_part_of_a_batch_is_the_batch_of_those_rows():
