@@ -67,6 +67,7 @@ from distill.tasks.verify import extract_answer, final_answer, judge
 
 RUNS_ON = ("\n\n", "\nUser:")  # what follows the answer of a model that was never taught to end one
 MOST_ON_CPU = 1.5e9  # bytes of keys, values and logits
+MOST_PADDING = 1.5  # times the tokens of two parts cut by length, for two whose work is alike
 LOGIT_BYTES = 24  # of a row and a token: scores in float32, their sum in float64
 _OPTION = re.compile(r"(?m)^\s*\(?([A-Z])[.):、]\s*(\S.*?)\s*$")
 
@@ -149,12 +150,24 @@ def problem_prompts(tokenizer, problems: list[dict], name: str = "problems") -> 
 def answer_parts(lengths: list[int], batch_size: int) -> list[list[int]]:
     """Places of questions of these lengths, longest first, in parts of one size that are decoded each by itself.
 
-    How many is `even_size`'s word, which two processes share well. Nothing here knows how many processes there are.
+    How many is `even_size`'s word, which two processes share well. Nothing here knows how many processes there are. Of
+    two parts, each takes every second question, so that their answers are as long, unless the padding of short
+    questions beside long ones would cost more than that spares.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = max(1, math.ceil(len(order) / even_size(len(order), batch_size)))
     ends = [len(order) * i // count for i in range(count + 1)]
-    return [order[a:b] for a, b in itertools.pairwise(ends)]
+    parts = [order[a:b] for a, b in itertools.pairwise(ends)]
+    if count == 2:
+        mixed = [order[::2], order[1::2]]
+        if _padded(mixed, lengths) <= MOST_PADDING * _padded(parts, lengths):
+            return mixed
+    return parts
+
+
+def _padded(parts: list[list[int]], lengths: list[int]) -> int:
+    """Tokens of all parts with padding; the first of a part is its longest."""
+    return sum(len(part) * lengths[part[0]] for part in parts)
 
 
 def _key(seed: int, problem: dict, sample: int) -> tuple:
