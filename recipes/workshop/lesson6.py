@@ -9,7 +9,7 @@
 #
 # | your machine | what to run |
 # |---|---|
-# | 2-core CPU | this notebook as it is; under 1 GB of memory. The full demo takes 4 minutes more: `distill demo` |
+# | 2-core CPU | this notebook as it is; under 1 GB of memory. The full demo takes 3 minutes more: `distill demo` |
 # | GPU with 8 GB | this notebook; the demo with a 1.7B teacher and a 0.6B student (lesson 2 has the command) |
 # | T4 (16 GB, no bf16) | the same; `train.precision=auto` chooses fp16 |
 # | one card with 24 GB | the same with an 8B teacher in 4 bits, `teacher.quantize=4bit`, and your own questions |
@@ -25,7 +25,7 @@
 #
 # | 你的机器 | 怎么跑 |
 # |---|---|
-# | 双核 CPU | 直接运行本笔记本；内存不到 1 GB。完整演示另需 4 分钟：`distill demo` |
+# | 双核 CPU | 直接运行本笔记本；内存不到 1 GB。完整演示另需 3 分钟：`distill demo` |
 # | 8 GB 显存的 GPU | 直接运行；或用 1.7B 教师和 0.6B 学生跑演示（命令见第 2 课） |
 # | T4（16 GB，不支持 bf16） | 同上；`train.precision=auto` 会选 fp16 |
 # | 一张 24 GB 的卡 | 同上，教师用 4 位的 8B：`teacher.quantize=4bit`，再换上你自己的题目 |
