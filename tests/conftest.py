@@ -14,6 +14,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 # Compiling the package is a second of every process, and rewriting all asserts of the tests six of each worker.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import ctypes
 import gc
 import shutil
 import sys
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 sys.dont_write_bytecode = False
+
+# Memory that one test gave back serves the next, instead of pages that the kernel clears anew.
+for name, number in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_TOP_PAD_", -2), ("MALLOC_MMAP_THRESHOLD_", -3)):
+    os.environ[name] = str(size := 64 << 20 if number == -2 else 1 << 30)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc
+        mallopt(number, size)
 
 # Tests end processes and not machines: no file has to survive a loss of power.
 os.fsync = lambda _file: None
