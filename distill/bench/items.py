@@ -10,7 +10,7 @@ beside what the seeds do. The table is kept whole: every number of the claims ca
 (recipes/recompute.py does, without this package).
 
 A record is all that results are made of: the recipe's fingerprint, metrics, what training used, every answer, seconds,
-the code's commit. Each finished task leaves one in `records.parquet`, which is written anew each time. So a grid can be
+the code's commit. Each finished task leaves one in `records.parquet`, which is written once a minute. So a grid can be
 shared out: what any `records*.parquet` in the grid's folder knows of today's recipe is not run again, unless a run
 that is left needs its weights.
 
@@ -19,6 +19,7 @@ Shapes: P problems of a kind.
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,7 @@ def _whole(column: np.ndarray) -> list[int | None]:
 # ==== Records of finished tasks ====
 
 RECORDS = "records.parquet"
+PATIENCE = 60.0  # seconds between two writings of it: the whole file each time, for hundreds of tasks
 _ABOUT = b"records"  # in the file's metadata: everything but the answers, which are rows as in items.parquet
 
 
@@ -194,9 +196,8 @@ class Record:
     seconds: float
     device: str | None = None
     values: dict[str, float] = field(default_factory=dict)  # distill/bench/metrics.py has the names
-    used: dict[str, float] | None = (
-        None  # of a trained run: its manifest's steps, rows, tokens, tokens_read, flops
-    )
+    # Of a trained run: steps, rows, tokens, tokens_read, flops of its manifest.
+    used: dict[str, float] | None = None
     items: dict[str, Items] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
@@ -237,6 +238,7 @@ class Records:
         for path in sorted(root.glob("records*.parquet"), key=lambda p: p.name == RECORDS):  # its own wins
             self._known |= _read_records(path)
         self._rows: dict[str, list[pa.Table]] = {}
+        self._written = time.monotonic()
 
     def __getitem__(self, task: Task) -> Record:
         return self._known[task.name]
@@ -246,10 +248,11 @@ class Records:
         known = self._known.get(task.name)
         return known is not None and known.identity == identity(task)
 
-    def add(self, task: Task, kept: Mapping[str, Any], write: bool = True) -> None:
+    def add(self, task: Task, kept: Mapping[str, Any]) -> None:
+        """Of a task that has finished here. The file follows within a minute, and by `write` at the end."""
         self._known[task.name] = record_of(task, kept)
         self._rows.pop(task.name, None)
-        if write:
+        if time.monotonic() - self._written > PATIENCE:
             self.write()
 
     def write(self) -> None:
@@ -264,6 +267,7 @@ class Records:
         whole = whole.replace_schema_metadata({_ABOUT: json.dumps(about)})
         with replacing(self.path, whole.nbytes) as temporary:
             pq.write_table(whole, temporary, compression="zstd")
+        self._written = time.monotonic()
 
 
 def _read_records(path: Path) -> dict[str, Record]:

@@ -234,7 +234,7 @@ RESULTS = PROJECT_ROOT / "recipes" / "results"
 LOAD = 1.5  # seconds of a run that are neither training nor answering
 GENERATED = 24.0  # seconds in which the embedded teacher answers 2,000 questions on one thread
 PROBES = 5.0  # seconds of the probes of flaws
-MADE_OF = 10.0  # seconds in which a student is made of a model
+MADE_OF = 1.6  # seconds in which a student is made of a model: the mean of 66, of the embedded pair
 CROWDED = 1.05  # work shared by as many processes as cores takes a little longer than its part
 # Of a task in version 1, in tokens: an answer where nobody measured one, prompt and worked solution together.
 ANSWER, SOLUTION = 30.0, 75.0

@@ -114,7 +114,7 @@ def _finish(
     redo: bool,
     say: Callable[[str], None],
     part: tuple[int, int] = (1, 1),
-) -> tuple["Clock", Records]:
+) -> tuple[Clock, Records]:
     """Do what is left of the tasks. UserError before anything has begun, RunError where some failed."""
     prepare(recipe.prepare)  # first: recipes name these files
     root = Path(recipe.run_dir)
@@ -129,7 +129,10 @@ def _finish(
     told = f", {len(elsewhere)} of them known from records" if elsewhere else ""
     shown = f" (part {part[0]} of {part[1]}: {len(left)})" if part[1] > 1 else ""
     say(f"{recipe.title}: {len(tasks)} tasks in budget '{budget}'{told}{shown}, {jobs} at a time")
-    failed = run_tasks(left, jobs, redo, clock, say)
+    try:
+        failed = run_tasks(left, jobs, redo, clock, say)
+    finally:  # also of what was stopped
+        records.write()
     if failed:
         lines = [f"{name}: {line}" for name, lines in failed.items() for line in lines]
         more = len(left) - len(clock.known(left)) - len(failed)
@@ -219,7 +222,7 @@ SILENT = 60.0  # seconds without a finished task after which the bench says what
 
 
 def run_tasks(
-    tasks: dict[str, Task], jobs: int, redo: bool, clock: "Clock", say: Callable[[str], None]
+    tasks: dict[str, Task], jobs: int, redo: bool, clock: Clock, say: Callable[[str], None]
 ) -> dict[str, list[str]]:
     """Do all tasks, those that others wait for first; {name: problems} of those that failed."""
     from distill.devices import asked_threads, cores
@@ -254,7 +257,7 @@ def run_tasks(
     return failed
 
 
-def _take(task: Task, future: Future, done: set, failed: dict, clock: "Clock", redo: bool) -> None:
+def _take(task: Task, future: Future, done: set, failed: dict, clock: Clock, redo: bool) -> None:
     try:
         clock.add(task, future.result(), redo)
         clock.records.add(task, clock.data["tasks"][task.name])
@@ -284,9 +287,7 @@ def _dependants(tasks: dict[str, Task]) -> dict[str, int]:
     return {name: len(found) for name, found in users.items()}
 
 
-def _line(
-    task: Task, done: int, total: int, failed: dict, clock: "Clock", left: list[Task], jobs: int
-) -> str:
+def _line(task: Task, done: int, total: int, failed: dict, clock: Clock, left: list[Task], jobs: int) -> str:
     """One finished task for a person: what it found, how long it took, and how long the rest may take."""
     counted = f"[{done + len(failed)}/{total}]"
     if task.name in failed:

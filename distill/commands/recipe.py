@@ -302,7 +302,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
 
 
 def part(text: str) -> tuple[int, int]:
-    """ "2/3" as (2, 3)."""
+    """The second of three parts, "2/3", as (2, 3)."""
     mine, slash, of = text.partition("/")
     if not (slash and mine.isdecimal() and of.isdecimal() and 1 <= int(mine) <= int(of)):
         raise argparse.ArgumentTypeError(f"'{text}' is no part; 2/3 is the second of three")

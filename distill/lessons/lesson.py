@@ -45,9 +45,8 @@ from distill.report.pages import filled, form_pattern, page_environment, retold,
 from distill.storage import PROJECT_ROOT, find_file, parse_yaml, read_json, write_atomic, write_json
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm falls back to text
-warnings.filterwarnings(
-    "ignore", message="Could not find a config file"
-)  # PEFT: the vocabulary is the base's
+# PEFT looks for the base's config by a path of its own; the vocabulary is the base's in any case.
+warnings.filterwarnings("ignore", message="Could not find a config file")
 
 BUDGET = "DISTILL_LESSON_BUDGET"
 FOLDER = "DISTILL_LESSON_DIR"
