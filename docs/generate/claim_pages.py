@@ -326,10 +326,11 @@ def bench_page(found: dict[str, dict[str, Any]], file: str) -> str:
 
 _COMBINATION_WORDS = {
     "en": "{n} claims, {counts}; {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes by the clock, {jobs} at a time; "
-    "{device}; commit {commit}. What each arm used, and the claims that are not measured yet: "
+    "{device}; commit {commit}. What each arm used, and what each claim could have decided: "
     "[docs/claims-combination.md](docs/claims-combination.md).",
     "zh": "共 {n} 条说法：{counts}；{seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，同时运行 {jobs} 个；"
-    "{device}；提交 {commit}。各组用量与尚未测量的说法见 [docs/claims-combination.md](docs/claims-combination.md)。",
+    "{device}；提交 {commit}。各组用量与每条说法能分辨的大小见 "
+    "[docs/claims-combination.md](docs/claims-combination.md)。",
 }
 
 

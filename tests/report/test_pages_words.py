@@ -202,7 +202,7 @@ def test_every_sentence_of_the_claims_has_a_translation(name):
     assert not _said_by(read[0]) - set(read[1])
 
 
-@pytest.mark.parametrize("results", ["claims-small", "language-small", "combination-small"])
+@pytest.mark.parametrize("results", ["claims-small", "language-small", "combination-full"])
 def test_nothing_english_is_left_on_the_page_of_a_grid(results, tmp_path):
     found = json.loads((ROOT / "recipes" / "results" / f"{results}.json").read_text())
     build_bench_page(found, tmp_path / "zh.html", "zh")
