@@ -31,7 +31,7 @@ from distill.models.decode import PACKED
 from distill.models.describe import describe_config
 from distill.models.load import load_config
 from distill.models.packed import SHARE
-from distill.models.precision import PLAIN_ATTENTION_LIMIT, resolve_precision
+from distill.models.precision import resolve_precision
 from distill.models.student import student_config
 from distill.storage import read_json
 from distill.training.losses.fused import chunk_rows
@@ -43,7 +43,6 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ROUNDED = {"4bit": 0.516, "8bit": 1.0}
 _PROGRAM = 530e6  # torch, transformers, datasets and their libraries in a process of this project
 _PER_TOKEN = 1000  # bytes of a tokenizer: its table, and the same again as a dictionary of Python
-_SCORE_BYTES = 6  # of an attention score: as a logit and as a probability, in 16 bits and in part in float32
 _COLUMNS = 64  # by which a cache of keys and values grows (distill/models/decode.py)
 _COMPARED = 8 * CHUNK_LOGITS * 4  # what a pass over text takes besides its logits
 _UNKNOWN_PROMPT = 256  # tokens, where prompts cannot be counted
@@ -227,25 +226,20 @@ def _cache(side: Side, tokens: int, each: float) -> float:
 def _activations(side: Side, tokens: int, low: float, layers: int) -> float:
     """Bytes that autograd keeps of so many tokens in so many layers; `low`: bytes of a number in products.
 
-    Of a block of width d, with m in its MLP. Both norms keep their float32 input and what they made of it, and the
-    products after them its cast: 2 (4 + 4 + low) d, of which in float32 the cast is nothing new. Queries, keys and
-    values before and after rotation, repeated for their groups, the attention's result, and its cast: 8 low d. The
-    gated MLP: 4 low m.
+    Of a block of width d, with m in its MLP and r key heads for a query head (distill/training/memory.py): both norms
+    keep their float32 input; the products behind them what the norms made of it, in 16 bits each of the five a cast of
+    its own. Attention keeps queries, keys, values and its result in float32, the product behind it that result: 4 (2 +
+    2 r) d + low d. The gated MLP: 3 low m.
     """
-    facts = side.facts
+    facts, text = side.facts, side.config.get_text_config(decoder=True)
     width, depth = facts["hidden_size"], facts["layers"]
     body = facts["parameters_active"] - facts["vocab_size"] * width
     mlp = max(0.0, body / depth - 4 * width**2) / (3 * width)  # of a gated MLP with that many parameters
-    norms = 2 * (8 + (low if low < 4 else 0)) * width
-    return tokens * layers * (norms + 8 * low * width + 4 * low * mlp)
-
-
-def _scores(pair: Pair, rows: int, length: int, low: float, layers: int) -> float:
-    """Bytes of attention's scores [rows, heads, T, T], where they are made at once (distill/models/precision.py)."""
-    if pair.device.type != "cpu" or low == 4 or length > PLAIN_ATTENTION_LIMIT:
-        return 0
-    heads = getattr(pair.student.config.get_text_config(decoder=True), "num_attention_heads", 0) or 0
-    return rows * heads * length**2 * layers * _SCORE_BYTES
+    heads = getattr(text, "num_attention_heads", None) or 1
+    shared = (getattr(text, "num_key_value_heads", None) or heads) / heads
+    norms = 2 * 4 * width + (5 * low if low < 4 else 2 * 4) * width
+    attention = (4 * (2 + 2 * shared) + low) * width
+    return tokens * layers * (norms + attention + 3 * low * mlp)
 
 
 def _prompt(pair: Pair, side: Side, held_out: bool = False) -> int:
@@ -312,7 +306,7 @@ def _training(pair: Pair) -> Phase:
         rows = max(1, min(rows, train.micro_batch_tokens // length))
     layers = 2 if train.gradient_checkpointing else facts["layers"]
     kept_inputs = 4 * length * facts["layers"] * facts["hidden_size"] if train.gradient_checkpointing else 0
-    per_row = _activations(student, length, low, layers) + _scores(pair, 1, length, low, layers) + kept_inputs
+    per_row = _activations(student, length, low, layers) + kept_inputs
     live = pair.teacher and recipe.needs_live_teacher and not train.teachers.own_start
     head = 4 if train.head_precision == "fp32" else low
     chunk = chunk_rows(rows * length, student.rows, head, pair.device) * student.rows * head

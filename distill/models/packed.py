@@ -69,23 +69,25 @@ def _packable(model: nn.Module, least: int) -> list[nn.Linear]:
 
 
 def _adapters(model: nn.Module) -> list[nn.Module]:
-    """PEFT's plain LoRA around a plain layer, with one adapter that nobody listens to from inside."""
-    if not hasattr(model, "peft_config"):
-        return []
+    plain = {id(layer) for layer in _packable(model, 1)} if hasattr(model, "peft_config") else set()
+    return [m for m in model.modules() if plain and plain_adapter(m) and id(m.base_layer) in plain]
+
+
+def plain_adapter(module: nn.Module) -> bool:
+    """Whether this is PEFT's plain LoRA around a plain layer, with one adapter that nobody listens to from inside."""
+    if not hasattr(module, "lora_A"):
+        return False
     from peft.tuners.lora.layer import Linear
 
-    plain = {id(layer) for layer in _packable(model, 1)}
-    return [
-        module
-        for module in model.modules()
-        if type(module) is Linear
-        and id(module.base_layer) in plain
-        and "forward" not in vars(module)
+    return (
+        type(module) is Linear
+        and type(module.base_layer) is nn.Linear
+        and not any("forward" in vars(m) for m in (module, module.base_layer))
         and len(module.active_adapters) == 1
         and not module.lora_variant
         and not any(module.lora_bias.values())
         and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module)
-    ]
+    )
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -21,14 +21,6 @@ Trained weights and the optimizer are float32 in every case; around float8 the r
     choice = resolve_precision("fp8-emulated", torch.device("cpu")); print(choice.reason)
     numerics = choice.prepare(student.model)       # once, before Accelerate's prepare: installs, reports
 
-A training step also chooses its attention kernel: torch's own, except where that is known to be slow.
-
-    with training_attention(device, "bf16", longest=60): ...forward and backward...
-
-On a CPU torch's fused kernel is the one of flash attention, whose backward pass in bfloat16 takes 16 ms a layer for 32
-rows of 50 tokens where plain matrix products take 2 (AMD EPYC with AVX512-BF16, one thread; a LoRA step of the embedded
-student 183 ms with it, 146 without). Plain products hold [rows, heads, T, T] scores, so long rows keep the fused one.
-
 Updates that 16 bits do not see: what the first steps of a training lose in autocast's roundings.
 
 A bf16 number has 8 bits: neighbours are 1/128 to 1/256 of their size apart (fp16: 11 bits).
@@ -62,7 +54,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.config.training import Lora, Train
 from distill.errors import RunError, UserError
@@ -287,16 +278,6 @@ def arithmetic(tf32: bool, deterministic: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.use_deterministic_algorithms(before[1])
-
-
-PLAIN_ATTENTION_LIMIT = 512  # tokens of a row up to which whole score matrices are small
-
-
-def training_attention(device: torch.device, mixed_precision: str, longest: int):
-    """A context for one step. `mixed_precision` is Accelerate's word; `longest` the step's longest row in tokens."""
-    if device.type == "cpu" and mixed_precision == "bf16" and longest <= PLAIN_ATTENTION_LIMIT:
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
 
 
 # ---- Updates that 16 bits do not see ----

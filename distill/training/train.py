@@ -37,13 +37,13 @@ from distill.config.training import Train
 from distill.data.batches import Batch, TokenRows, check_packing, even_pieces, micro_batches
 from distill.errors import RunError, UserError
 from distill.models.layers import attend_by_row, choose_attention, compile_layers, rows_apart
-from distill.models.precision import Precision, arithmetic, training_attention
+from distill.models.precision import Precision, arithmetic
 from distill.models.routers import bare_model, find_routers
 from distill.models.student import BuiltStudent
 from distill.training.checkpoint import Interrupts, Saver
 from distill.training.log import StepLog, Validator
 from distill.training.losses.routers import ExpertBiasBalancer
-from distill.training.memory import OutOfMemory, memory_advice, saved_for_backward
+from distill.training.memory import Lean, OutOfMemory, memory_advice, saved_for_backward
 from distill.training.sources import Lot, Source
 from distill.training.step import StudentStep, of_step, state_objectives, whole_step
 
@@ -162,6 +162,7 @@ def train_student(
     # ---- model, optimizer, state -------------------------------------------------------------------
     bare = student.model
     prepare_model(train, student, teacher)
+    lean = contextlib.nullcontext() if train.compile else Lean(bare)  # compiled layers see to it themselves
     student.states = states = state_objectives(train.objectives, bare, teacher, recipe.seed)
     step_module = StudentStep(bare, train.objectives, states, train.head_precision == "fp32")
     optimizer = make_optimizer(train, [p for p in step_module.parameters() if p.requires_grad])
@@ -185,8 +186,7 @@ def train_student(
             _check_lengths(train, student, lot.rows)
 
             # ---- forward and backward, micro-batch by micro-batch ----------------------------------
-            longest = int(lot.rows.lengths[lot.share].max(initial=0))
-            with training_attention(accelerator.device, accelerator.mixed_precision, longest):
+            with lean:
                 sums = micro.accumulate(model, optimizer, lot, teacher, balancer)
 
             # ---- check, clip, step -----------------------------------------------------------------
