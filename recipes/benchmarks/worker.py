@@ -13,6 +13,7 @@ Clipping, AdamW and zeroing are done here, the same for everyone, and so is the 
 Shapes: B rows, P prompt tokens, C completion tokens, N = B C kept tokens, V vocabulary, K stored tokens.
 """
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -115,22 +116,37 @@ def distill_step_runner(work: Workload, objective: dict[str, Any], precision: st
     return _forward_backward(work, objective, precision, collated(work), teacher)
 
 
+def attend_as_training(work: Workload) -> None:
+    """Both models attend as `distill train` has them attend."""
+    from distill.models.layers import attend_by_row
+
+    for model in (work.student, work.teacher):
+        if model is not None:
+            attend_by_row(model)
+
+
 def _forward_backward(
     work: Workload, objective: dict[str, Any], precision: str, batch: Any, teacher: Any
 ) -> Callable[[], float]:
     from accelerate import Accelerator
 
     from distill.config.training import Train
+    from distill.models.layers import decoder_layers, rows_apart
+    from distill.training.memory import Lean
     from distill.training.step import StudentStep
 
+    attend_as_training(work)
+    compiled = decoder_layers(work.student)[1][0]._compiled_call_impl is not None
+    lean = contextlib.nullcontext() if compiled else Lean(work.student)
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=True)
     model = accelerator.prepare(
         StudentStep(work.student, Train(objectives=[objective], steps=100).objectives)
     )
 
     def forward_backward() -> float:
-        total, sums = model(batch, teacher(batch) if teacher else {})
-        accelerator.backward(total / work.kept)
+        with lean, rows_apart(batch.rows):
+            total, sums = model(batch, teacher(batch) if teacher else {})
+            accelerator.backward(total / work.kept)
         return float(sums.sum()) / work.kept
 
     return forward_backward
@@ -165,6 +181,7 @@ def distill_compiled_runner(work: Workload, objective: dict[str, Any], precision
     """The toolkit's step with `train.compile=true`; what compiling takes is in the warm-up, not in the time."""
     from distill.models.layers import compile_layers
 
+    attend_as_training(work)  # first: it is tried on rows of its own
     compile_layers(work.student, work.teacher)
     return distill_step_runner(work, objective, precision)
 

@@ -36,8 +36,12 @@ from distill.training.losses.rowwise import ACCELERATOR_CHUNK, CPU_CHUNK, MakeGr
 from distill.training.losses.sparse import already_checked, check_sampled, check_stored
 
 # Bytes of a chunk of logits. Every chunk reads the whole head again: at V = 151,936 float32 products of 96 rows take
-# 1.06 times as long as those of 147, which fit here and are as fast as more (on another CPU 110 rows 1.2 times 205).
-HEAD_CHUNK, LEAST_ROWS, MOST_ROWS = 3 * 2**25, 64, 8192
+# 1.06 times as long as those of 147, which are as fast as more (on another CPU 110 rows 1.2 times 205). As many rows
+# may take twice the room.
+HEAD_CHUNK, ENOUGH_ROWS, LEAST_ROWS, MOST_ROWS = 3 * 2**24, 147, 64, 8192
+HEAD_SLICE = (
+    4096  # rows of the head whose gradient is made at once where it is summed in wider numbers: in the cache
+)
 HEAD_CHUNK_ON_ACCELERATORS = 2**28
 CHECKS = {"sparse": check_stored, "sampled": check_sampled}  # of stored signals, by form
 
@@ -241,12 +245,7 @@ class _FusedLoss(torch.autograd.Function):
                 d_hidden[part] = _unscaled(torch.mm(logits, weight_low), scales, wide)
             if d_weight is not None:
                 rows = states if scales is None else states * scales[:, None].to(dtype)
-                if d_weight.dtype == dtype:
-                    d_weight.addmm_(logits.t(), rows, beta=0 if start == 0 else 1)
-                elif start == 0:
-                    d_weight.copy_(torch.mm(logits.t(), rows))
-                else:
-                    d_weight += torch.mm(logits.t(), rows)
+                _add_products(d_weight, logits, rows, first=start == 0)
             if d_bias is not None:
                 d_bias += _unscaled(logits, scales, wide).sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -266,6 +265,20 @@ class _FusedLoss(torch.autograd.Function):
             found[1] = None
         found = [None if f is None else f.to(dtype) for f, dtype in zip(found, ctx.dtypes)]
         return *found, None, None, None, None, None, None
+
+
+def _add_products(into: Tensor, logits: Tensor, rows: Tensor, first: bool) -> None:
+    """into [V, d] += logits [n, V]' rows [n, d], or = where it is the first."""
+    if into.dtype == rows.dtype:
+        into.addmm_(logits.t(), rows, beta=0 if first else 1)
+        return
+    for start in range(0, len(into), HEAD_SLICE):
+        part = slice(start, start + HEAD_SLICE)
+        product = torch.mm(logits[:, part].t(), rows)
+        if first:
+            into[part] = product
+        else:
+            into[part] += product
 
 
 def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +303,10 @@ def _ours(head: Head, terms: list[Term], signals: dict[str, Any]) -> dict[str, A
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
     """Rows of logits that exist at a time, of `rows` altogether: chunks of one size rather than a small last one."""
-    room = (HEAD_CHUNK if device.type == "cpu" else HEAD_CHUNK_ON_ACCELERATORS) // (vocabulary * itemsize)
+    row = vocabulary * itemsize
+    room = HEAD_CHUNK_ON_ACCELERATORS // row
+    if device.type == "cpu":
+        room = max(HEAD_CHUNK // row, min(ENOUGH_ROWS, 2 * HEAD_CHUNK // row))
     chunks = max(1, math.ceil(rows / min(max(room, LEAST_ROWS), MOST_ROWS)))
     return max(1, math.ceil(rows / chunks))
 

@@ -40,7 +40,9 @@ def small_chunks(monkeypatch):
     """Several chunks of several pieces even at this size."""
     monkeypatch.setattr(fused, "HEAD_CHUNK", 10 * V)
     monkeypatch.setattr(fused, "LEAST_ROWS", 8)
+    monkeypatch.setattr(fused, "ENOUGH_ROWS", 8)
     monkeypatch.setattr(fused, "CPU_CHUNK", 3 * V)
+    monkeypatch.setattr(fused, "HEAD_SLICE", 7)
 
 
 def parts(seed: int = 0, dtype=torch.float64, teacher_vocabulary: int = V):
@@ -178,13 +180,18 @@ def test_a_tied_head_sums_both_uses_of_the_matrix():
 )
 def test_chunk_and_piece_size_change_nothing(chunk, piece, name):
     hidden, weight, _, signals = parts()
-    saved = fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK
+    saved = fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.ENOUGH_ROWS, fused.CPU_CHUNK
     try:
-        fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = 8 * chunk * V, 1, piece * V
+        fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.ENOUGH_ROWS, fused.CPU_CHUNK = (
+            8 * chunk * V,
+            1,
+            1,
+            piece * V,
+        )
         total, _ = fused_loss(hidden, Head(weight), [term(name)], signals)
         total.backward()
     finally:
-        fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.CPU_CHUNK = saved
+        fused.HEAD_CHUNK, fused.LEAST_ROWS, fused.ENOUGH_ROWS, fused.CPU_CHUNK = saved
     again, other, _, signals = parts()
     whole, _ = whole_loss(again @ other.T, [term(name)], signals)
     whole.backward()
@@ -353,11 +360,27 @@ def test_second_objective_does_not_see_the_first_ones_scratch():
 @given(rows=st.integers(0, 5000), vocabulary=st.integers(1, 200_000), itemsize=st.sampled_from([2, 4, 8]))
 def test_chunks_are_of_one_size_and_fit(rows, vocabulary, itemsize):
     size = fused.chunk_rows(rows, vocabulary, itemsize, torch.device("cpu"))
-    room = max(fused.HEAD_CHUNK // (vocabulary * itemsize), fused.LEAST_ROWS)
+    row = vocabulary * itemsize
+    enough = min(fused.ENOUGH_ROWS, 2 * fused.HEAD_CHUNK // row)  # of a large vocabulary, in twice the room
+    room = max(fused.HEAD_CHUNK // row, enough, fused.LEAST_ROWS)
     assert 1 <= size <= min(room, fused.MOST_ROWS)
     chunks = -(-rows // size)
     assert rows == 0 or chunks * size - rows < chunks  # each as large as the next, but for one row
     assert chunks == -(-rows // min(room, fused.MOST_ROWS)), "no more chunks than must be"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slices", [7, 10**6])
+def test_the_heads_gradient_is_summed_slice_by_slice(dtype, slices, monkeypatch):
+    """Over two chunks of 16-bit products in float32: the numbers of whole products, of chunk after chunk."""
+    monkeypatch.setattr(fused, "HEAD_SLICE", slices)
+    torch.manual_seed(0)
+    chunks = [(torch.randn(5, V).to(dtype), torch.randn(5, 4).to(dtype)) for _ in range(2)]
+    found, right = torch.full((V, 4), torch.nan), torch.zeros(V, 4)
+    for i, (logits, rows) in enumerate(chunks):
+        fused._add_products(found, logits, rows, first=i == 0)
+        right += (logits.t() @ rows).float()
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd", "cross_entropy"])
