@@ -39,9 +39,8 @@ from distill.training.losses.sparse import already_checked, check_sampled, check
 # 1.06 times as long as those of 147, which are as fast as more (on another CPU 110 rows 1.2 times 205). As many rows
 # may take twice the room.
 HEAD_CHUNK, ENOUGH_ROWS, LEAST_ROWS, MOST_ROWS = 3 * 2**24, 147, 64, 8192
-HEAD_SLICE = (
-    4096  # rows of the head whose gradient is made at once where it is summed in wider numbers: in the cache
-)
+# Rows of the head whose gradient is made at once where it is summed in wider numbers: they stay in the cache.
+HEAD_SLICE = 4096
 HEAD_CHUNK_ON_ACCELERATORS = 2**28
 CHECKS = {"sparse": check_stored, "sampled": check_sampled}  # of stored signals, by form
 

@@ -369,6 +369,15 @@ def test_chunks_are_of_one_size_and_fit(rows, vocabulary, itemsize):
     assert chunks == -(-rows // min(room, fused.MOST_ROWS)), "no more chunks than must be"
 
 
+@pytest.mark.parametrize(
+    "vocabulary, itemsize, rows", [(151_936, 4, 147), (49_152, 4, 256), (49_152, 2, 512)]
+)
+def test_a_large_vocabulary_has_enough_rows_in_a_chunk(vocabulary, itemsize, rows, monkeypatch):
+    """1,024 tokens, by the constants as they are shipped: 48 MiB, or up to 96 for rows enough."""
+    monkeypatch.undo()
+    assert fused.chunk_rows(1024, vocabulary, itemsize, torch.device("cpu")) == rows
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("slices", [7, 10**6])
 def test_the_heads_gradient_is_summed_slice_by_slice(dtype, slices, monkeypatch):
