@@ -12,7 +12,8 @@ What `distill describe` said before, kept on disk: counting takes the model's co
 A description follows from config.json, from the code that counts and from the libraries that build the model. The name
 of a kept one is the hash of all three, so that another config, another release or an edited module is counted anew.
 They lie in `$XDG_CACHE_HOME/distill/describe` (`~/.cache` where that is not set), 1 kB each, the newest 200 of them.
-One that does not fit its checksum is counted again, and where nothing can be written nothing is kept.
+One that does not fit its checksum is counted again, and where nothing can be written nothing is kept. Commands that
+make a model or read one leave its description there: by then the imports are paid.
 
 The folder itself is looked at every time, as `check_folder` does. Hub names, GGUF files and folders with a config for
 each release of transformers (`configuration_files`) are read by the libraries and never kept.
@@ -52,6 +53,14 @@ def described(name: str) -> tuple[dict[str, Any], str]:
     if place:
         _keep(place, {"description": found, "table": table})
     return found, table
+
+
+def remember(*names: str | Path | None) -> None:
+    """Keep the descriptions of these models for a `describe` to come; what is no plain model folder is left out."""
+    for name in names:
+        with contextlib.suppress(DistillError, OSError):
+            if name and _place(str(name)):
+                described(str(name))
 
 
 def _place(name: str) -> Path | None:
@@ -113,6 +122,7 @@ def import_command(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out) if arguments.out else None
     out, manifest = import_model(arguments.source, out, arguments.dtype)
+    remember(out)
     print(json.dumps(manifest, indent=2) if arguments.json else format_import(out, manifest))
     return 0
 
@@ -181,6 +191,7 @@ def merge_command(arguments: argparse.Namespace) -> int:
     from distill.training.merge import format_errors, merge_adapter
 
     manifest = merge_adapter(arguments.adapter, Path(arguments.out), arguments.dtype)
+    remember(arguments.out)
     text = json.dumps(manifest["merge"], indent=2) if arguments.json else format_errors(manifest)
     print(text if arguments.json else f"{text}\nmerged model: {arguments.out}")
     return 0

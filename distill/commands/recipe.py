@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from distill import console
+from distill.commands.artifacts import remember
 from distill.commands.command import (
     Command,
     amount,
@@ -104,6 +105,12 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
     pipeline.run(recipe, command, arguments.redo, say=console.say)
     if not console.first_process():  # pages are one process's work
         return 0
+    if command in ("run", "train", "evaluate"):
+        remember(
+            recipe.student.model,
+            recipe.teacher.model,
+            *(recipe.path / arm for arm in ("base", "control", "student")),
+        )
     if command == "run":
         _report(recipe.path, arguments.lang)
     elif command == "evaluate":
@@ -294,6 +301,7 @@ def evaluate_checkpoints_command(arguments: argparse.Namespace) -> int:
     )
     if not console.first_process():
         return 0
+    remember(*judged.values())
     page = build_dossier(out, arguments.lang)
     print()
     print(summary_table(read_json(out / "metrics.json")))

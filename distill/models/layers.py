@@ -22,7 +22,8 @@ transformers makes one, [B, T, T], after a look at whether it may be left out, f
 and with a mask there is no flash attention. Rows of 200 to 500 tokens take a CPU 0.88 of the time without it.
 
 A CPU's flash attention in 16 bits is slow on the way back (64 rows of 85 tokens, 4 heads of 32, one thread: 60 ms a
-layer) and less exact than the same in float32 (13 ms). So what needs a gradient attends in float32 there.
+layer) and less exact than the same in float32 (13 ms). So what needs a gradient attends in float32 there, with whatever
+mask the model makes.
 
 Shapes: T tokens of the packed sequence, B rows, L the longest row, H heads, D size of a head.
 """
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask, sliding_window_causal_mask_function
 
@@ -46,6 +47,7 @@ from distill.models.routers import bare_model
 
 # Of the attention implementations, as transformers knows them: by what they take the place of.
 NAMES = {"sdpa": "distill_packed", "eager": "distill_packed_eager"}
+EXACT = "distill_sdpa"  # the model's own masks, float32 where a CPU needs the gradient
 _EAGER = "eager_attention_forward"  # what every modeling file calls its own
 
 
@@ -162,25 +164,29 @@ def choose_attention(model: nn.Module, kind: str) -> None:
 def attend_by_row(model: nn.Module) -> bool:
     """Let the model's attention go without a mask of the whole batch inside `rows_apart`; whether it does.
 
-    Tried on random rows first: what sees padding or loses a mask of its own then stays as it is.
+    Tried on random rows first: what sees padding or loses a mask of its own then keeps its masks, and attends in
+    float32 alone where that is faster.
     """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = model.config.get_text_config(decoder=True)
     kind = getattr(config, "_attn_implementation", None)
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     both_ways = not getattr(config, "is_causal", True) or getattr(
         config, "use_bidirectional_attention", False
     )
-    if kind not in NAMES or not layers <= {"full_attention", "sliding_attention"} or both_ways:
+    if kind not in NAMES:
+        return False
+    if not layers <= {"full_attention", "sliding_attention"} or both_ways:
+        _keep_masks(base, config, kind)
         return False
     if kind == "eager" and not any(_own_attention(type(m)) for m in model.modules()):
         return False
     for of, attention, mask in (("sdpa", _sdpa, sdpa_mask), ("eager", _eager, eager_mask)):
         AttentionInterface.register(NAMES[of], _by_row(attention))
         AttentionMaskInterface.register(NAMES[of], _mask_of_rows(mask, whole=of == "eager"))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(NAMES[kind])
-    if not _sees_no_padding(base, config.vocab_size):
-        base.set_attn_implementation(kind)
+    if not _the_same(*_trials(base, config, (None, RIGHT_PADDED))):
+        _keep_masks(base, config, kind)
         return False
     Hooks().before(base, _all_real, named=True)
     return True
@@ -198,24 +204,41 @@ def _all_real(_module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dic
     return given, {**named, "attention_mask": torch.ones_like(named["input_ids"])}
 
 
+def _keep_masks(base: nn.Module, config: PretrainedConfig, kind: str) -> None:
+    """The model attends as it did, `kind`; through `_sdpa` if that is its kind and its logits are the same so."""
+    base.set_attn_implementation(kind)
+    if kind != "sdpa" or next(base.parameters()).device.type != "cpu":
+        return
+    AttentionInterface.register(EXACT, _sdpa)
+    AttentionMaskInterface.register(EXACT, sdpa_mask)
+    before = _trials(base, config, (None,))
+    base.set_attn_implementation(EXACT)
+    if not _the_same(*before, *_trials(base, config, (None,))):
+        base.set_attn_implementation(kind)
+
+
 @torch.no_grad()
-def _sees_no_padding(model: nn.Module, vocabulary: int) -> bool:
-    """Whether a short row beside a long one has the same logits with the usual mask and without."""
+def _trials(model: nn.Module, config: PretrainedConfig, ways: tuple) -> list[Tensor]:
+    """Logits of a short row with padding behind it and a long one, the batch said to lie in each of these ways."""
     device, training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (2, 17), generator=generator).to(device)
+    ids = torch.randint(config.vocab_size, (2, 17), generator=generator).to(device)
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0
     model.eval()
     try:
         found = []
-        for rows in (None, RIGHT_PADDED):
+        for rows in ways:
             with rows_apart(rows):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
             found.append(torch.cat([logits[0, :9], logits[1]]))
     finally:
         model.train(training)
-    return bool((found[0] - found[1]).abs().max() <= 0.05 * found[0].std())
+    return found
+
+
+def _the_same(first: Tensor, second: Tensor) -> bool:
+    return bool((first - second).abs().max() <= 0.05 * first.std())
 
 
 def _mask_of_rows(of: Callable, whole: bool) -> Callable:

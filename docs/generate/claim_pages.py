@@ -12,6 +12,7 @@ today's recipes/claims.yaml. The checklist is of today's file, whatever has been
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +25,7 @@ from distill.bench.metrics import metric
 from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size, verdict_words
 from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
-from distill.report.pages import si
+from distill.report.pages import si, speaking
 from distill.storage import PROJECT_ROOT, hash_yaml, parse_yaml, read_json
 from distill.training.arms import NOT_IDENTITY
 
@@ -205,7 +206,8 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
             ]
     lines += [f"{limit_text(results['controls'], language)}\n"] if results.get("controls") else []
     sentence = words["sentence"].format(
-        n=len(results["claims"]), counts=_counts(results, language), jobs=results["jobs"], device=results["device"],
+        n=len(results["claims"]), counts=_counts(results, language), jobs=results["jobs"],
+        device=device_words(results["device"], language),
         commit=shown_commit(results), most=words["most"] if first_registration(results) else "", **_size(results),
     )  # fmt: skip
     for other in smaller:
@@ -244,14 +246,17 @@ def _row(claim: dict[str, Any], language: str, results: dict[str, Any]) -> str:
             else shown_size(claim["margin"], claim)
         )
         verdict = _WORDS[language]["margin"].format(verdict=verdict, margin=margin)
-    effect = shown_effect(claim)
-    cells = (
-        sentence,
-        hypothesis,
-        effect if language == "en" else effect.replace("points", "个百分点"),
-        verdict,
-    )
+    with speaking(language):
+        effect = shown_effect(claim)
+    cells = (sentence, hypothesis, effect, verdict)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def device_words(device: str, language: str = "en") -> str:
+    """A device as results name it, `cpu (NAME, 1 threads)`, for a reader."""
+    if language == "zh":
+        return re.sub(r" \((.*), (\d+) threads\)$", r"（\1，\2 线程）", device)
+    return device.replace(" 1 threads)", " 1 thread)")
 
 
 def _leaves_out_0(claim: dict[str, Any]) -> bool:
@@ -344,7 +349,7 @@ def combination_section(results: dict[str, Any], language: str = "en") -> str:
         "counts": _counts(results, language),
         "commit": shown_commit(results),
     }
-    said |= {"jobs": results["jobs"], "device": results["device"]} | _size(results)
+    said |= {"jobs": results["jobs"], "device": device_words(results["device"], language)} | _size(results)
     return "\n".join([*lines, "", _COMBINATION_WORDS[language].format(**said), ""])
 
 
@@ -367,7 +372,7 @@ _TEXT_WORDS = {
         "pruned": "取其 10 层，未训练",
         "text": "对照：只读文本",
         "mixture": "学生：加上教师的分布",
-        "sentence": "单位：奈特/词元；{n} 个种子的均值 [均值的 95 % 区间]。"
+        "sentence": "单位：nat/词元；{n} 个种子的均值 [均值的 95 % 区间]。"
         "训练用时：学生 {seconds:.0f} 秒，对照 {control:.0f} 秒，"
         "单线程，{device}；提交 {commit}。由此得出的判定见 [docs/claims-language.md](docs/claims-language.md)。",
     },
@@ -389,7 +394,7 @@ def language_section(results: dict[str, Any], language: str = "en") -> str:
     seconds = {name: arms[name]["metrics"]["train.seconds"]["mean"] for name in ("mixture", "text")}
     sentence = words["sentence"].format(
         n=len(arms["mixture"]["metrics"]["train.seconds"]["values"]), seconds=seconds["mixture"],
-        control=seconds["text"], device=results["device"], commit=shown_commit(results),
+        control=seconds["text"], device=device_words(results["device"], language), commit=shown_commit(results),
     )  # fmt: skip
     return "\n".join([*lines, "", sentence, ""])
 
@@ -449,7 +454,8 @@ def _measured(found: dict[str, dict[str, Any]], level: str = "##", bench: str = 
         lines.append(
             f"- `distill bench {bench} --budget {name}`: {results['tasks']} tasks, "
             f"{seconds['wall'] / 60:.0f} minutes by the clock with {results['jobs']} at a time, "
-            f"{seconds['work'] / 60:.0f} minutes of work; {results['device']}; commit {shown_commit(results)}."
+            f"{seconds['work'] / 60:.0f} minutes of work; {device_words(results['device'])}; "
+            f"commit {shown_commit(results)}."
         )
         if limit := limit_text(results.get("controls")):
             lines.append(f"  {limit}")

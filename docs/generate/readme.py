@@ -37,6 +37,7 @@ from claim_pages import (
     claims_section,
     combination_section,
     compact,
+    device_words,
     first_registration,
     language_section,
 )
@@ -132,7 +133,7 @@ def results_section(results: dict, language: str = "en") -> str:
     seconds = results["seconds"]
     agreement = results["models"]["student"]["fidelity"]["top1_agreement"]
     about = {
-        "device": results["device"],
+        "device": device_words(results["device"], language),
         "commit": shown_commit(results),
         "minutes": sum(seconds.values()) / 60,
         "agreement": 100 * agreement,
@@ -218,7 +219,8 @@ def devices_section(language: str) -> str:
         known = [step for step in steps if step]
         mfu = [f"{step['mfu']:.1%}" for step in known if step["mfu"]]
         cells = [
-            found["device"], size[not found["quick"]], *(_mark(parts.get(name)) for name in ("equality", "resume")),
+            device_words(found["device"], language), size[not found["quick"]],
+            *(_mark(parts.get(name)) for name in ("equality", "resume")),
             f"{parts['decode']['greedy']['tokens_per_second']:,}" if parts.get("decode", {}).get("ok") else "–",
             " / ".join(f"{step['tokens_per_second']:,}" for step in known) or "–", " / ".join(mfu) or "–",
             " / ".join(f"{step['peak_bytes'] / 1e9:.2f}" for step in known) or "–",
@@ -278,8 +280,8 @@ PEERS = (DISTILLATION.name, GKD.name)
 
 def speed_section(found: dict[str, Any]) -> str:
     """Markdown between the page's markers."""
-    lines = ["", f"{found['device']}, TRL {found['peer']['trl']}, {found['rounds']} round(s); a step includes AdamW, "
-             "and no data loading or logging."]  # fmt: skip
+    lines = ["", f"{device_words(found['device'])}, TRL {found['peer']['trl']}, {found['rounds']} round{'s' * (found['rounds'] != 1)}; "
+             "a step includes AdamW, and no data loading or logging."]  # fmt: skip
     for name, s in found["settings"].items():
         title = name[0].upper() + name[1:]
         lines += ["", f"*{title}*: V = {s['vocabulary']:,} (tied head), {s['rows']} x {s['tokens']} "

@@ -9,7 +9,7 @@ import pytest
 from conftest import PYTHON, ROOT, byte_tokenizer, save_model
 
 from distill.commands import artifacts as module
-from distill.commands.artifacts import described
+from distill.commands.artifacts import described, remember
 from distill.errors import UserError
 from distill.models import describe
 
@@ -122,3 +122,21 @@ def test_reading_takes_no_torch(model, counted):
     heavy, modules = last.rsplit(" ", 1)
     assert "\n".join(said) == table.rstrip() and done.stderr == "" and heavy == "set()"
     assert int(modules) < 600  # of 3,000 with transformers
+
+
+def test_what_a_command_has_read_or_made_is_described_at_once(model, counted, tmp_path, run_cli):
+    """Not a folder without a config, nor a hub name, nor a folder that is not there: nobody asked about those."""
+    (tmp_path / "adapter").mkdir()
+    remember(model, None, tmp_path / "adapter", "org/name", tmp_path / "none")
+    assert counted == [model] and len(kept(tmp_path)) == 1
+    run_cli("evaluate", model, "--problems", "1", "--no-speed", "--out", str(tmp_path / "eval"))
+    assert run_cli("describe", model)[0] == 0 and counted == [model]
+
+
+def test_a_run_describes_its_models(finished, hub, counted, tmp_path, run_cli):
+    """Its arms are adapters here, which are described with their base and not kept."""
+    assert run_cli("run", finished / "run.yaml")[0] == 0
+    assert sorted(counted) == sorted([hub["llama"], hub["qwen3_moe"]]) and len(kept(tmp_path)) == 2
+    for model in ("llama", "qwen3_moe"):
+        assert run_cli("describe", hub[model])[0] == 0
+    assert len(counted) == 2

@@ -13,7 +13,7 @@ from distill.config.training import Objective
 from distill.data.batches import TokenRows, check_packing
 from distill.errors import UserError
 from distill.models import layers
-from distill.models.layers import NAMES, attend_by_row, choose_attention, rows_apart
+from distill.models.layers import EXACT, NAMES, attend_by_row, choose_attention, rows_apart
 from distill.training.step import StudentStep
 
 
@@ -28,14 +28,24 @@ WINDOWED = {  # of 4 tokens, where rows have up to 22
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its own attention, with sinks
 }
+CHUNKED = {
+    "llama4_text": {
+        "attention_chunk_size": 4,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 32,
+        "layer_types": ["chunked_attention", "full_attention"],
+    }
+}
 
 
 def model_of(family: str, **more):
     if family == "deepseek_v3":
         model = mla()
-    elif family in WINDOWED:
+    elif family in WINDOWED | CHUNKED:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**SIZES, "sliding_window": 4, **WINDOWED[family], **more})
+        config = AutoConfig.for_model(
+            family, **{**SIZES, "sliding_window": 4, **(WINDOWED | CHUNKED)[family], **more}
+        )
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     else:
         model = build(family)
@@ -91,10 +101,43 @@ def test_a_window_cuts_off_what_it_should():
 def test_other_attention_is_left_alone():
     chunked = model_of("mistral")
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
-    assert not attend_by_row(chunked) and chunked.config._attn_implementation == "sdpa"
+    assert not attend_by_row(chunked) and chunked.config._attn_implementation == EXACT
     both_ways = model_of("mistral")
     both_ways.config.use_bidirectional_attention = True
     assert not attend_by_row(both_ways)
+    eager = model_of("mistral")
+    eager.set_attn_implementation("eager")
+    eager.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not attend_by_row(eager) and eager.config._attn_implementation == "eager"
+
+
+def test_a_model_with_masks_of_its_own_attends_in_float32_where_it_learns(monkeypatch):
+    """A CPU's 16-bit kernel is slow on the way back; the masks, the loss and the gradients are what they were."""
+    rows = ragged(9, 1, 12)
+    batch = rows.collate(np.arange(9), 0)
+    seen = []
+    usual = layers.sdpa_attention_forward
+
+    def watched(module, query, *given, **named):
+        seen.append((torch.is_grad_enabled(), query.dtype))
+        return usual(module, query, *given, **named)
+
+    monkeypatch.setattr(layers, "sdpa_attention_forward", watched)
+    model = model_of("llama4_text")
+    step = StudentStep(model, [Objective(name="cross_entropy")])
+    before, expected = taken(step, batch)
+    assert not seen and not attend_by_row(model)
+    seen.clear()
+    after, found = taken(step, batch)
+    assert after == pytest.approx(before, rel=1e-6) and set(seen) == {(True, torch.float32)}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        taken(step, batch)
+        with torch.no_grad():
+            model(torch.ones(1, 4, dtype=torch.long))
+    assert set(seen) == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_attention_is_chosen_or_refused():
@@ -136,7 +179,7 @@ def test_a_model_with_a_mask_of_its_own_keeps_it(monkeypatch):
         return found
 
     monkeypatch.setattr(model.model, "forward", sees_the_end)
-    assert not attend_by_row(model) and model.config._attn_implementation == "sdpa"
+    assert not attend_by_row(model) and model.config._attn_implementation == EXACT
 
 
 def test_a_packed_step_is_no_slower_than_a_padded_one():

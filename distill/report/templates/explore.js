@@ -128,7 +128,7 @@
         return {
           bars: groups, top: 1, x: say({ en: "16 neighbours a bar; the outlier is in the fifth", zh: "每根柱子是 16 个相邻的数；离群值在第五根里" }, lang),
           y: say({ en: "relative error", zh: "相对误差" }, lang),
-          text: say({ en: `Mean error of the others ${fixed(100 * mean, 1)} %. ${1024 / block} scale(s) for 1,024 numbers: ${fixed(8 + 32 / block, 2)} bits a number.`,
+          text: say({ en: `Mean error of the others ${fixed(100 * mean, 1)} %. ${1024 / block} scale${block === 1024 ? "" : "s"} for 1,024 numbers: ${fixed(8 + 32 / block, 2)} bits a number.`,
             zh: `其余各数的平均误差 ${fixed(100 * mean, 1)}%。1024 个数用 ${1024 / block} 个缩放系数：每个数 ${fixed(8 + 32 / block, 2)} 位。` }, lang),
         };
       },

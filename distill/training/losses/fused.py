@@ -243,8 +243,11 @@ class _FusedLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = _unscaled(torch.mm(logits, weight_low), scales, wide)
             if d_weight is not None:
-                rows = states if scales is None else states * scales[:, None].to(dtype)
-                _add_products(d_weight, logits, rows, first=start == 0)
+                rows, largest = states, None
+                if scales is not None:  # 1 at most: a float16 below 6e-8 is 0
+                    largest = scales.max()
+                    rows = states * (scales / largest)[:, None].to(dtype)
+                _add_products(d_weight, logits, rows, largest, first=start == 0)
             if d_bias is not None:
                 d_bias += _unscaled(logits, scales, wide).sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -266,14 +269,16 @@ class _FusedLoss(torch.autograd.Function):
         return *found, None, None, None, None, None, None
 
 
-def _add_products(into: Tensor, logits: Tensor, rows: Tensor, first: bool) -> None:
-    """into [V, d] += logits [n, V]' rows [n, d], or = where it is the first."""
+def _add_products(into: Tensor, logits: Tensor, rows: Tensor, times: Tensor | None, first: bool) -> None:
+    """into [V, d] += logits [n, V]' rows [n, d], times a number if there is one; or = where it is the first."""
     if into.dtype == rows.dtype:
         into.addmm_(logits.t(), rows, beta=0 if first else 1)
         return
     for start in range(0, len(into), HEAD_SLICE):
         part = slice(start, start + HEAD_SLICE)
         product = torch.mm(logits[:, part].t(), rows)
+        if times is not None:
+            product = product * times.expand(1)  # of one dimension, and so float32 with it
         if first:
             into[part] = product
         else:

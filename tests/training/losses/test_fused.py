@@ -247,6 +247,23 @@ def test_float16_gradients_do_not_vanish():
     assert float((low.grad.float() - again.grad).norm() / again.grad.norm()) < 0.02
 
 
+def test_the_heads_float16_gradient_keeps_each_rows_size():
+    """Rows of very different gradients, the largest of a chunk far below float16's smallest number."""
+    hidden, weight, _, signals = parts(dtype=torch.float32)
+    signals["dense"] = Given((torch.zeros(N, V),))
+    with torch.no_grad():
+        weight.mul_(1e-3)
+        hidden.mul_(1e-2 * 4.0 ** -(torch.arange(N) % 3)[:, None])  # a gradient of 1e-7 and less
+    low = weight.detach().half().requires_grad_()
+    states = hidden.detach().half()
+    total, _ = fused_loss(states, Head(low), [term("forward_kl")], signals)
+    (total * 2.0**20).backward()
+    again = low.detach().float().requires_grad_()
+    reference, _ = whole_loss(states.float() @ again.T, [term("forward_kl")], signals)
+    (reference * 2.0**20).backward()
+    assert float((low.grad.float() - again.grad).norm() / again.grad.norm()) < 0.02
+
+
 def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made():
     """Every storage that autograd keeps or the forward allocates is below [N, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -387,7 +404,7 @@ def test_the_heads_gradient_is_summed_slice_by_slice(dtype, slices, monkeypatch)
     chunks = [(torch.randn(5, V).to(dtype), torch.randn(5, 4).to(dtype)) for _ in range(2)]
     found, right = torch.full((V, 4), torch.nan), torch.zeros(V, 4)
     for i, (logits, rows) in enumerate(chunks):
-        fused._add_products(found, logits, rows, first=i == 0)
+        fused._add_products(found, logits, rows, None, first=i == 0)
         right += (logits.t() @ rows).float()
     torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 
