@@ -96,6 +96,17 @@ class Recipe(Section):
             )
         if self.prompts.documents and (unfit := self._needs_answers()):
             raise ValueError(f"`prompts.documents` has no questions: leave out {', '.join(unfit)}")
+        rollouts = self.train.on_policy
+        if rollouts.fraction and self.prompts.documents != bool(rollouts.context):
+            raise ValueError(
+                "`train.on_policy.context` goes with `prompts.documents` and is needed there: the student continues so "
+                f"many tokens of a window; {'set it' if self.prompts.documents else 'leave it out'}"
+            )
+        if rollouts.fraction and (rollouts.context or 0) >= self.prompts.window:
+            raise ValueError(
+                f"`train.on_policy.context`: a window has {self.prompts.window} tokens (`prompts.window`); continue "
+                "fewer of them"
+            )
         if self.prompts.source != "tasks" and not (self.evaluate.source or self.prompts.documents):
             raise ValueError(
                 "prompts come from a file: name held-out problems in `evaluate.source`, of the same form"
@@ -106,7 +117,6 @@ class Recipe(Section):
         """What of this recipe is about answers to questions."""
         asked = {
             "generate.signal": self.generate.signal.kind != "none",
-            "train.on_policy": bool(self.train.on_policy.fraction),
             "train.teachers.context": bool(self.train.teachers.context),
             "teacher.endpoint": bool(self.teacher and self.teacher.endpoint),
             "prompts.completion_column": bool(self.prompts.completion_column),

@@ -158,7 +158,7 @@ class Objective(Section):
 class OnPolicy(Section):
     """The student writes some of the rows, the teacher scores them (GKD, arXiv 2306.13649)."""
 
-    later: ClassVar = ("first_tokens", "skip_truncated", "skip_special")
+    later: ClassVar = ("first_tokens", "skip_truncated", "skip_special", "context")
 
     fraction: Fraction = Field(
         0.0, description="share of rows that the student writes (GKD's lambda); 0: the teacher's text only"
@@ -190,6 +190,19 @@ class OnPolicy(Section):
         description="control tokens that the student wrote do not count; its end token does (special-token "
         "masking, arXiv 2603.25562)",
     )
+    context: Count | None = Field(
+        None,
+        description="with `prompts.documents`: the student continues the first so many tokens of a window by "
+        "max_new_tokens. Text need not end, so nothing counts as truncated. empty: it answers questions",
+    )
+
+    @model_validator(mode="after")
+    def _text_has_no_end(self):
+        if self.context and self.skip_truncated:
+            raise ValueError(
+                "`skip_truncated` leaves out every text that is continued: leave out one of it and `context`"
+            )
+        return self
 
     @property
     def weighs(self) -> bool:

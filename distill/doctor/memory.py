@@ -336,7 +336,7 @@ def _training(pair: Pair) -> Phase:
     if train.teachers.own_start and full:
         parts["teacher weights"] = parts["weights"]
     if train.on_policy.fraction:
-        tokens = _prompt(pair, student) + train.on_policy.max_new_tokens
+        tokens = (train.on_policy.context or _prompt(pair, student)) + train.on_policy.max_new_tokens
         parts["cache of keys and values"] = train.on_policy.batch_size * _cache(student, tokens, low)
         if pair.device.type == "cpu" and recipe.student.quantize == "none":
             kind, held = "fp32" if low == 4 else "bf16", sum(parts.values())

@@ -263,7 +263,7 @@ def _ends_of_both(pair: Pair) -> list[Finding]:
     fix = f"set eos_token={teacher.token(teacher.tokenizer.eos_token_id)} in the student's tokenizer_config.json"
     train = pair.recipe.train
     live = any(o.live for o in train.objectives)
-    if train.on_policy.fraction:
+    if train.on_policy.fraction and not train.on_policy.context:  # a piece of text has no end to learn
         text += "; scored by this teacher the student's own answers grow without end"
         return [Finding("end of turn", FAIL, text, fix)]
     if live or any(o.signal in STORED for o in train.objectives):
@@ -305,7 +305,8 @@ def _needs(pair: Pair) -> list[_Need]:
         sides = pair.sides if pair.does("generate") else [pair.student]
         needs += [(side, "generate.max_new_tokens", made, "training") for side in sides]
     if pair.does("train") and recipe.train.on_policy.fraction:
-        new = recipe.train.on_policy.max_new_tokens
+        rollouts = recipe.train.on_policy
+        new = (rollouts.context or 0) + rollouts.max_new_tokens  # text is continued, questions are answered
         needs.append((pair.student, "train.on_policy.max_new_tokens", new, "training"))
     if pair.does("evaluate"):
         needs += [(side, "evaluate.max_new_tokens", answered, "held-out") for side in pair.sides]

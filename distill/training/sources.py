@@ -22,7 +22,8 @@ Cross-entropy is not taken on what the student wrote, or it would learn to repea
 divergences from the teacher count. What of it counts at all is said by weights of its tokens (`first_tokens`,
 `skip_truncated`, `skip_special`), and so is the balance between tags. An end token that the student's text never
 reaches is the usual way for lengths to explode; it is looked for in the stored text before anything is sampled, and in
-every buffer.
+every buffer. Plain text (`prompts.documents`) has no question and no end: there the student continues the first
+`context` tokens of a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -151,8 +152,7 @@ class OnPolicyRows:
         self.student, self.tokenizer, self.eos_ids, self.gather = student, tokenizer, eos_ids, gather
         self.balance, self.special = balance, _control_tokens(tokenizer) - eos_ids
         last = rows.completion_tokens[rows.completion_starts[1:] - 1]
-        ended = float(np.isin(last, list(eos_ids)).mean())
-        if ended == 0:
+        if not section.context and not np.isin(last, list(eos_ids)).any():
             shown = sorted({tokenizer.decode([int(i)]) for i in last[:200]})[:3]
             raise UserError(
                 f"train.on_policy: no stored answer ends with the student's end token {sorted(eos_ids)}; they end "
@@ -178,7 +178,7 @@ class OnPolicyRows:
         for place in mine:
             prompt, completion = self.rows.row(chosen[place])
             own = self.buffer.get((step, int(place))) if wanted[place] else None
-            prompts.append(prompt)
+            prompts.append(prompt if own is None else self._read_before_writing(chosen[place]))
             completions.append(completion if own is None else own[0])
             drawn.append(np.zeros(len(completion)) if own is None else own[1])
         made = TokenRows(prompts, completions)
@@ -255,7 +255,7 @@ class OnPolicyRows:
             if place % world == rank
         ]
         chosen = {step: self.plan.step_rows(step) for step in range(first, stop)}
-        prompts = [self.rows.row(chosen[step][place])[0].tolist() for step, place in places]
+        prompts = [self._read_before_writing(chosen[step][place]).tolist() for step, place in places]
         section = self.section
         base = self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student
         sampling = Sampling(
@@ -275,6 +275,13 @@ class OnPolicyRows:
         self.filled = (first, stop)
         self._look_at(first, found, sum(map(len, prompts)))
 
+    def _read_before_writing(self, row: int) -> np.ndarray:
+        """Tokens that the student goes on from: a question with all around it, or how a piece of text begins."""
+        prompt, completion = self.rows.row(row)
+        if not self.section.context:
+            return prompt
+        return np.concatenate([prompt, completion[:-1]])[: self.section.context]
+
     def _look_at(self, step: int, found: list, prompt_tokens: int = 0) -> None:
         """Lengths, and the alarm: answers that do not end, twice in a row."""
         cut = sum(c.finish_reason == "length" for c in found)
@@ -285,6 +292,8 @@ class OnPolicyRows:
         if not n:
             return
         self.stats = {"sampled": n, "truncated": round(cut / n, 4), "mean_tokens": round(total / n, 2)}
+        if self.section.context:
+            return
         self.bad_buffers = self.bad_buffers + 1 if cut / n > self.section.most_truncated else 0
         if self.bad_buffers >= 2:
             usual = float(self.rows.completion_lengths.mean())

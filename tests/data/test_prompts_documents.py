@@ -79,7 +79,10 @@ def test_a_run_on_documents(recipe, run_cli, monkeypatch, hub):
     [
         ("prompts.source=tasks", "needs a `source` of plain text"),
         ("prompts.documents=false", "has no column"),
-        ("train.on_policy.fraction=0.5", "has no questions: leave out train.on_policy"),
+        ("train.on_policy.fraction=0.5", "so many tokens of a window; set it"),
+        ("train.on_policy={fraction: 0.5, context: 24}", "a window has 24 tokens"),
+        ("train.on_policy={fraction: 0.5, context: 8, skip_truncated: true}", "leave out one of it and"),
+        ("train.on_policy={fraction: 0.5, context: 8, max_new_tokens: 600}", "exceed the 512 of"),
         ("prompts.source=nowhere.txt", "no such file"),
         ("prompts.window=1000", "the student reads 512 tokens at most"),
     ],
@@ -87,3 +90,24 @@ def test_a_run_on_documents(recipe, run_cli, monkeypatch, hub):
 def test_what_needs_questions_is_refused(recipe, run_cli, change, says):
     code, _, told = run_cli("run", recipe[0], change)
     assert code == 2 and says in told
+
+
+def test_on_policy_the_student_goes_on_from_the_beginning_of_a_window(recipe, run_cli):
+    """No text ends, which is no alarm; the same rows whatever wrote the rest of them."""
+    path, run = recipe
+    section = "{fraction: 1.0, context: 8, max_new_tokens: 16, buffer_steps: 2}"
+    code, _, told = run_cli("run", path, f"train.on_policy={section}", "evaluate.text=[]")
+    assert code == 0, told
+    kept = json.loads((run / "student" / "manifest.json").read_text())["counts"]
+    assert kept["tokens_sampled"] > 0
+    logged = [json.loads(line) for line in (run / "student" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["on_policy"]["truncated"] > 0.5 for line in logged if "on_policy" in line)
+    control = json.loads((run / "control" / "manifest.json").read_text())["counts"]
+    assert control["tokens_sampled"] == 0
+
+
+def test_context_is_for_plain_text(make_recipe, run_cli):
+    path, _ = make_recipe()
+    section = "train.on_policy={fraction: 0.5, context: 8}"
+    code, _, told = run_cli("train", path, section, "train.objectives=[{name: reverse_kl}]")
+    assert code == 2 and "leave it out" in told

@@ -58,6 +58,19 @@ def test_the_student_writes_its_share_and_the_teacher_the_rest(source):
     assert sorted(p for p, _ in contents(all_of_it)) == sorted(p for p, _ in contents(plain))
 
 
+def test_plain_text_is_continued_from_its_beginning(source):
+    """The first tokens of a row, of its prompt and of what follows; short rows keep a token to be written."""
+    plain, text = source(fraction=0.0).lot(3), source(fraction=1.0, context=4, most_truncated=0.0)
+    lot = text.lot(3)
+    whole = sorted(
+        (tuple(map(int, p)) + tuple(map(int, c))) for p, c in map(plain.rows.row, range(len(plain.rows)))
+    )
+    read = sorted(p for p, _ in contents(lot))
+    assert read == sorted(row[: min(4, len(row) - 1)] for row in whole)
+    for step in range(4, 12):
+        text.lot(step)  # that no text ends is no alarm
+
+
 def test_what_is_drawn_does_not_depend_on_processes_or_order(source):
     whole = contents(source().lot(4))
     shares = [source().lot(4, rank, 2) for rank in range(2)]
