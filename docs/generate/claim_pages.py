@@ -155,7 +155,8 @@ def _as_then(name: str, results: dict[str, Any]) -> bool:
     then = History(PROJECT_ROOT).text(results["commit"]["id"], name)
     if then is None:  # no checkout
         return False
-    grid = load_bench(str(PROJECT_ROOT / results["bench"]))[0].set
+    bench = load_bench(str(PROJECT_ROOT / results["bench"]))[0]
+    grid = bench.set | ({"train.learning_rate": None} if bench.tuning else {})  # tuned for every arm that trains
 
     def seen(text: str) -> dict[str, Any]:
         data = parse_yaml(text)
