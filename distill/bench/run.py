@@ -345,6 +345,9 @@ def start_worker(threads: int) -> None:
     console.set_verbosity(-1)
     console.hush_foreign_bars()
     console.quiet_libraries()
+    from distill.evaluation.evaluate import keep_teacher
+
+    keep_teacher()
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

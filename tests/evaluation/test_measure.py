@@ -1,9 +1,13 @@
 """One pass for all that is said of a text: equal to a pass for each, and the teacher reads a text once."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
 from distill.config.evaluation import Evaluate
+from distill.evaluation import evaluate as module
 from distill.evaluation.fidelity import Reader, TokenCalibration, answer_rows, fidelity
 from distill.evaluation.likelihood import answers_nll, text_nll
 from distill.evaluation.measure import Plan, TeacherReference, _text
@@ -11,6 +15,7 @@ from distill.models.chat import prompt_ids
 from distill.models.hooks import Hooks
 from distill.models.layers import decoder_layers
 from distill.models.load import load_model, load_tokenizer
+from distill.storage import read_json
 
 REASONS = ["stop", "length", "stop", "error", "stop", "length", "stop", "stop"]
 
@@ -164,3 +169,40 @@ def test_one_folder_under_two_names_has_one_tokenizer(hub):
     base, teacher, told = (plan.tokenizer(name, hub["llama"]) for name in ("base", "teacher", "told"))
     assert base is teacher is plan.tokenizer("base", hub["llama"]) and told is not base
     assert told is plan.tokenizer("told", hub["llama"]) and plan.tokenizer("x", hub["plain"]) is not base
+
+
+def test_a_process_that_keeps_its_teacher_reads_a_text_with_it_once(hub, tmp_path, monkeypatch):
+    """Of evaluations one after the other; the numbers are those of a process that keeps nothing."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight. " * 4)
+    section = Evaluate(text=[str(text)], text_window=16, levels={"easy": 2}, max_new_tokens=4, speed=False)
+    passes = []
+
+    def metrics(folder: str, teacher: str, student: str) -> dict:
+        out = tmp_path / folder
+        module.evaluate_checkpoints({"student": student}, teacher, out, section, [])
+        return read_json(out / "metrics.json")["models"]
+
+    def load(path, **named):
+        model = load_model(path, **named)
+        if path == teacher:
+            passes.append(0)
+            Hooks().before(decoder_layers(model)[0], lambda *_: passes.__setitem__(-1, passes[-1] + 1))
+        return model
+
+    teacher = str(shutil.copytree(hub["llama"], tmp_path / "teacher"))
+    plain = [metrics(f"plain-{name}", teacher, hub[name]) for name in ("llama", "qwen3_moe")]
+    monkeypatch.setattr("distill.evaluation.measure.load_model", load)
+    monkeypatch.setattr(module, "_kept", {})
+    kept = [metrics("kept-llama", teacher, hub["llama"])]
+    first = passes[0]
+    kept.append(metrics("kept-qwen3_moe", teacher, hub["qwen3_moe"]))
+    assert 0 < passes[0] - first < first, "the second time its answers are written anew, and no text is read"
+    for one, other in zip(plain, kept):
+        for model in one:
+            for key in ("text", "fidelity", "tasks"):
+                assert one[model].get(key) == other[model].get(key)
+    (path,) = (tmp_path / "teacher").glob("*.safetensors")
+    os.utime(path, (1, 1))
+    metrics("touched", teacher, hub["llama"])
+    assert len(passes) == 2, "another file is another teacher"
