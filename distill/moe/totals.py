@@ -240,7 +240,10 @@ class ScoreTotals:
         spread = self._spread()
         best, *others = sorted(spread, key=spread.get) or [None]
         rival = spread[others[0]] if others else math.inf
-        if best is None or spread[best] > self.tolerance or rival < max(3 * spread[best], 1e-5):
+        # The right one is off by rounding alone. A rival that is off by as much again is told from it by enough ratios:
+        # of n, a spread is known to about 1 / sqrt(2 n) of itself.
+        apart = min(3.0, max(1.25, 1 + 10 / math.sqrt(max(1.0, float(self.fit[best][0]))))) if best else 3.0
+        if best is None or spread[best] > self.tolerance or rival < max(apart * spread[best], 1e-5):
             found = ", ".join(f"{rule} {value:.1e}" for rule, value in spread.items())
             raise RunError(
                 f"{name}: cannot tell the score function of {type(self.router.block).__name__} "
