@@ -192,6 +192,7 @@ class ScoreTotals:
         self.router = router
         self.tokens = self.broken = self.digests = 0
         self.tolerance = 1e-3  # on the spread of log(weight / score)
+        self.eps = 0.0  # of the coarsest number format that was seen
         # Per candidate function: n, sum and sum of squares of log(weight / score), which give its verdict.
         self.fit = {rule: torch.zeros(3, dtype=torch.float64) for rule in SCORES}
         # And the two sums each, of entropy and confidence, that count once it has been found to be the one.
@@ -202,7 +203,8 @@ class ScoreTotals:
         if not len(logits):
             return
         self.tokens += len(logits)
-        if max(torch.finfo(x.dtype).eps for x in (logits, weights)) > 1e-4:
+        self.eps = max(self.eps, *(torch.finfo(x.dtype).eps for x in (logits, weights)))
+        if self.eps > 1e-4:
             self.tolerance = 2e-2  # half precision rounds weights to two or three digits
         logits, weights, indices = logits.float(), weights.float(), indices.long()
         if not (logits.sum() + weights.sum()).isfinite():  # cheap; a real infinity is not yet a NaN
@@ -240,10 +242,13 @@ class ScoreTotals:
         spread = self._spread()
         best, *others = sorted(spread, key=spread.get) or [None]
         rival = spread[others[0]] if others else math.inf
-        # The right one is off by rounding alone. A rival that is off by as much again is told from it by enough ratios:
-        # of n, a spread is known to about 1 / sqrt(2 n) of itself.
-        apart = min(3.0, max(1.25, 1 + 10 / math.sqrt(max(1.0, float(self.fit[best][0]))))) if best else 3.0
-        if best is None or spread[best] > self.tolerance or rival < max(apart * spread[best], 1e-5):
+        apart = 3.0
+        floor = max(1e-5, self.eps / 3)  # rounding alone can be so much: a rival must be off by more
+        if best and spread[best] <= self.eps / 2:
+            # Off by rounding alone. What a rival is off besides is certain with ratios enough: a spread of n of them is
+            # known to about 1 / sqrt(2 n) of itself.
+            apart = min(apart, max(1.25, 1 + 10 / math.sqrt(float(self.fit[best][0]))))
+        if best is None or spread[best] > self.tolerance or rival < max(apart * spread[best], floor):
             found = ", ".join(f"{rule} {value:.1e}" for rule, value in spread.items())
             raise RunError(
                 f"{name}: cannot tell the score function of {type(self.router.block).__name__} "
@@ -265,7 +270,7 @@ class ScoreTotals:
         table = torch.stack([self.fit.get(rule, out) for rule in SCORES])
         self.fit = dict(zip(SCORES, total(table)))  # NaN: out, with an infinite spread
         self.opinion.reduce(total, rank, world)
-        self.tolerance = largest(self.tolerance, total, rank, world)
+        self.tolerance, self.eps = (largest(x, total, rank, world) for x in (self.tolerance, self.eps))
 
     def _spread(self) -> dict[str, float]:
         """Standard deviation of log(weight / score) under each candidate; infinite where there is none."""

@@ -14,6 +14,7 @@ import torch
 from distill.errors import RunError
 from distill.models.routers import find_routers
 from distill.moe.recording import record_routing
+from distill.moe.totals import ScoreTotals
 
 
 def test_discovery_is_not_empty_and_the_reference_knows_every_family():
@@ -104,6 +105,34 @@ def test_score_function_is_found_in_half_precision(family, dtype, peaked):
     assert {record.score_function for record in recording.layers.values()} == {
         reference.FAMILIES[family].score
     }
+
+
+def test_nearly_alike_functions_are_told_apart_by_many_rounded_ratios():
+    """Narrow logits in bf16: sqrt(softplus) is off by little more than rounding, as in a base of the claims' grid."""
+    model = reference.build("glm4_moe")
+    gate = next(m for m in model.modules() if type(m).__name__ == "Glm4MoeMoE").gate
+    gate.e_score_correction_bias.zero_()
+    router = next(iter(find_routers(model)))
+    torch.manual_seed(0)
+    cases = [
+        (0.025, 4096, "sigmoid"),
+        (0.025, 6, None),
+        *((size, 4096, None) for size in (0.002, 0.005, 0.01)),
+    ]
+    for size, tokens, found in cases:
+        logits = size * torch.randn(tokens, gate.weight.shape[0]) - 1.0
+        scores, indices = logits.sigmoid().topk(2)
+        weights = (scores / scores.sum(-1, keepdim=True)).bfloat16()
+        totals = ScoreTotals(router)
+        for part in range(0, tokens, 256):
+            totals.add(*(x[part : part + 256] for x in (logits, weights, indices)))
+        best, rival = sorted(totals._spread().values())[:2]
+        assert rival < max(3 * best, 2**-8)
+        if found:
+            assert totals.verdict() == found
+            continue
+        with pytest.raises(RunError, match="cannot tell"):  # the smallest: what is rounded is nothing but 0.5
+            totals.verdict()
 
 
 @pytest.mark.parametrize("case", ["equal logits", "one expert with weight 1", "another function"])
