@@ -155,12 +155,12 @@ def _controls_within(section: Controls | None, arms: Iterable[str]) -> Controls 
 
 
 def arm_seconds(tasks: dict[str, Task], seconds: dict[str, float]) -> dict[str, float]:
-    """Mean seconds of a task by arm, and of `answers` and `rows`: what the next forecast is made of."""
+    """Median seconds of a task by arm, and of `answers` and `rows`: what the next forecast is made of. A machine sleeps."""
     found: dict[str, list[float]] = {}
     for name, task in tasks.items():
         if name in seconds:
             found.setdefault(task.arm or task.kind, []).append(seconds[name])
-    return {arm: round(statistics.fmean(of), 2) for arm, of in found.items()}
+    return {arm: round(statistics.median(of), 2) for arm, of in found.items()}
 
 
 def _fact(fact: Fact, values: dict) -> dict[str, Any]:
