@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distill.bench.metrics import MODEL, read_metrics
@@ -153,6 +154,10 @@ def write_items(table: Table, path: Path) -> None:
             for kind, items in kinds.items():
                 parts.append(_columns(arm, seed, kind, items))
     whole = pa.concat_tables(parts).unify_dictionaries() if parts else SCHEMA.empty_table()
+    # All answers to a problem together: its name is then stored once, and the file is a third of the size.
+    plain = pa.table({name: whole[name].cast(pa.string()) for name in ("kind", "item", "arm")})
+    order = [(name, "ascending") for name in ("kind", "item", "seed", "arm")]
+    whole = whole.take(pc.sort_indices(plain.append_column("seed", whole["seed"]), order))
     with replacing(path, whole.nbytes) as temporary:
         pq.write_table(whole, temporary, compression="zstd", compression_level=12)
 

@@ -155,7 +155,7 @@ def _controls_within(section: Controls | None, arms: Iterable[str]) -> Controls 
 
 
 def arm_seconds(tasks: dict[str, Task], seconds: dict[str, float]) -> dict[str, float]:
-    """Median seconds of a task by arm, and of `answers` and `rows`: what the next forecast is made of. A machine sleeps."""
+    """Median seconds of a task by arm, and of `answers` and `rows`: of which the next forecast is made."""
     found: dict[str, list[float]] = {}
     for name, task in tasks.items():
         if name in seconds:

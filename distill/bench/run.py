@@ -345,7 +345,7 @@ def start_worker(threads: int) -> None:
     console.set_verbosity(-1)
     console.hush_foreign_bars()
     console.quiet_libraries()
-    from distill.evaluation.evaluate import keep_teacher
+    from distill.evaluation.measure import keep_teacher
 
     keep_teacher()
     if parent := multiprocessing.parent_process():

@@ -14,7 +14,6 @@ The processes of a launch measure the same model together: each answers and read
 the main process writes. metrics.json is that of one process, times aside.
 """
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from distill.devices import describe_device, main_decides, pick_device, processe
 from distill.errors import UserError
 from distill.evaluation.answers import compare, forgetting, problem_prompts
 from distill.evaluation.likelihood import choice_problems, letters_of
-from distill.evaluation.measure import Plan, TeacherReference, measure_model
+from distill.evaluation.measure import Plan, measure_model, teacher_reference
 from distill.evaluation.routing import add_saturation
 from distill.evaluation.schema import METRICS_VERSION, check
 from distill.evaluation.stats import RESAMPLES
@@ -297,35 +296,12 @@ def _finish(
     stage.finish(counts, device=describe_device(plan.device, world), flops=flops)
 
 
-# Of a process that keeps its teacher: {what tells that it is the same one: that teacher}; None where none is kept.
-_kept: dict[tuple, TeacherReference] | None = None
-
-
-def keep_teacher() -> None:
-    """From now on the teacher of an evaluation stays in this process's memory, with the hidden states of what it has
-    read, for a process that evaluates many students beside one teacher. On a CPU alone, where memory is the larger."""
-    global _kept
-    _kept = {} if _kept is None else _kept
-
-
-def _reference(name: str, path: str, plan: Plan) -> TeacherReference:
-    tokenizer, limit, device = plan.tokenizer(name, path), plan.section.fidelity_rows, plan.device
-    if _kept is None or device.type != "cpu" or not os.path.isdir(path):
-        return TeacherReference(path, tokenizer, limit, device)
-    files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(path))
-    key = path, tuple(files), repr(plan.template_arguments.get(name)), limit
-    if key not in _kept:
-        _kept.clear()  # one at a time
-        _kept[key] = TeacherReference(path, tokenizer, limit, device)
-    return _kept[key]
-
-
 def _measure_all(
     stage: Stage, checkpoints: dict[str, str], plan: Plan, teacher: str | None, ranks: PartialState
 ) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """(answer rows, results) by model in the order of `checkpoints`; what is on disk already is read."""
     writer = PartWriter(stage.folder / "answers", ANSWER_SCHEMA)
-    reference = _reference(teacher, checkpoints[teacher], plan) if teacher else None
+    reference = teacher_reference(teacher, checkpoints[teacher], plan) if teacher else None
     rows_of: dict[str, list[dict]] = {}
     results: dict[str, dict] = {}
     for name in sorted(checkpoints, key=lambda name: name != teacher):  # the teacher first

@@ -14,6 +14,7 @@ Asked for by the recipe, since they take time: likelihood, text, harness, interv
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,30 @@ class TeacherReference:
         taught = self.taught(problems, own)
         read = taught and read_rows(self.reader, taught.rows, self.tokenizer.pad_token_id, keep=True)
         return taught and taught.likelihood(read, _context(self.model))
+
+
+# Of a process that keeps its teacher: {what tells that it is the same one: that teacher}; None where none is kept.
+_kept: dict[tuple, TeacherReference] | None = None
+
+
+def keep_teacher() -> None:
+    """From now on the teacher of an evaluation stays in this process's memory, with the hidden states of what it has
+    read, for a process that evaluates many students beside one teacher. On a CPU alone, where memory is the larger."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def teacher_reference(name: str, path: str, plan: Plan) -> TeacherReference:
+    """The teacher of an evaluation, `name` in `plan`: loaded when something asks, or the one that this process kept."""
+    tokenizer, limit, device = plan.tokenizer(name, path), plan.section.fidelity_rows, plan.device
+    if _kept is None or device.type != "cpu" or not os.path.isdir(path):
+        return TeacherReference(path, tokenizer, limit, device)
+    files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(path))
+    key = path, tuple(files), repr(plan.template_arguments.get(name)), limit
+    if key not in _kept:
+        _kept.clear()  # one at a time
+        _kept[key] = TeacherReference(path, tokenizer, limit, device)
+    return _kept[key]
 
 
 @dataclass(frozen=True)

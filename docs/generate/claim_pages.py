@@ -6,9 +6,8 @@
     combination_section(results, "en")          # the table of the combination, of recipes/claims_combination.yaml
     bench_page(found, LANGUAGE_BENCH)           # docs/claims-language.md, docs/claims-combination.md, whole
 
-Run by docs/generate/readme.py. Results are shown as what they are: those of version 1 were measured under the first
-registration, whose words stand in the results themselves, and no verdict of theirs is set beside a hypothesis of
-today's recipes/claims.yaml. The checklist is of today's file, whatever has been measured of it.
+Run by docs/generate/readme.py. Results are shown as what they are, in the words that stand in them: no verdict is set
+beside a hypothesis that came after it. The checklist is of today's file, whatever has been measured of it.
 """
 
 import functools
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from distill.bench.claims import History
+from distill.bench.claims import History, texts
 from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
 from distill.bench.metrics import metric
@@ -42,23 +41,21 @@ OTHER_PAGES = {
     for bench in (LANGUAGE_BENCH, COMBINATION_BENCH)
 }
 CHINESE = PROJECT_ROOT / "recipes" / "zh"  # of every bench file, under its name
-# What README shows: one claim or two of every part of the article. The others stand on the page of the claims.
+# What README shows: one claim or two of every part of the article, and those that came out the other way. The others
+# stand on the page of the claims.
 SHOWN = (
     "distillation", "teacher-or-working", "not-beyond", "cheaper-in-usd", "bf16-loss", "balance-needed", "lora-as-full",
-    "compute-matters", "inherits-wrong-rule", "verifier-stops-wrong-rule",
+    "lora-as-full-200", "compute-matters", "inherits-wrong-rule", "verifier-stops-wrong-rule", "on-policy",
+    "on-policy-flops", "reverse-or-forward",
 )  # fmt: skip
 _WORDS = {
     "en": {
         "head": "| the article | hypothesis, written down before the run | effect [95 % interval] | verdict |",
         "papers": "| the paper says | hypothesis, written down before the run | effect [95 % interval] | verdict |",
-        "first": "*These verdicts are of the first registration of the claims (recipes/claims.yaml at {commit}), "
-        "judged by the rules of then. Since then the claims were written anew, {n} of them, registered in history, "
-        "and not measured yet: [docs/claims.md](docs/claims.md) has both, and what was wrong with the first.*",
         "older": "*recipes/claims.yaml was changed after this run: the words are those of the run.*",
-        "sentence": "{n} claims, {counts}; {seeds} seeds{most}, {tasks} tasks, {minutes:.0f} minutes by the clock, "
+        "sentence": "{n} claims, {counts}; {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes by the clock, "
         "{jobs} at a time; {device}; commit {commit}. All of them, with what each arm used: "
         "[docs/claims.md](docs/claims.md).",
-        "most": " at most",
         "alone": "{verdict}: its own interval says {alone}, but not after the correction for {n} claims (p = {p:.2g})",
         "margin": "{verdict}: the interval leaves out 0, and it reaches across the margin of {margin}",
         "smaller": " `--budget {name}`: {seeds} seeds, {tasks} tasks, {minutes:.0f} minutes.",
@@ -66,13 +63,9 @@ _WORDS = {
     "zh": {
         "head": "| 文章的说法 | 运行之前写下的假设 | 效应 [95 % 区间] | 判定 |",
         "papers": "| 论文的说法 | 运行之前写下的假设 | 效应 [95 % 区间] | 判定 |",
-        "first": "*以下判定属于这些说法的第一次登记（提交 {commit} 中的 recipes/claims.yaml），按当时的规则作出。"
-        "此后说法已重写，共 {n} 条，已登记在提交历史中，尚未测量；"
-        "两者与审稿人的意见见 [docs/claims.md](docs/claims.md)。*",
         "older": "*recipes/claims.yaml 在这次运行之后有改动：这里是运行时的文字。*",
-        "sentence": "共 {n} 条说法：{counts}；{most}{seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
+        "sentence": "共 {n} 条说法：{counts}；{seeds} 个种子，{tasks} 个任务，实际耗时 {minutes:.0f} 分钟，"
         "同时运行 {jobs} 个；{device}；提交 {commit}。全部说法与各组用量见 [docs/claims.md](docs/claims.md)。",
-        "most": "最多 ",
         "alone": "{verdict}：单看区间是“{alone}”，但按 {n} 条说法校正之后不再显著（p = {p:.2g}）",
         "margin": "{verdict}：区间不含 0，但跨过了 {margin}的界限",
         "smaller": "`--budget {name}`：{seeds} 个种子，{tasks} 个任务，{minutes:.0f} 分钟。",
@@ -113,16 +106,11 @@ command without `--part` then runs what is left and judges.
 _FIRST = """\
 ## The first registration
 
-These results were measured before the claims were written anew. They are kept unchanged, with the words, arms, seeds
-(0 to 4) and rules of that time. All claims were corrected together, planted ones too. The intervals are Student's, so
-some reach beyond 100 % or have no width. The single answers were not kept. A review found faults, and they are why
-there is a second registration. The held-out loss had carried one arm's penalty (that claim is withdrawn,
-[LOG.md](../LOG.md), Evaluation). MoE and dense were each tried with a single base. With 280 test problems the exam
-was most of the noise. Learning rates stood at the edge of what was tried. Ranks differed in alpha too. Sampling was not
-counted in FLOPs. Sizes in bytes were called claims.
-
-SUPPORTED: the whole interval lies where the hypothesis says, and the p-value is below 0.05 after Holm's correction.
-*alone* is what the interval alone says.
+The claims were first measured at commit d5c644a and then written anew; `git show 785ca0a:docs/claims.md` has those
+verdicts. A review had found faults in them. The held-out loss had carried one arm's penalty (that claim is withdrawn,
+[LOG.md](../LOG.md), Evaluation). MoE and dense were each tried with a single base. With 280 test problems the exam was
+most of the noise. Learning rates stood at the edge of what was tried. Ranks differed in alpha too. Sampling was not
+counted in FLOPs. Sizes in bytes were called claims. Planted claims were corrected together with the others.
 """
 
 
@@ -143,8 +131,18 @@ def stale(results: dict[str, Any]) -> list[str]:
     return [
         name
         for name, digest in results["recipes"].items()
-        if hash_yaml(PROJECT_ROOT / name) != digest and (name == bench or not _as_then(name, results))
+        if hash_yaml(PROJECT_ROOT / name) != digest
+        and not (_says_as_much(results) if name == bench else _as_then(name, results))
     ]
+
+
+def _says_as_much(results: dict[str, Any]) -> bool:
+    """Whether a bench file that has grown since says of every claim of the results what it said then."""
+    then = History(PROJECT_ROOT).text(results["commit"]["id"], results["bench"])
+    before, today = texts(then or ""), texts((PROJECT_ROOT / results["bench"]).read_text(encoding="utf-8"))
+    return all(
+        claim["id"] in before and before[claim["id"]] == today.get(claim["id"]) for claim in results["claims"]
+    )
 
 
 def _as_then(name: str, results: dict[str, Any]) -> bool:
@@ -156,7 +154,9 @@ def _as_then(name: str, results: dict[str, Any]) -> bool:
     if then is None:  # no checkout
         return False
     bench = load_bench(str(PROJECT_ROOT / results["bench"]))[0]
-    grid = bench.set | ({"train.learning_rate": None} if bench.tuning else {})  # tuned for every arm that trains
+    grid = bench.set | (
+        {"train.learning_rate": None} if bench.tuning else {}
+    )  # tuned for every arm that trains
 
     def seen(text: str) -> dict[str, Any]:
         data = parse_yaml(text)
@@ -178,23 +178,10 @@ def _as_then(name: str, results: dict[str, Any]) -> bool:
     return seen(then) == seen((PROJECT_ROOT / name).read_text(encoding="utf-8"))
 
 
-def first_registration(results: dict[str, Any]) -> bool:
-    return results["schema_version"] < 2
-
-
 def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> str:
-    """The claims of `SHOWN` in the largest budget of `found`, what they rest on, and what smaller ones take.
-
-    Of today's registration if anything of it was measured, else of the first.
-    """
-    today = {name: results for name, results in found.items() if not first_registration(results)}
-    words, (*smaller, results) = _WORDS[language], (today or found).values()
-    lines = [""]
-    if first_registration(results):
-        today = len(load_bench(str(PROJECT_ROOT / BENCH))[0].claims)
-        lines += [words["first"].format(commit=results["commit"]["id"], n=today), ""]
-    elif BENCH in stale(results):
-        lines += [words["older"], ""]
+    """The claims of `SHOWN` in the largest budget of `found`, what they rest on, and what smaller ones take."""
+    words, (*smaller, results) = _WORDS[language], found.values()
+    lines = ["", words["older"], ""] if BENCH in stale(results) else [""]
     headlines = [claim for claim in results["claims"] if claim["id"] in SHOWN]
     papers = [claim for claim in headlines if claim.get("source", "article") != "article"]
     for head, rows in (("head", [c for c in headlines if c not in papers]), ("papers", papers)):
@@ -209,7 +196,7 @@ def claims_section(found: dict[str, dict[str, Any]], language: str = "en") -> st
     sentence = words["sentence"].format(
         n=len(results["claims"]), counts=_counts(results, language), jobs=results["jobs"],
         device=device_words(results["device"], language),
-        commit=shown_commit(results), most=words["most"] if first_registration(results) else "", **_size(results),
+        commit=shown_commit(results), **_size(results),
     )  # fmt: skip
     for other in smaller:
         sentence += words["smaller"].format(name=other["budget"], **_size(other))
@@ -283,22 +270,20 @@ def _size(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) -> str:
-    """docs/claims.md: the rules, what was measured of today's claims, the checklist, and the first registration."""
+    """docs/claims.md: the rules, what was measured of today's claims, the checklist."""
     bench = bench or load_bench(str(PROJECT_ROOT / BENCH))[0]
-    first = {name: results for name, results in found.items() if first_registration(results)}
-    second = {name: results for name, results in found.items() if name not in first}
     lines = ["# The article, claim by claim", "", *_RULES.splitlines(), ""]
     lines += [
         "Claims that need a real language model stand on [a page of their own](claims-language.md), and so do those of "
         "[the combination, taken further](claims-combination.md).",
         "",
     ]
-    if second:
-        lines += [*_measured(second), ""]
+    if found:
+        lines += [*_measured(found), ""]
         lines += ["## Facts", "", "True by construction or by counting: numbers without a verdict.", ""]
         lines += [
             f"- “{fact['sentence']}” {fact['statement']}: **{fact_text(fact)}**, because {fact['because']}."
-            for fact in list(second.values())[-1]["facts"]
+            for fact in list(found.values())[-1]["facts"]
         ]
     else:
         lines += [
@@ -313,10 +298,7 @@ def claims_page(found: dict[str, dict[str, Any]], bench: Bench | None = None) ->
     lines += ["", "## Sentences that no run here decides", ""]
     lines += ["| the article | what is known | what that leaves open |", "|---|---|---|"]
     lines += [f"| {e.sentence} | {e.evidence} | {e.ends} |" for e in bench.evidence]
-    lines += ["", *checklist(bench)]
-    if first:
-        lines += ["", *_FIRST.splitlines(), "", *_measured(first, "###")]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *checklist(bench), "", *_FIRST.splitlines(), ""])
 
 
 def bench_page(found: dict[str, dict[str, Any]], file: str) -> str:
@@ -446,8 +428,8 @@ def _differs(bench: Bench, arms: list[str]) -> list[str]:
     return [line for line in differences(bench, arms) if not line.startswith("evaluate.")]
 
 
-def _measured(found: dict[str, dict[str, Any]], level: str = "##", bench: str = BENCH) -> list[str]:
-    """Tables of results that share a registration, `found` by budget, the largest last."""
+def _measured(found: dict[str, dict[str, Any]], bench: str = BENCH) -> list[str]:
+    """Tables of results, `found` by budget, the largest last."""
     largest = list(found.values())[-1]
     lines = []
     for name, results in found.items():
@@ -460,24 +442,21 @@ def _measured(found: dict[str, dict[str, Any]], level: str = "##", bench: str = 
         )
         if limit := limit_text(results.get("controls")):
             lines.append(f"  {limit}")
-    last = "alone" if first_registration(largest) else "could have decided; speaks of"
     for group in dict.fromkeys(c["group"] for c in largest["claims"]):
-        lines += ["", f"{level} {group}", "", "| claim | hypothesis | " + " | ".join(f"{n} budget" for n in found)
-                  + f" | {last} |", "|---|---|" + "---|" * len(found) + "---|"]  # fmt: skip
+        lines += ["", f"## {group}", "", "| claim | hypothesis | " + " | ".join(f"{n} budget" for n in found)
+                  + " | could have decided; speaks of |", "|---|---|" + "---|" * len(found) + "---|"]  # fmt: skip
         for claim in (c for c in largest["claims"] if c["group"] == group):
             cells = [_claim_cell(results, claim["id"]) for results in found.values()]
             note = f" *{claim['axis']}*" if claim["axis"] else ""
             hypothesis = f"“{claim['sentence']}” {claim['hypothesis']}.{note}".replace("|", "\\|")
             lines.append(f"| {claim['id']} | {hypothesis} | {' | '.join(cells)} | {_last(claim)} |")
     for curve in largest["curves"]:
-        lines += ["", f"{level} {curve['title']}", "", *_curve(curve)]
-    return [*lines, "", f"{level} Arms", "", _arms(largest)]
+        lines += ["", f"## {curve['title']}", "", *_curve(curve)]
+    return [*lines, "", "## Arms", "", _arms(largest)]
 
 
 def _last(claim: dict[str, Any]) -> str:
-    """The last cell of a row: what its interval alone says (version 1), or how small an effect it could see."""
-    if "detectable" not in claim:
-        return claim["alone"] if claim["alone"] != claim["verdict"] else ""
+    """The last cell of a row: how small an effect it could see, and what qualifies its verdict."""
     parts = [shown_size(claim["detectable"], claim)] if claim["detectable"] is not None else []
     if claim["fixed"]:
         parts.append(", ".join(claim["fixed"]))

@@ -38,7 +38,6 @@ from claim_pages import (
     combination_section,
     compact,
     device_words,
-    first_registration,
     language_section,
 )
 from training import TITLES
@@ -144,14 +143,16 @@ def results_section(results: dict, language: str = "en") -> str:
 
 def _working(words: dict[str, str]) -> str:
     """What the same working teaches without a teacher, from the committed claims; empty without them."""
-    today = [found for found in claim_results().values() if not first_registration(found)]
-    if not today:
+    found = list(claim_results().values())
+    if not found:
         return ""
-    arms, claims = today[-1]["arms"], {claim["id"]: claim for claim in today[-1]["claims"]}
-    values = {
-        name: list(arms[arm]["metrics"]["accuracy.hard"]["values"].values())
+    arms, claims = found[-1]["arms"], {claim["id"]: claim for claim in found[-1]["claims"]}
+    by_seed = {
+        name: arms[arm]["metrics"]["accuracy.hard"]["values"]
         for name, arm in (("taught", "sequence"), ("worked", "worked-100"))
     }
+    both = sorted(set.intersection(*map(set, by_seed.values())))  # the reference arm has more seeds
+    values = {name: [of[seed] for seed in both] for name, of in by_seed.items()}
     shown = {
         name: f"{100 * statistics.fmean(of):.1f} ± {100 * statistics.stdev(of):.1f}"
         for name, of in values.items()
@@ -280,7 +281,8 @@ PEERS = (DISTILLATION.name, GKD.name)
 
 def speed_section(found: dict[str, Any]) -> str:
     """Markdown between the page's markers."""
-    lines = ["", f"{device_words(found['device'])}, TRL {found['peer']['trl']}, {found['rounds']} round{'s' * (found['rounds'] != 1)}; "
+    rounds = f"{found['rounds']} round{'s' * (found['rounds'] != 1)}"
+    lines = ["", f"{device_words(found['device'])}, TRL {found['peer']['trl']}, {rounds}; "
              "a step includes AdamW, and no data loading or logging."]  # fmt: skip
     for name, s in found["settings"].items():
         title = name[0].upper() + name[1:]

@@ -193,7 +193,7 @@ def test_a_process_that_keeps_its_teacher_reads_a_text_with_it_once(hub, tmp_pat
     teacher = str(shutil.copytree(hub["llama"], tmp_path / "teacher"))
     plain = [metrics(f"plain-{name}", teacher, hub[name]) for name in ("llama", "qwen3_moe")]
     monkeypatch.setattr("distill.evaluation.measure.load_model", load)
-    monkeypatch.setattr(module, "_kept", {})
+    monkeypatch.setattr("distill.evaluation.measure._kept", {})
     kept = [metrics("kept-llama", teacher, hub["llama"])]
     first = passes[0]
     kept.append(metrics("kept-qwen3_moe", teacher, hub["qwen3_moe"]))
