@@ -40,7 +40,7 @@ def test_uncommenting_a_key_changes_nothing(here, run_cli):
     kept = (
         ("  # endpoint:", "  # terms:"),
         ("  # from:", "  # config: null  "),
-        ("    # context:", "    # remember_gb:"),
+        ("    # context:  ", "    # remember_gb:"),
     )
     for first, behind in kept:
         start = text.index(first)
