@@ -32,9 +32,9 @@ def source(hub):
     tokenizer = byte_tokenizer(None)
     tokenizer.pad_token = tokenizer.eos_token
 
-    def make(gather=lambda v: [v], **section):
+    def make(gather=lambda v: [v], ends=frozenset({1}), **section):
         options = {"fraction": 0.5, "buffer_steps": 2, "max_new_tokens": 6, "most_truncated": 1.0, **section}
-        return OnPolicyRows(stored(), 6, 0, OnPolicy(**options), model, tokenizer, {1}, gather)
+        return OnPolicyRows(stored(), 6, 0, OnPolicy(**options), model, tokenizer, set(ends), gather)
 
     return make
 
@@ -60,7 +60,11 @@ def test_the_student_writes_its_share_and_the_teacher_the_rest(source):
 
 def test_plain_text_is_continued_from_its_beginning(source):
     """The first tokens of a row, of its prompt and of what follows; short rows keep a token to be written."""
-    plain, text = source(fraction=0.0).lot(3), source(fraction=1.0, context=4, most_truncated=0.0)
+    never = {60_000}  # no piece of text ends with the student's end token
+    plain = source(fraction=0.0).lot(3)
+    text = source(ends=never, fraction=1.0, context=4, most_truncated=0.0)
+    with pytest.raises(UserError, match="no stored answer ends"):
+        source(ends=never)
     lot = text.lot(3)
     whole = sorted(
         (tuple(map(int, p)) + tuple(map(int, c))) for p, c in map(plain.rows.row, range(len(plain.rows)))
