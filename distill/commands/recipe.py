@@ -106,10 +106,9 @@ def run_recipe(command: str, path: str, overrides: list[str], arguments: argpars
     if not console.first_process():  # pages are one process's work
         return 0
     if command in ("run", "train", "evaluate"):
+        teacher = recipe.teacher.model if recipe.teacher else None
         remember(
-            recipe.student.model,
-            recipe.teacher.model,
-            *(recipe.path / arm for arm in ("base", "control", "student")),
+            recipe.student.model, teacher, *(recipe.path / arm for arm in ("base", "control", "student"))
         )
     if command == "run":
         _report(recipe.path, arguments.lang)

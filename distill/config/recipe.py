@@ -102,7 +102,7 @@ class Recipe(Section):
                 "`train.on_policy.context` goes with `prompts.documents` and is needed there: the student continues so "
                 f"many tokens of a window; {'set it' if self.prompts.documents else 'leave it out'}"
             )
-        if rollouts.fraction and (rollouts.context or 0) >= self.prompts.window:
+        if rollouts.fraction and rollouts.context and rollouts.context >= self.prompts.window:
             raise ValueError(
                 f"`train.on_policy.context`: a window has {self.prompts.window} tokens (`prompts.window`); continue "
                 "fewer of them"

@@ -349,7 +349,10 @@ def _row_length(pair: Pair) -> int:
     recipe = pair.recipe
     length = _prompt(pair, pair.student) + recipe.generate.max_new_tokens
     if recipe.prompts.documents:
-        length = recipe.prompts.window
+        rollouts = recipe.train.on_policy
+        length = max(
+            recipe.prompts.window, rollouts.context + rollouts.max_new_tokens if rollouts.context else 0
+        )
     limits = recipe.train.max_length, recipe.filter.max_tokens, pair.student.context
     return min(length, *(limit for limit in limits if limit))
 

@@ -305,12 +305,13 @@ def _needs(pair: Pair) -> list[_Need]:
         sides = pair.sides if pair.does("generate") else [pair.student]
         needs += [(side, "generate.max_new_tokens", made, "training") for side in sides]
     if pair.does("train") and recipe.train.on_policy.fraction:
-        rollouts = recipe.train.on_policy
-        new = (rollouts.context or 0) + rollouts.max_new_tokens  # text is continued, questions are answered
+        new = recipe.train.on_policy.max_new_tokens
         needs.append((pair.student, "train.on_policy.max_new_tokens", new, "training"))
     if pair.does("evaluate"):
         needs += [(side, "evaluate.max_new_tokens", answered, "held-out") for side in pair.sides]
-    return [(*need, pair.lengths(need[0], need[3])) for need in needs]
+    begun = recipe.train.on_policy.context  # plain text is continued from so many tokens
+    read = {"training": Lengths([begun], begun)} if begun else {}
+    return [(*need, read.get(need[3]) or pair.lengths(need[0], need[3])) for need in needs]
 
 
 def fits(side: Side, key: str, new: int, which: str, lengths: Lengths | None) -> Finding | None:

@@ -207,7 +207,8 @@ def _all_real(_module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dic
 def _keep_masks(base: nn.Module, config: PretrainedConfig, kind: str) -> None:
     """The model attends as it did, `kind`; through `_sdpa` if that is its kind and its logits are the same so."""
     base.set_attn_implementation(kind)
-    if kind != "sdpa" or next(base.parameters()).device.type != "cpu":
+    learns = any(p.requires_grad for p in base.parameters())
+    if kind != "sdpa" or not learns or next(base.parameters()).device.type != "cpu":
         return
     AttentionInterface.register(EXACT, _sdpa)
     AttentionMaskInterface.register(EXACT, sdpa_mask)

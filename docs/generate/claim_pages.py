@@ -20,7 +20,7 @@ import yaml
 from distill.bench.claims import History, texts
 from distill.bench.grid import Bench, load_bench
 from distill.bench.judge import differences, falsified
-from distill.bench.metrics import metric
+from distill.bench.metrics import metric, unit_words
 from distill.bench.page import MARKS, amount, fact_text, limit_text, shown_effect, shown_size, verdict_words
 from distill.bench.results import shown_commit
 from distill.bench.verdicts import mean_interval
@@ -227,12 +227,13 @@ def _row(claim: dict[str, Any], language: str, results: dict[str, Any]) -> str:
         said = {"verdict": verdict, "alone": alone, "n": together, "p": claim["p_value_holm"]}
         verdict = _WORDS[language]["alone"].format(**said)
     elif claim["verdict"] == "INCONCLUSIVE" and claim["margin"] and _leaves_out_0(claim):
-        points = "%" if claim.get("relative") else {"en": "points", "zh": "个百分点"}[language]
-        margin = (
-            f"{100 * claim['margin']:g} {points}"
-            if claim["unit"] == "%"
-            else shown_size(claim["margin"], claim)
-        )
+        with speaking(language):
+            words = unit_words(claim["unit"], bool(claim.get("relative")))
+            margin = (
+                f"{100 * claim['margin']:g} {words}"
+                if claim["unit"] == "%"
+                else shown_size(claim["margin"], claim)
+            )
         verdict = _WORDS[language]["margin"].format(verdict=verdict, margin=margin)
     with speaking(language):
         effect = shown_effect(claim)

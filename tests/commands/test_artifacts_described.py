@@ -133,6 +133,17 @@ def test_what_a_command_has_read_or_made_is_described_at_once(model, counted, tm
     assert run_cli("describe", model)[0] == 0 and counted == [model]
 
 
+def test_a_run_without_a_teacher_ends_as_well(tmp_path, counted, run_cli):
+    """As recipes/base.yaml: worked solutions, a student from random weights."""
+    small = [
+        f"run_dir={tmp_path / 'run'}", "prompts.levels={easy: 12}", "train.steps=2", "train.warmup_steps=0",
+        "train.batch_size=4", "train.micro_batch_size=4", "evaluate.levels={easy: 2}", "evaluate.speed=false",
+    ]  # fmt: skip
+    code, _, told = run_cli("run", "recipes/base.yaml", *small)
+    assert code == 0, told
+    assert run_cli("describe", tmp_path / "run" / "student")[0] == 0 and len(counted) == 1
+
+
 def test_a_run_describes_its_models(finished, hub, counted, tmp_path, run_cli):
     """Its arms are adapters here, which are described with their base and not kept."""
     assert run_cli("run", finished / "run.yaml")[0] == 0
